@@ -1,0 +1,77 @@
+# Two commands are enough:   make run    a relay under supervisor, on port 4001
+#                            make test   all tests
+# Both need Python 3.10 or newer, make and gcc, and put everything into .venv/ and var/ below this folder.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONF := etc/supervisord.conf
+RELAY_PORT ?= 4001
+export RELAY_PORT
+# Stamps older than these files are made anew.
+DISTRIBUTION := setup.py setup.cfg relay/__init__.py
+
+.PHONY: run foreground stop status test lint types check bench dist clean
+.DEFAULT_GOAL := run
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "On Debian: apt-get install python3-venv" >&2; exit 1; }
+
+$(VENV)/.relay: $(DISTRIBUTION) | $(BIN)/python
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.test: $(DISTRIBUTION) | $(BIN)/python
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@ $(VENV)/.relay
+
+# Returns when the relay accepts connections; supervisord goes on in the background.
+run: $(VENV)/.relay
+	@$(BIN)/supervisorctl -c $(CONF) pid >/dev/null 2>&1 || $(BIN)/supervisord -c $(CONF)
+	@for try in 1 2 3 4 5 6 7 8 9 10; do \
+	    sleep 0.5; $(BIN)/supervisorctl -c $(CONF) status | awk '$$2 != "RUNNING" {bad = 1} END {exit bad || !NR}' && exit 0; \
+	done; $(BIN)/supervisorctl -c $(CONF) status; tail -n 5 var/*.log; exit 1
+	@echo "The relay runs on port $(RELAY_PORT). What it does: var/*.log; its usage: var/usage.jsonl, var/usage.sqlite"
+	@echo "Next: make status, make stop"
+
+# The same, but it stays in this terminal until it gets Ctrl-C.
+foreground: $(VENV)/.relay
+	$(BIN)/supervisord -n -c $(CONF)
+
+# Returns when all have ended; transfers get their --grace.
+stop:
+	$(BIN)/supervisorctl -c $(CONF) shutdown
+	@for try in $$(seq 100); do [ -e var/supervisord.pid ] || exit 0; sleep 0.3; done; exit 1
+
+status:
+	$(BIN)/supervisorctl -c $(CONF) status
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+# mypy reads the tests and the benchmark too, and with them what they import.
+$(VENV)/.lint: $(VENV)/.test $(VENV)/.bench
+	$(BIN)/pip install --quiet --editable '.[lint]'
+	touch $@
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+
+types: $(VENV)/.lint
+	$(BIN)/mypy
+
+check: lint types test
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m misc.bench $(BENCH_OPTIONS)
+
+$(VENV)/.bench: $(DISTRIBUTION) | $(BIN)/python
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	touch $@ $(VENV)/.relay
+
+dist: $(VENV)/.test
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
