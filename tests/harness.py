@@ -28,7 +28,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -219,6 +219,7 @@ class Relay(Service):
         interface: address to listen on.
         env: variables set in addition to the test's own environment.
         nofile: the fd limit, soft and hard.
+        inside: what comes before the command, such as `ip netns exec NAME`; it must exec, so that the process id stays.
         recording: turn on --usage-db (`usage_db`) and --log-fd (`json_lines`).
         name: what the log is called, when several share a folder.
     """
@@ -231,6 +232,7 @@ class Relay(Service):
         interface: str = "127.0.0.1",
         env: Mapping[str, str] | None = None,
         nofile: int | None = None,
+        inside: Sequence[str] = (),
         recording: bool = False,
         name: str = "relay",
     ) -> None:
@@ -240,6 +242,7 @@ class Relay(Service):
         self.interface = interface
         self.env = dict(env or {})
         self.nofile = nofile
+        self.inside = list(inside)
         self.recording = recording
         self.log = folder / f"{name}.log"
         self.tracebacks_expected = False
@@ -287,6 +290,7 @@ class Relay(Service):
         command += self.options
         if self.nofile is not None:
             command = ["/bin/sh", "-c", 'ulimit -n "$0" && exec "$@"', str(self.nofile), *command]
+        command = self.inside + command
         environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "PYTHONUNBUFFERED": "1", **self.env}
         try:
             with self.log.open("ab") as log:
