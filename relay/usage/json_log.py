@@ -1,0 +1,158 @@
+"""Destination: one JSON line for each record, to a file descriptor that the relay was started with.
+
+A line is one `write` of less than 4096 bytes, so that the lines of several workers on one pipe or file never mix. The
+descriptor may be a file, a pipe, a socket or a terminal, blocking or not; it is used as it is and never closed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import socket
+import stat
+from collections import deque
+from collections.abc import Set as AbstractSet
+
+from relay.usage.record import Record, blur
+from relay.usage.reopen import FollowedFile
+from relay.usage.trouble import LOCKED_PATIENCE, Trouble, UsageError
+from relay.usage.writer import Request, Warn
+
+_STALL_MS = 250
+"""How long one attempt waits for the log's reader, in milliseconds."""
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def check_log_fd(fd: int) -> None:
+    """Raise UsageError unless JSON lines can go to `fd`.
+
+    Best asked before the process opens anything itself: a number that the operator forgot to open may be something of
+    the relay's own by then, such as the socket it listens on.
+    """
+    try:
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        kind = stat.S_IFMT(os.fstat(fd).st_mode)
+    except (OSError, OverflowError):
+        raise UsageError(_not_open(fd)) from None
+    if kind not in (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR) or _is_listening(fd, kind):
+        raise UsageError(_not_open(fd))
+    if flags & os.O_ACCMODE == os.O_RDONLY:
+        raise UsageError(f"--log-fd {fd}: it is open for reading only; open it for writing, as in {fd}>>usage.json")
+
+
+def _not_open(fd: int) -> str:
+    return f"--log-fd {fd}: it is not open; have the shell open it, as in {fd}>>usage.json"
+
+
+def _is_listening(fd: int, kind: int) -> bool:
+    """Tell a listening socket, on which nobody means to read lines: it is the relay's own."""
+    if kind != stat.S_IFSOCK:
+        return False
+    with socket.socket(fileno=os.dup(fd)) as duplicate:
+        return bool(duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def encode(record: Record) -> bytes:
+    """Return the record as a line of JSON: its five keys, in the order in which the relay has always had them."""
+    waiting = "null" if record.waiting_time is None else repr(record.waiting_time)
+    return (
+        f'{{"started": {record.started!r}, "total_time": {record.total_time!r}, "waiting_time": {waiting}, '
+        f'"total_bytes": {record.total_bytes}, "mood": "{record.mood}"}}\n'
+    ).encode("ascii")
+
+
+class JsonLog:
+    """The JSON lines on one file descriptor; used by one thread.
+
+    Args:
+        fd: open for writing (`check_log_fd`).
+        blur_seconds: as `--blur-usage` has it.
+        warn: writes a line to the relay's own log.
+    """
+
+    def __init__(self, fd: int, blur_seconds: int | None, warn: Warn) -> None:
+        self.name = f"JSON lines on fd {fd}"
+        self.option = f"--log-fd {fd}"
+        self._fd = fd
+        self._blur_seconds = blur_seconds
+        self._warn = warn
+        self._file = FollowedFile(fd)
+        self._told_of_rotation = False
+        self._rest = b""  # of the line of the oldest kept record, when part of it is written
+        self._poll: select.poll | None = None
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            self._poll = select.poll()
+            self._poll.register(fd, select.POLLOUT)
+
+    def write(self, kept: deque[Record], requests: AbstractSet[Request]) -> None:
+        """Write the kept records, oldest first, taking out each whose line is whole.
+
+        Raises:
+            Trouble: the next line cannot be written now, or not whole.
+        """
+        if not self._rest:
+            self._follow_rotation()
+        while kept:
+            line = self._rest or encode(blur(kept[0], self._blur_seconds))
+            if self._write_line(line):
+                self._rest = b""
+                kept.popleft()
+
+    def close(self) -> None:
+        """Leave the descriptor to whoever opened it."""
+
+    def _follow_rotation(self) -> None:
+        try:
+            self._file.follow()
+        except OSError as error:
+            if not self._told_of_rotation:
+                self._told_of_rotation = True
+                reason = f"its file was renamed and a new one cannot be made ({error.strerror})"
+                self._warn(f"{self.name}: {reason}; the lines go on into the old one until it can")
+        else:
+            self._told_of_rotation = False
+
+    def _write_line(self, line: bytes) -> bool:
+        """Write the line in one go; False when it, or what is left of it, has to be tried again at once."""
+        try:
+            self._wait_for_reader()
+            written = os.write(self._fd, line)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise _trouble(error) from error
+        if written == len(line):
+            return True
+        self._rest = b"" if self._take_back(written) else line[written:]
+        return False
+
+    def _wait_for_reader(self) -> None:
+        # Asked before each line, also when the descriptor blocks: a thread inside write() could not tell anybody.
+        if self._poll is not None and not self._poll.poll(_STALL_MS):
+            line = "its reader does not read"
+            raise Trouble(line, kind="stalled", passing=True, patience=LOCKED_PATIENCE, waited=True)
+
+    def _take_back(self, written: int) -> bool:
+        """Remove the part of a line for whose rest the disk had no space, so that another worker's line, should it come
+        first when there is space again, does not end up in the middle of ours. False: it has to be completed later."""
+        if self._poll is not None or not fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_APPEND:
+            return False
+        end = os.lseek(self._fd, 0, os.SEEK_CUR)
+        try:
+            if os.fstat(self._fd).st_size != end:
+                return False
+            os.ftruncate(self._fd, end - written)
+        except OSError:
+            return False
+        return True
+
+
+def _trouble(error: OSError) -> Trouble:
+    if error.errno in _NO_SPACE:
+        return Trouble("no space is left on its disk", kind="full", passing=True)
+    if error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOTCONN):
+        return Trouble("its reader is gone; start it again", kind="gone", passing=True)
+    return Trouble(f"cannot be written ({error.strerror})", passing=True)

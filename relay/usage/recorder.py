@@ -1,0 +1,95 @@
+"""What the relay calls to have a finished connection recorded: it queues, and threads of their own write.
+
+recorder = open_recorder(usage_db="usage.sqlite", log_fd=3, blur_seconds=600, current=relay.current, warn=warn)
+recorder.record(Record(started, total_time, waiting_time, total_bytes, "happy"))
+...
+recorder.close(timeout=10)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from relay.usage.database import Database
+from relay.usage.json_log import JsonLog, check_log_fd
+from relay.usage.record import Current, Record
+from relay.usage.trouble import UsageError
+from relay.usage.writer import Request, Warn, Writer
+
+__all__ = ["Recorder", "UsageError", "check_log_fd", "open_recorder"]
+
+
+class Recorder:
+    """Queues what is to be recorded; made by `open_recorder`.
+
+    Args:
+        database: the writer of the usage database, if there is one.
+        log: the writer of the JSON lines, if there are any.
+    """
+
+    def __init__(self, database: Writer | None, log: Writer | None) -> None:
+        self._writers = [writer for writer in (database, log) if writer is not None]
+        self._puts = [writer.put for writer in self._writers]
+        self._database = database
+
+    def record(self, record: Record) -> None:
+        """Queue one finished connection; never waits. It is written within about 10 ms when nothing is in the way.
+
+        Call it when the connection is out of what `current` counts: both are written together.
+        """
+        for put in self._puts:
+            put(record)
+
+    def refresh_current(self, *, tick: bool = False) -> None:
+        """Queue a refresh of the `current` table; `tick` notes the time too, so no event of a client may cause it."""
+        if self._database is not None:
+            self._database.put(Request.TICK if tick else Request.REFRESH)
+
+    def close(self, timeout: float) -> int:
+        """Write all that is queued, sign this process off from the database, and end the threads.
+
+        Blocks the calling thread, for `timeout` seconds at most. Nothing may be recorded after it.
+
+        Returns:
+            how many records are missing from the database, the JSON lines or both; a line in the log says why.
+        """
+        deadline = time.monotonic() + timeout
+        for writer in self._writers:
+            writer.leave(deadline)
+        return max([writer.wait() for writer in self._writers], default=0)
+
+
+def open_recorder(
+    *,
+    usage_db: str | None,
+    log_fd: int | None,
+    blur_seconds: int | None,
+    current: Callable[[], Current],
+    warn: Warn,
+) -> Recorder:
+    """Check where usage is to be recorded, start the threads that write it, and sign this process on in the database.
+
+    A process has at most one recorder of a database at a time. A database that is locked at the moment, or a full disk,
+    does not keep the relay from starting: after a second it goes on, and the records are kept.
+
+    Args:
+        usage_db: path of the SQLite file, made when missing; None for no database.
+        log_fd: file descriptor for JSON lines, used as it is; None for none.
+        blur_seconds: round times down to a multiple of this, and sizes up; None records both exactly.
+        current: returns what this process holds at the moment; called on another thread, so it must only read.
+        warn: writes one line to the relay's log; called on other threads.
+
+    Raises:
+        UsageError: one of them cannot be used; a file that is not the relay's is left byte for byte as it was.
+    """
+    log = database = None
+    if log_fd is not None:
+        check_log_fd(log_fd)
+        log = Writer(JsonLog(log_fd, blur_seconds, warn), warn)
+    if usage_db is not None:
+        database = Writer(Database(usage_db, blur_seconds, current, warn), warn)
+        database.start()
+    if log is not None:
+        log.start()
+    return Recorder(database, log)

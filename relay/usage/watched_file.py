@@ -1,0 +1,93 @@
+"""The database file that the connection has open, watched from outside SQLite: is it still where it was, and whole?"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Final
+
+from relay.usage import schema
+from relay.usage.trouble import Trouble
+
+_HEADER_BYTES: Final = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What became of a file in whose place another one is: what happened to it, and to what it held."""
+
+    what: str
+    rest: str
+
+
+class WatchedFile:
+    """Holds the file open beside SQLite's own connection.
+
+    While it is held its inode number is not given to another file, so comparing numbers is safe. Closing any descriptor
+    of a file drops all locks that the process has on it (fcntl(2)), SQLite's too: so it is let go of only when there is
+    no connection to it.
+
+    Args:
+        path: as the operator gave it; it may be a symbolic link.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._fd: int | None = None
+        self.wal: os.stat_result | None = None
+        """The -wal that belongs to the held file."""
+
+    def hold(self, status: os.stat_result) -> Fate | None:
+        """Watch the file that was just opened, which had this `status`.
+
+        Returns:
+            what became of the one that was held before, None if it is the same or the first.
+
+        Raises:
+            Trouble: someone put another file there in between.
+        """
+        if self._fd is not None and os.path.samestat(os.fstat(self._fd), status):
+            return None
+        fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        if not os.path.samestat(os.fstat(fd), status):
+            os.close(fd)
+            raise Trouble("its file is just being replaced", passing=True)
+        fate = self._fate()
+        self.forget()
+        self._fd = fd
+        return fate
+
+    def _fate(self) -> Fate | None:
+        if self._fd is None:
+            return None
+        if os.fstat(self._fd).st_nlink == 0:
+            return Fate("the file was deleted while the relay ran", "is lost")
+        return Fate("the file was moved away while the relay ran", "stays in it")
+
+    def is_where_it_was(self) -> bool:
+        """Tell whether the path still names the held file."""
+        if self._fd is None:
+            return False
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._fd))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    def check_header(self) -> None:
+        """Raise Trouble when the beginning of the held file was overwritten; SQLite may not notice for a long time."""
+        if self._fd is not None and not schema.has_valid_header(os.pread(self._fd, _HEADER_BYTES, 0)):
+            raise schema.damaged("its first bytes were overwritten")
+
+    def note_wal(self) -> None:
+        """Remember which -wal belongs to the held file."""
+        try:
+            self.wal = os.stat(os.path.realpath(self._path) + "-wal")
+        except FileNotFoundError:
+            self.wal = None
+
+    def forget(self) -> None:
+        """Let go of the file; there must be no connection to it."""
+        if self._fd is not None:
+            os.close(self._fd)
+        self._fd = None
+        self.wal = None

@@ -1,0 +1,212 @@
+"""The thread behind each destination: takes what is queued, has it written, and keeps it while that does not work.
+
+Whoever records only puts into the queue. The thread writes at once when something comes, but begins a turn no sooner
+than 10 ms after the one before; what is queued meanwhile goes into that turn. So a busy relay pays for a hundred turns
+a second, however many connections end, and a quiet one has each record on disk at once.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
+from queue import SimpleQueue
+from typing import Final, Protocol
+
+from relay.usage.record import Record
+from relay.usage.trouble import Trouble, UsageError
+
+Warn = Callable[[str], None]
+"""Writes one line to the relay's log; called on any thread."""
+
+TURN_SECONDS: Final = 0.01
+FIRST_BACKOFF: Final = 0.05
+LONGEST_BACKOFF: Final = 1.0
+
+START_PATIENCE: Final = 1.0
+"""How long a start waits for a destination that is locked, before it goes on without; seconds."""
+
+
+class Request(enum.Enum):
+    """What can be queued besides records."""
+
+    REFRESH = "write the current table"
+    TICK = "the same, and note the time"
+    LEAVE = "write all there is, sign off, end"
+
+
+class Destination(Protocol):
+    """Where records are written. Its methods are called on the writer's thread only."""
+
+    name: str
+    """What the operator knows it by, in the log."""
+
+    option: str
+    """The option that it comes from, with the value."""
+
+    def write(self, kept: deque[Record], requests: AbstractSet[Request]) -> None:
+        """Write the records and do what is requested; take out of `kept`, from the left, what is safely written.
+
+        Raises:
+            Trouble: something is left. This is called again later, with all that is left and more.
+        """
+
+    def close(self) -> None:
+        """Let go of the destination; nothing is written after it."""
+
+
+class Writer:
+    """Feeds one destination from a queue, on a thread of its own.
+
+    Args:
+        destination: what to write to.
+        warn: writes a line to the relay's log.
+    """
+
+    def __init__(self, destination: Destination, warn: Warn) -> None:
+        self._destination = destination
+        self._warn = warn
+        self._queue: SimpleQueue[Record | Request] = SimpleQueue()
+        self.put = self._queue.put
+        self._kept: deque[Record] = deque()
+        self._requests: set[Request] = {Request.REFRESH}
+        self._outage = _Outage(destination.name, warn)
+        self._backoff = FIRST_BACKOFF
+        self._first_success = threading.Event()
+        self._mistake: Trouble | None = None
+        self._leaving = threading.Event()
+        self._deadline = float("inf")
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name=f"writer of {destination.name}", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread and wait, for a second at most, until its destination was written for the first time.
+
+        Raises:
+            UsageError: it never will be, as things are.
+        """
+        self._thread.start()
+        self._first_success.wait(START_PATIENCE)
+        if self._mistake is not None:
+            self._thread.join()
+            raise UsageError(f"{self._destination.option}: {self._mistake.line}")
+
+    def leave(self, deadline: float) -> None:
+        """Have everything written that was queued, and the thread end, by `deadline` (of the monotonic clock)."""
+        self._deadline = deadline
+        self._queue.put(Request.LEAVE)
+        self._leaving.set()
+
+    def wait(self) -> int:
+        """Wait for the end of the thread, until the deadline at most.
+
+        Returns:
+            how many records could not be written; the log says so too.
+        """
+        self._thread.join(max(0.0, self._deadline - time.monotonic()))
+        unwritten = len(self._kept) + self._records_queued()
+        if unwritten:
+            reason = self._outage.reason or "there was not enough time"
+            self._warn(f"{self._destination.name}: {unwritten} records are lost, the relay had to end before: {reason}")
+        return unwritten
+
+    def _records_queued(self) -> int:
+        if self._thread.is_alive():  # stuck in a write, with LEAVE still in the queue
+            return max(0, self._queue.qsize() - 1)
+        queued = [self._queue.get() for _ in range(self._queue.qsize())]
+        return sum(isinstance(item, Record) for item in queued)
+
+    def _run(self) -> None:
+        try:
+            while not self._ended:
+                self._take()
+                began = time.monotonic()
+                wait = self._turn()
+                self._pause(began + wait - time.monotonic())
+        finally:
+            self._destination.close()
+            self._first_success.set()
+
+    def _take(self) -> None:
+        """Take what is queued; wait for something when nothing is left to do."""
+        queued = [] if self._kept or self._requests else [self._queue.get()]
+        # No one else takes from the queue, so there is at least as much as it says.
+        queued += [self._queue.get() for _ in range(self._queue.qsize())]
+        for item in queued:
+            if isinstance(item, Record):
+                self._kept.append(item)
+            else:
+                self._requests.add(item)
+
+    def _turn(self) -> float:
+        """Have everything written; return how many seconds after the beginning of this turn the next may begin."""
+        before = len(self._kept)
+        try:
+            self._destination.write(self._kept, self._requests)
+        except Trouble as trouble:
+            return self._in_trouble(trouble, before - len(self._kept))
+        except Exception as error:  # a mistake in this program must not end the thread, and all records with it
+            return self._in_trouble(Trouble(f"cannot be written: {error!r}", passing=True), before - len(self._kept))
+        self._outage.over(before)
+        self._backoff = FIRST_BACKOFF
+        self._ended = Request.LEAVE in self._requests
+        self._requests.clear()
+        self._first_success.set()
+        return TURN_SECONDS
+
+    def _in_trouble(self, trouble: Trouble, written: int) -> float:
+        self._outage.goes_on(trouble, written, len(self._kept))
+        if not trouble.passing and not self._first_success.is_set():
+            self._mistake = trouble
+            self._ended = True
+        if time.monotonic() >= self._deadline:
+            self._ended = True
+        if trouble.waited:
+            return 0.0
+        wait = self._backoff
+        self._backoff = min(2 * wait, LONGEST_BACKOFF)
+        return wait
+
+    def _pause(self, seconds: float) -> None:
+        if seconds <= 0 or self._ended:
+            return
+        if seconds <= TURN_SECONDS or self._leaving.is_set():
+            time.sleep(min(seconds, FIRST_BACKOFF))
+        else:
+            self._leaving.wait(seconds)
+
+
+class _Outage:
+    """What the operator is told of a destination in trouble: each kind of trouble once, and once that it is over."""
+
+    def __init__(self, name: str, warn: Warn) -> None:
+        self.reason = ""
+        self._name = name
+        self._warn = warn
+        self._since = 0.0
+        self._written = 0
+        self._told: set[str] = set()
+
+    def goes_on(self, trouble: Trouble, written: int, kept: int) -> None:
+        now = time.monotonic()
+        if not self.reason:
+            self._since = now
+        self.reason = trouble.line
+        self._written += written
+        if trouble.kind not in self._told and now - self._since >= trouble.patience:
+            self._told.add(trouble.kind)
+            self._warn(f"{self._name}: {trouble.line}; records are kept until it works again ({kept} now)")
+
+    def over(self, written: int) -> None:
+        if self._told:
+            seconds = time.monotonic() - self._since
+            records = self._written + written
+            self._warn(
+                f"{self._name}: works again after {seconds:.0f} s, all {records} records of that time are written"
+            )
+        self.reason = ""
+        self._written = 0
+        self._told.clear()
