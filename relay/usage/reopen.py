@@ -1,0 +1,68 @@
+"""The JSON log's file after it was rotated: notice that the path names another file now, and write there.
+
+The shell opens the log (`3>>usage.jsonl`) and the relay only inherits the descriptor, so a renamed file would be
+written to for ever. Truncating it in place instead (logrotate's `copytruncate`) loses the lines that come between the
+copy and the cut. So the relay asks, between two lines, whether the path still names the file it writes to. No signal
+and no process id is needed, and every worker finds out by itself.
+
+Nothing here knows about lines: the caller asks at a line's boundary, never between the parts of one.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+# O_NONBLOCK means nothing to a file; it keeps a FIFO that was put in its place from holding up the writer.
+APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+
+
+def path_of(fd: int) -> str | None:
+    """Return the path of the regular file that `fd` writes to; None for a pipe, a socket, a terminal or a file that
+    has no name any more."""
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink == 0:
+            return None
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        named = os.stat(path)
+    except OSError:  # no /proc here, or the file is in a folder that this process cannot see
+        return None
+    return path if os.path.samestat(status, named) else None
+
+
+class FollowedFile:
+    """A descriptor that goes where its path goes.
+
+    Args:
+        fd: the descriptor of the log, open for writing. Its path is asked for once, now.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.path = path_of(fd)
+
+    def follow(self) -> bool:
+        """Let the descriptor write to the file that the path names, making that file when there is none.
+
+        Returns:
+            True when that is another file than before.
+
+        Raises:
+            OSError: the new file cannot be opened. The descriptor still writes to the old one; ask again later.
+        """
+        if self.path is None:
+            return False
+        current = os.fstat(self.fd)
+        try:
+            if os.path.samestat(os.stat(self.path), current):
+                return False
+        except FileNotFoundError:
+            pass  # renamed, and nobody has made the next one yet
+        opened = os.open(self.path, APPEND, stat.S_IMODE(current.st_mode))
+        try:
+            # One step for whoever writes at the same time: the descriptor is the old file, then it is the new one.
+            os.dup2(opened, self.fd, inheritable=os.get_inheritable(self.fd))
+        finally:
+            os.close(opened)
+        return True
