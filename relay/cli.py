@@ -1,0 +1,212 @@
+"""relay-gevent, a transit relay for magic-wormhole.
+
+Usage:
+  relay-gevent [options]
+
+Where it listens:
+  --port PORT                  TCP port; 0 picks a free one, and the log says which. Also takes the Twisted relay's
+                               forms tcp:4001 and tcp:4001:interface=ADDR [default: 4001]
+  --interface ADDR             Address to listen on; :: is every address, IPv6 and IPv4 [default: ::]
+
+What it records:
+  --usage-db PATH              Keep usage in this SQLite file; it is made when missing.
+  --log-fd FD                  Write a JSON line for each finished connection to this file descriptor.
+  --log-stdout                 The same, to standard output.
+  --blur-usage SECONDS         Round what is recorded: times down to a multiple of SECONDS, sizes up.
+
+Several workers:
+  --run-dir DIR                Where the workers of this relay find each other; made when missing. Workers that share
+                               DIR are one relay. Without it, this worker is alone.
+
+How it ends, and how long it waits:
+  --grace SECONDS              How long transfers may go on after a signal to stop [default: 10]
+  --handshake-timeout SECONDS  How long a client may take to say what it wants [default: 30]
+  --wait-timeout SECONDS       How long a client may wait for its partner [default: 3600]
+  --max-connections N          Connections at a time; further ones wait in the listen queue. Without it,
+                               as many as the limit of file descriptors allows.
+
+  --help                       Show this.
+  --version                    Show the version.
+
+SIGTERM and SIGINT end it in good order; a second one ends it at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import docopt
+
+from relay import __version__
+from relay.mistakes import Mistake
+from relay.options import Options
+
+RESERVED_FDS = 64
+"""File descriptors that are not for clients: the database, the log, the listening socket, the siblings."""
+
+RECORDS_SECONDS = 10.0
+"""How long the last thing a worker does, writing the records that are still queued, may take."""
+
+logger = logging.getLogger("relay")
+
+_ENDPOINT = re.compile(r"tcp:(\d+)(?::interface=((?:[^:\\]|\\.)+))?")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `relay-gevent` with the arguments `argv`, by default the process's own; never returns normally for a mistake.
+
+    Exit status: 0 after an orderly stop, 2 after a mistake of the operator's, told in one line on stderr.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        raise_fd_limit()
+        options = read_options(arguments)
+        _log_to_stderr()
+        _serve(options)
+    except Mistake as mistake:
+        _fail(mistake)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(mistake: Exception) -> NoReturn:
+    print(f"relay-gevent: error: {mistake}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _serve(options: Options) -> None:
+    # gevent and what builds on it is imported only now: --help and a mistake need not wait for it.
+    import gevent
+
+    from relay.server import Relay
+    from relay.usage.recorder import UsageError, open_recorder
+
+    relay = Relay(options)
+    try:
+        listener = relay.find_port()
+        try:
+            recorder = open_recorder(
+                usage_db=options.usage_db,
+                log_fd=options.log_fd,
+                blur_seconds=options.blur_usage,
+                current=relay.current,
+                warn=logger.warning,
+            )
+        except UsageError as error:
+            raise Mistake(error) from None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            gevent.signal_handler(number, relay.stop)
+        relay.start(listener, recorder)
+        relay.wait_until_ended()
+    finally:
+        relay.close()
+    recorder.close(RECORDS_SECONDS)
+    logger.info("stopped")
+
+
+def _log_to_stderr() -> None:
+    """Send the log to stderr, a line each: what it holds is starting, stopping and what goes wrong."""
+    logging.raiseExceptions = False  # a full disk under the log must not become the relay's trouble
+    logging.basicConfig(
+        format="%(asctime)s relay-gevent[%(process)d] %(message)s", datefmt="%Y-%m-%d %H:%M:%S", level=logging.INFO
+    )
+
+
+def raise_fd_limit() -> None:
+    """Raise the soft limit of file descriptors to the hard one: each connection takes one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def read_options(arguments: Sequence[str]) -> Options:
+    """Understand the command line; prints and exits with status 0 for --help and --version.
+
+    Raises Mistake for anything that is not as the help says.
+    """
+    try:
+        given = docopt.docopt(__doc__, list(arguments), version=f"relay-gevent {__version__}")
+    except docopt.DocoptExit as refusal:
+        raise Mistake(_what_docopt_means(arguments, str(refusal))) from None
+    port, interface = _endpoint(given["--port"], given["--interface"])
+    return Options(
+        port=port,
+        interface=interface,
+        blur_usage=None if given["--blur-usage"] is None else _whole(given, "--blur-usage", 1),
+        log_fd=_log_fd(given),
+        usage_db=given["--usage-db"],
+        run_dir=given["--run-dir"],
+        grace=_seconds(given, "--grace", 0),
+        handshake_timeout=_seconds(given, "--handshake-timeout", 0.1),
+        wait_timeout=_seconds(given, "--wait-timeout", 0.1),
+        max_connections=_max_connections(given),
+    )
+
+
+def _what_docopt_means(arguments: Sequence[str], message: str) -> str:
+    complaint = message.partition("Usage:")[0].strip()
+    if complaint:
+        return f"{complaint}; see relay-gevent --help"
+    known = set(re.findall(r"^  (--[a-z-]+)", __doc__ or "", re.MULTILINE))
+    names = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
+    for name in names:
+        if not any(option.startswith(name) for option in known):
+            return f"{name} is not an option; see relay-gevent --help"
+    for name in names:
+        if names.count(name) > 1:
+            return f"{name} is given more than once; give it once"
+    return f"cannot make sense of {' '.join(arguments)!r}; see relay-gevent --help"
+
+
+def _endpoint(port: str, interface: str) -> tuple[int, str]:
+    """PORT as a number, or as the Twisted relay's endpoint, which may name the interface too."""
+    endpoint = _ENDPOINT.fullmatch(port)
+    if endpoint is not None:
+        port = endpoint[1]
+        if endpoint[2] is not None:
+            interface = re.sub(r"\\(.)", r"\1", endpoint[2])
+    if not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
+        raise Mistake(f"--port {port}: give a number from 0 to 65535, or tcp:PORT, or tcp:PORT:interface=ADDR")
+    return int(port), interface
+
+
+def _log_fd(given: dict[str, Any]) -> int | None:
+    if given["--log-fd"] is None:
+        return 1 if given["--log-stdout"] else None
+    log_fd = _whole(given, "--log-fd", 0)
+    if given["--log-stdout"] and log_fd != 1:
+        raise Mistake("--log-stdout and --log-fd name two places for the JSON lines; give one of them")
+    return log_fd
+
+
+def _max_connections(given: dict[str, Any]) -> int:
+    fds, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # A pair with bytes in flight borrows pipes, four file descriptors at most, and copies when it gets none.
+    possible = max(2, (fds - RESERVED_FDS) * 4 // 5)
+    if given["--max-connections"] is None:
+        return possible
+    most = _whole(given, "--max-connections", 2)
+    if most > fds - RESERVED_FDS:
+        raise Mistake(
+            f"--max-connections {most}: the limit of file descriptors allows {fds - RESERVED_FDS}; raise it (ulimit -n)"
+        )
+    return most
+
+
+def _whole(given: dict[str, Any], option: str, least: int) -> int:
+    text = given[option]
+    if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) < least:
+        raise Mistake(f"{option} {text}: give a whole number, {least} or more")
+    return int(text)
+
+
+def _seconds(given: dict[str, Any], option: str, least: float) -> float:
+    text = given[option]
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or float(text) < least:
+        raise Mistake(f"{option} {text}: give seconds, {least:g} or more")
+    return float(text)

@@ -1,0 +1,149 @@
+"""The TCP port: the listening socket, and the server that accepts from it.
+
+Everything that all connections have in common is set once on the listening socket; on Linux an accepted one inherits
+it (tcp(7), socket(7)), which saves the system calls on each.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from gevent.server import StreamServer
+
+from relay.mistakes import Mistake
+
+BACKLOG = 4096
+"""Connections that may wait to be accepted; the kernel cuts it to ``net.core.somaxconn``."""
+
+KEEPALIVE_IDLE_SECONDS = 60
+KEEPALIVE_PROBES = 6
+KEEPALIVE_PROBE_SECONDS = 20
+"""A peer that is silent for so long, and then for so many probes so far apart, is dead: three minutes in all."""
+
+ACCEPTS_PER_WAKE = 64
+"""Connections taken in a row before the pumps and everybody else get their turn."""
+
+FULL_PAUSE_SECONDS = 1.0
+"""How long accepting rests when the process or the machine has no file descriptor or memory for another connection,
+unless one of ours is closed before."""
+
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+logger = logging.getLogger(__name__)
+
+
+def open_port(interface: str, port: int) -> socket.socket:
+    """Listen on `port` of the address `interface` (``::`` means every address, IPv6 and IPv4; port 0 a free one).
+
+    Raises Mistake when that cannot be had.
+    """
+    family, address = _resolve(interface, port)
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if interface == "::" else 1)
+        _prepare(listener)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise _port_mistake(error, interface, port) from None
+    return listener
+
+
+def is_at(listener: socket.socket, interface: str, port: int) -> bool:
+    """Whether `listener` is what `open_port` makes of the same arguments; any port will do for port 0."""
+    _, address = _resolve(interface, port)
+    here = listener.getsockname()
+    return bool(here[0] == address[0] and port in (0, here[1]))
+
+
+def _resolve(interface: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
+    if interface == "::" and not socket.has_dualstack_ipv6():
+        interface = "0.0.0.0"  # a machine without IPv6
+    try:
+        numeric = socket.AI_PASSIVE | socket.AI_NUMERICHOST
+        found = socket.getaddrinfo(interface, port, type=socket.SOCK_STREAM, flags=numeric)
+    except socket.gaierror:
+        raise Mistake(f"--interface {interface}: not an IPv4 or IPv6 address of this machine") from None
+    family, _, _, _, address = found[0]
+    return family, address
+
+
+def _prepare(listener: socket.socket) -> None:
+    listener.setblocking(False)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_PROBE_SECONDS)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+
+
+def _port_mistake(error: OSError, interface: str, port: int) -> Mistake:
+    if error.errno == errno.EADDRINUSE:
+        return Mistake(f"--port {port}: another program listens there already; stop it or choose another port")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return Mistake(f"--port {port}: this user may not listen there; ports below 1024 are for root")
+    if error.errno == errno.EADDRNOTAVAIL:
+        return Mistake(f"--interface {interface}: not an address of this machine")
+    return Mistake(f"--port {port} --interface {interface}: {os.strerror(error.errno or 0)}")
+
+
+class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
+    """Accepts connections and gives each to `admit`, in the hub: `admit` must not wait.
+
+    At `is_full` it stops accepting, so that new connections wait in the kernel's listen queue; `reopen` is to be
+    called whenever there may be room again.
+    """
+
+    max_accept = ACCEPTS_PER_WAKE
+    _timer: Any
+    _watcher: Any
+
+    def __init__(
+        self, listener: socket.socket, admit: Callable[[socket.socket, object], None], is_full: Callable[[], bool]
+    ) -> None:
+        super().__init__(listener, handle=admit, spawn=None)
+        self._is_full = is_full
+
+    def full(self) -> bool:
+        """Whether no further connection is to be accepted now; asked by gevent before each."""
+        return self._is_full()
+
+    def do_read(self) -> tuple[socket.socket, object] | None:
+        """Accept one connection; None when there is none, or nothing to accept it with."""
+        try:
+            return self.socket.accept()  # type: ignore[no-any-return]
+        except BlockingIOError:
+            return None
+        except ConnectionError:
+            return None  # it was gone before it was accepted
+        except OSError as error:
+            if error.errno not in _EXHAUSTED:
+                raise
+            self._rest()
+            return None
+
+    def do_close(self, *_: object) -> None:
+        """Nothing: an accepted connection lives on after `admit` has returned."""
+
+    def reopen(self) -> None:
+        """Accept again, if accepting rests and there is room."""
+        if self._watcher is None and self.started and not self._is_full():
+            if self._timer is not None:
+                self._timer.stop()
+                self._timer.close()
+                self._timer = None
+            self.start_accepting()
+
+    def _rest(self) -> None:
+        """Stop accepting for a while: trying on would find the same again at once, and keep a core busy."""
+        self.stop_accepting()
+        self._timer = self.loop.timer(FULL_PAUSE_SECONDS)
+        self._timer.start(self.reopen)

@@ -1,0 +1,21 @@
+"""What a worker was asked to be: the command line, understood and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options of `relay-gevent`; times in seconds. docs/running.md describes each."""
+
+    port: int = 4001
+    interface: str = "::"
+    blur_usage: int | None = None
+    log_fd: int | None = None
+    usage_db: str | None = None
+    run_dir: str | None = None
+    grace: float = 10.0
+    handshake_timeout: float = 30.0
+    wait_timeout: float = 3600.0
+    max_connections: int = 1000

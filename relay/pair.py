@@ -1,0 +1,211 @@
+"""Two clients glued: a pump in each direction, one greenlet that waits for both, and how it ends.
+
+A pair is over
+
+- when both sides have ended their streams and all they sent was delivered;
+- or when one has, and the other then sends nothing for `HALF_CLOSED_SECONDS`;
+- at once when either side is reset, or turns out to be dead.
+
+A side that does not read stops its partner, and nothing else: that may last as long as it likes, as long as its host
+still answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+from collections.abc import Callable, Sequence
+
+import gevent
+from gevent.select import poll
+
+from relay.pipes import Pipe, PipePool
+from relay.pump import INPUT, OVER, ROOM, TURN, Pump
+from relay.sibling_language import PairState
+from relay.turns import Turns
+
+HALF_CLOSED_SECONDS = 10.0
+"""How long the second side may say nothing once the first one's stream is over."""
+
+STALL_CHECK_SECONDS = 1.0
+"""How often a pair with a side that does not read looks whether both are still there: such a side's partner is not
+being read from, and so poll(2) does not tell of its reset."""
+
+DEAD_SECONDS = 300.0
+"""A side that has not acknowledged anything for so long while it was owed bytes is gone. A living one that does not
+read answers the kernel's zero-window probes, at least every two minutes (TCP_RTO_MAX)."""
+
+_TCP_CLOSE = 7  # include/net/tcp_states.h
+_TCP_INFO_LAST_ACK_RECV = 56  # offset of tcpi_last_ack_recv, milliseconds, in struct tcp_info of linux/tcp.h
+
+
+class Detached(BaseException):
+    """Thrown into a pair's greenlet to make it let go of the pair, as it is, between two turns."""
+
+
+class Pair:
+    """Two connections that are one transfer.
+
+    `started` (seconds since the epoch) and `arrived` (monotonic seconds) are the first side's; `waiting_time` is how
+    long it was alone, in seconds. `on_over` is called with the pair, once, from its greenlet, when it is over and its
+    sockets are closed.
+    """
+
+    __slots__ = ("arrived", "first", "greenlet", "on_over", "pumps", "second", "started", "turns", "waiting_time")
+
+    def __init__(
+        self,
+        first: socket.socket,
+        second: socket.socket,
+        *,
+        started: float,
+        arrived: float,
+        waiting_time: float,
+        pipes: PipePool,
+        turns: Turns,
+        on_over: Callable[[Pair], None],
+    ) -> None:
+        self.first = first
+        self.second = second
+        self.started = started
+        self.arrived = arrived
+        self.waiting_time = waiting_time
+        self.turns = turns
+        self.on_over = on_over
+        self.pumps = (Pump(first, second, pipes, turns), Pump(second, first, pipes, turns))
+        self.greenlet: gevent.Greenlet | None = None
+
+    @property
+    def moved(self) -> int:
+        """Bytes delivered so far, both directions."""
+        there, back = self.pumps
+        return there.moved + back.moved
+
+    def start(self) -> None:
+        """Begin to pump, or go on, in a greenlet of its own."""
+        for pump in self.pumps:
+            pump.resume()
+        self.greenlet = gevent.spawn(self._pump_until_over)
+
+    def detach(self) -> None:
+        """Make the pair's greenlet let go of it, between two turns; to be called from another greenlet."""
+        if self.greenlet is not None:
+            self.greenlet.kill(Detached)
+            self.greenlet = None
+
+    def pack(self) -> tuple[PairState, list[int]]:
+        """This pair as it is, for another process, and the file descriptors that go with it; after `detach`."""
+        (there, there_fds), (back, back_fds) = (pump.pack() for pump in self.pumps)
+        state = PairState(self.started, self.arrived, self.waiting_time, there, back)
+        return state, [self.first.fileno(), self.second.fileno(), *there_fds, *back_fds]
+
+    def unpack(self, state: PairState, pipes: Sequence[Pipe]) -> None:
+        """Go on where a pair in another process was; `pipes` are those that hold bytes, in the order of the pumps."""
+        left = list(pipes)
+        for pump, pump_state in zip(self.pumps, (state.there, state.back), strict=True):
+            pump.unpack(pump_state, left.pop(0) if pump_state.held and not pump_state.rest else None)
+
+    def close(self) -> None:
+        """Close both sockets and give up what is still held."""
+        for pump in self.pumps:
+            pump.abandon()
+        self.first.close()
+        self.second.close()
+
+    def _pump_until_over(self) -> None:
+        try:
+            try:
+                self._pump()
+            except OSError:
+                self._deliver_what_fits()
+        except Detached:
+            return
+        except BaseException:
+            self._end()
+            raise
+        self._end()
+
+    def _end(self) -> None:
+        self.close()
+        self.on_over(self)
+
+    def _pump(self) -> None:
+        """Give the pumps their turns until the pair is over; raises OSError when a side was reset or is dead."""
+        there, back = self.pumps
+        poller = poll()
+        watched: tuple[int, int] | None = None
+        while there.waits != OVER or back.waits != OVER:
+            if there.waits == TURN or back.waits == TURN:
+                self.turns.wait()
+                for pump in self.pumps:
+                    if pump.waits != OVER:
+                        pump.turn()
+                continue
+            if watched != (there.waits, back.waits):
+                watched = (there.waits, back.waits)
+                self._watch(poller)
+            ready = dict(poller.poll(self._patience()))
+            if not ready:
+                if self._is_half_closed():
+                    return
+                self._look_for_the_dead()
+            for pump in self.pumps:
+                waits_at = pump.sink if pump.waits == ROOM else pump.source
+                if pump.waits > 0 and ready.get(waits_at.fileno(), 0) & pump.waits:
+                    pump.turn()
+
+    def _watch(self, poller: poll) -> None:
+        """Tell `poller` what the pumps wait for."""
+        there, back = self.pumps
+        for sock, out_of_it, into_it in ((self.first, there, back), (self.second, back, there)):
+            events = (out_of_it.waits == INPUT and INPUT) | (into_it.waits == ROOM and ROOM)
+            if events:
+                poller.register(sock, events)
+            else:
+                with contextlib.suppress(KeyError):
+                    poller.unregister(sock)
+
+    def _patience(self) -> int | None:
+        """How long to wait for the sockets, in milliseconds; None is for ever."""
+        if any(pump.waits == ROOM for pump in self.pumps):
+            return int(STALL_CHECK_SECONDS * 1000)
+        if self._is_half_closed():
+            return int(HALF_CLOSED_SECONDS * 1000)
+        return None
+
+    def _is_half_closed(self) -> bool:
+        """Whether one stream is over, and of the other everything that came was delivered."""
+        there, back = self.pumps
+        return {there.waits, back.waits} == {OVER, INPUT}
+
+    def _look_for_the_dead(self) -> None:
+        """Find out about a side that poll(2) is not asked about, or whose host has gone while it did not read.
+
+        Raises ConnectionResetError when there is one.
+        """
+        there, back = self.pumps
+        for pump, opposite in ((there, back), (back, there)):
+            if pump.waits != ROOM:
+                continue
+            state, _ = _tcp_state(pump.source)
+            # Once the relay has ended the stream towards it, a side that ends its own closes in good order.
+            if state == _TCP_CLOSE and opposite.waits != OVER:
+                raise ConnectionResetError
+            _, silence = _tcp_state(pump.sink)
+            if silence > DEAD_SECONDS:
+                raise ConnectionResetError
+
+    def _deliver_what_fits(self) -> None:
+        """After a reset: let through what had arrived before it, as far as that takes no waiting."""
+        for pump in self.pumps:
+            with contextlib.suppress(OSError):
+                if pump.waits != OVER:
+                    pump.turn()
+
+
+def _tcp_state(sock: socket.socket) -> tuple[int, float]:
+    """The TCP state of `sock`, and the seconds since its peer last acknowledged anything. Source: tcp(7), TCP_INFO."""
+    tcp_info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_LAST_ACK_RECV + 4)
+    (milliseconds,) = struct.unpack_from("=I", tcp_info, _TCP_INFO_LAST_ACK_RECV)
+    return tcp_info[0], milliseconds / 1000

@@ -1,0 +1,147 @@
+"""The run directory: where the workers of one relay find each other.
+
+Each worker listens there on a Unix SEQPACKET socket of its own. There is no list and no numbering: the files are the
+list, and a file that refuses connections was left by a worker that died. Joining happens under a lock, one worker at a
+time, so that two that start together cannot miss each other, nor both take themselves for the first.
+
+Sockets are reached through ``/proc/self/fd/N/NAME``: a Unix socket's path may have 107 bytes (unix(7)), the operator's
+may have more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import socket
+import stat
+import struct
+import time
+
+from relay.mistakes import Mistake
+
+_SOCKET_NAME = re.compile(r"worker-[0-9]+-[0-9a-f]{8}")
+_UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
+
+LOCK_SECONDS = 15.0
+"""How long a worker waits for another one that is joining; that takes a fraction of a second unless it hangs."""
+
+
+class RunDir:
+    """The directory at `path`, made with mode 0700 when it is missing.
+
+    Raises Mistake when it cannot be made or used, or when others than this user may enter it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.own_name = f"worker-{os.getpid()}-{secrets.token_hex(4)}"
+        self._fd = self._open()
+        self._lock_fd = -1
+
+    def _open(self) -> int:
+        try:
+            try:
+                os.mkdir(self.path, 0o700)
+            except FileExistsError:
+                pass
+            fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise Mistake(f"--run-dir {self.path}: {os.strerror(error.errno or 0)}; name a folder of its own") from None
+        status = os.fstat(fd)
+        if status.st_uid != os.geteuid():
+            os.close(fd)
+            raise Mistake(f"--run-dir {self.path}: belongs to another user; name a folder of its own")
+        if stat.S_IMODE(status.st_mode) & 0o077:
+            os.close(fd)
+            raise Mistake(
+                f"--run-dir {self.path}: others may enter it; chmod 700 it, or name one that is not there yet"
+            )
+        return fd
+
+    def lock(self) -> None:
+        """Wait for our turn to join; raises Mistake when it does not come within `LOCK_SECONDS`."""
+        self._lock_fd = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            if time.monotonic() > deadline:
+                raise Mistake(f"--run-dir {self.path}: another worker has been joining for too long")
+            time.sleep(0.01)
+
+    def unlock(self) -> None:
+        """Let the next worker join; nothing happens without the lock."""
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def listen(self) -> socket.socket:
+        """Our own socket, non-blocking, listening under `own_name`."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        listener.bind(self._reach(self.own_name))
+        listener.listen(128)
+        return listener
+
+    def connect_to_all(self) -> list[socket.socket]:
+        """A blocking connection to every other worker; files that dead ones have left are removed."""
+        links = []
+        for name in sorted(os.listdir(self._fd)):
+            if not _SOCKET_NAME.fullmatch(name) or name == self.own_name:
+                continue
+            link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
+                link.settimeout(1.0)
+                link.connect(self._reach(name))
+            except OSError as error:
+                link.close()
+                if error.errno == errno.ECONNREFUSED:
+                    self._remove(name)
+                continue
+            if same_user(link) is None:
+                link.close()
+                continue
+            links.append(link)
+        return links
+
+    def lost_own_socket(self) -> bool:
+        """Whether somebody has removed our socket, or the directory, so that newcomers cannot find us."""
+        try:
+            return not stat.S_ISSOCK(os.stat(os.path.join(self.path, self.own_name)).st_mode)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False  # not to be seen at the moment, which is no reason to make another
+
+    def renew(self) -> socket.socket:
+        """Make the directory anew, if it is gone, and listen in it again.
+
+        Raises Mistake or OSError when that is not possible.
+        """
+        fd = self._open()
+        os.close(self._fd)
+        self._fd = fd
+        return self.listen()
+
+    def remove_own_socket(self) -> None:
+        """Leave the directory."""
+        self._remove(self.own_name)
+
+    def _remove(self, name: str) -> None:
+        try:
+            os.unlink(name, dir_fd=self._fd)
+        except OSError:
+            pass  # somebody else was quicker, or the whole directory is gone
+
+    def _reach(self, name: str) -> str:
+        return f"/proc/self/fd/{self._fd}/{name}"
+
+
+def same_user(link: socket.socket) -> int | None:
+    """The process id at the other end of `link`, or None when it runs as another user."""
+    pid, uid, _ = _UCRED.unpack(link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return pid if uid == os.geteuid() else None

@@ -1,0 +1,522 @@
+"""The relay of one process: it accepts, shakes hands, lets wait, pairs, and stops.
+
+A connection is a `Client` until it has a partner, and costs no greenlet: one libev watcher calls in here when it has
+something to say. Two that match become a `Pair`, which has a greenlet and looks after itself. So nearly everything in
+this file runs in the hub and must not wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import time
+from collections.abc import Sequence
+
+import gevent
+from gevent.event import Event
+
+from relay.client import Client, Stage
+from relay.deadlines import Deadlines
+from relay.door import Door, is_at, open_port
+from relay.handshake import LONGEST, Handshake, Refusal, read_handshake
+from relay.mistakes import Mistake
+from relay.options import Options
+from relay.pair import Pair
+from relay.pipes import Pipe, PipePool
+from relay.run_dir import RunDir
+from relay.sibling_language import PairState
+from relay.siblings import Link, Siblings
+from relay.turns import Turns
+from relay.usage.record import Current, Mood, Record
+from relay.usage.recorder import Recorder
+from relay.waiting_room import WaitingRoom
+
+LINGER_SECONDS = 2.0
+LINGER_BYTES = 1 << 20
+"""How long, and for how many bytes, the relay goes on reading from a client it has turned away. Closing a socket with
+unread input resets the connection, and that can overtake and destroy the reply."""
+
+CURRENT_SECONDS = 300.0
+"""How often the `current` table is refreshed when nothing else does it."""
+
+TICK_SECONDS = 1.0
+
+MOST_HOPS = 8
+"""A client that has been handed on so often stays where it is until the siblings agree about who is there."""
+
+logger = logging.getLogger(__name__)
+
+_scrap = bytearray(1 << 16)
+
+
+class Relay:
+    """One worker: everything between the listening socket and the usage records."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.siblings = None if options.run_dir is None else Siblings(RunDir(options.run_dir), self)
+        self.pairs: set[Pair] = set()
+        self.stopping = False
+        self._recorder: Recorder | None = None
+        self._door: Door | None = None
+        self._open = 0
+        self._finished_bytes = 0
+        self._room: WaitingRoom[Client] = WaitingRoom()
+        self._deadlines: Deadlines[Client] = Deadlines()
+        self._pipes = PipePool()
+        self._turns = Turns()
+        self._told: tuple[int, int] = (0, 0)
+        self._loop = gevent.get_hub().loop
+        self._tick = self._loop.timer(TICK_SECONDS, TICK_SECONDS)
+        self._on_readable = self._listen_to  # bound once, and not for every client
+        self._current_greenlet: gevent.Greenlet | None = None
+        self._grace_ends: float | None = None
+        self._changed = Event()
+        self._ended = Event()
+
+    # What the rest of the program asks for
+
+    def current(self) -> Current:
+        """This worker's share of the `current` table, at once and from any thread."""
+        return Current(len(self.pairs), len(self._room), max(0, self._turns.moved - self._finished_bytes))
+
+    def find_port(self) -> socket.socket:
+        """The relay's listening socket: a sibling's, or, where there is none, a new one.
+
+        Raises Mistake, also when the siblings listen elsewhere than this worker was told to.
+        """
+        listener = None if self.siblings is None else self.siblings.join()
+        if listener is None:
+            return open_port(self.options.interface, self.options.port)
+        if not is_at(listener, self.options.interface, self.options.port):
+            address, port = listener.getsockname()[:2]
+            raise Mistake(
+                f"--run-dir {self.options.run_dir}: its relay listens on {address} port {port}, not on "
+                f"{self.options.interface} port {self.options.port}; give each relay a run directory of its own"
+            )
+        return listener
+
+    def start(self, listener: socket.socket, recorder: Recorder) -> None:
+        """Begin to accept from `listener`, and to record with `recorder`."""
+        self._recorder = recorder
+        self._door = Door(listener, self._accepted, self._is_full)
+        self._tick.start(self._every_second)
+        self._current_greenlet = gevent.spawn(self._keep_current_fresh)
+        self._door.start()
+        address, port = listener.getsockname()[:2]
+        logger.info("listening on %s port %d", address, port)
+        if self.siblings is not None:
+            self.siblings.announce(listener)
+
+    def wait_until_ended(self) -> None:
+        """Block the calling greenlet until `stop` has done its work."""
+        self._ended.wait()
+
+    def stop(self) -> None:
+        """End in good order, in the calling greenlet; called a second time, end at once."""
+        if self.stopping:
+            self._ended.set()
+            return
+        self.stopping = True
+        assert self._door is not None
+        self._door.stop_accepting()
+        if self.siblings is not None:
+            self.siblings.leave()
+        while not self._ended.is_set():
+            self._changed.clear()
+            self._clear_out()
+            if self._is_cleared_out():
+                break
+            patience = None if self._grace_ends is None else self._grace_ends - time.monotonic()
+            if patience is not None and patience <= 0:
+                break
+            self._changed.wait(patience)
+        self._ended.set()
+
+    def _clear_out(self) -> None:
+        """Give everything that is here into other hands, or, when there are none, begin to end it."""
+        if self.siblings is not None and not self.siblings.alone:
+            self._grace_ends = None
+            for client in list(self._deadlines):
+                if client.stage is not Stage.LEAVING:
+                    self._uproot(client)
+            for pair in list(self.pairs):
+                self._hand_on_pair(pair)
+            return
+        assert self._door is not None
+        self._door.close()
+        if self._grace_ends is None:
+            self._grace_ends = time.monotonic() + self.options.grace
+            logger.info("stopping: %d transfers have %g seconds to finish", len(self.pairs), self.options.grace)
+            for client in list(self._deadlines):
+                self._overdue(client)
+        for pair in self.pairs:
+            if pair.greenlet is None:
+                pair.start()  # it was to be handed on, and there is nobody left to hand it to
+
+    def _is_cleared_out(self) -> bool:
+        return self._open == 0 and (self.siblings is None or self.siblings.left)
+
+    def close(self) -> None:
+        """Cut off what is still here, record it, and let go of everything; however far `start` has come."""
+        if self._door is not None:
+            self._door.close()
+        self._tick.stop()
+        gevent.kill(self._current_greenlet)
+        if self.siblings is not None:
+            self._say_who_has_what(self.siblings)
+            self.siblings.close()
+        for pair in list(self.pairs):
+            pair.detach()
+            pair.close()
+            self._pair_over(pair)
+        for client in list(self._deadlines):
+            self._close(client)
+        self._pipes.close()
+
+    # A connection, from accept to its place in the waiting room
+
+    def _is_full(self) -> bool:
+        return self._open >= self.options.max_connections
+
+    def _accepted(self, sock: socket.socket, _address: object) -> None:
+        sock.setblocking(False)
+        self._open += 1
+        client = Client(sock)
+        self._deadlines.set(client, client.arrived + self.options.handshake_timeout)
+        self._shake_hands(client)
+
+    def _listen_to(self, client: Client) -> None:
+        """The client's socket has become readable."""
+        if client.stage is Stage.SHAKING:
+            self._shake_hands(client)
+        elif client.stage is Stage.WAITING:
+            self._interrupted(client)
+        else:
+            self._discard(client)
+
+    def _watch(self, client: Client) -> None:
+        if client.watcher is None:
+            client.watcher = self._loop.io(client.sock.fileno(), 1)
+            client.watcher.start(self._on_readable, client)
+
+    def _shake_hands(self, client: Client) -> None:
+        try:
+            # One byte more than a handshake can have tells everything there is to know.
+            chunk = client.sock.recv(LONGEST + 1 - len(client.received))
+        except BlockingIOError:
+            self._watch(client)
+            return
+        except OSError:
+            chunk = b""
+        client.received += chunk
+        verdict = read_handshake(client.received) if chunk else Refusal.BAD_HANDSHAKE
+        if verdict is None:
+            self._watch(client)
+        elif isinstance(verdict, Handshake):
+            client.token, client.side, client.received = verdict.token, verdict.side, b""
+            self._admit(client)
+        else:
+            self._refuse(client, verdict, left=not chunk)
+
+    def _admit(self, client: Client) -> None:
+        """See a client whose handshake is whole to its token's home."""
+        home = None if self.siblings is None else self.siblings.home(client.token)
+        if home is None or client.hops > MOST_HOPS:
+            self._meet(client)
+        else:
+            self._hand_on(client, home)
+
+    def _meet(self, client: Client) -> None:
+        """Pair `client`, whose handshake is whole, or let it wait."""
+        while (partner := self._room.partner_for(client)) is not None:
+            if self._has_kept_quiet(partner):
+                self._room.leave(partner)
+                spares = self._room.take_all(client.token)
+                self._pair(partner, client)
+                for spare in spares:
+                    self._finish(spare, "lonely")
+                    self._send_away(spare)
+                return
+            self._interrupted(partner)
+        self._wait(client)
+
+    def _wait(self, client: Client) -> None:
+        if self._grace_ends is not None:
+            self._finish(client, "lonely")  # the relay stops, nobody will come any more
+            self._send_away(client)
+            return
+        client.stage = Stage.WAITING
+        self._deadlines.clear(client)
+        self._deadlines.set(client, client.arrived + self.options.wait_timeout)
+        self._room.enter(client)
+        self._watch(client)
+
+    def _has_kept_quiet(self, client: Client) -> bool:
+        """Whether a waiting client is still there and has sent nothing, as far as the kernel knows by now."""
+        try:
+            client.sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def _interrupted(self, client: Client) -> None:
+        """A waiting client has left, or has said something before it was told ``ok``."""
+        self._room.leave(client)
+        try:
+            spoke = bool(client.sock.recv(1, socket.MSG_PEEK))
+        except OSError:
+            spoke = False
+        if spoke:
+            self._refuse(client, Refusal.IMPATIENT, left=False)
+        else:
+            self._finish(client, "lonely")
+            self._close(client)
+
+    # Two that match
+
+    def _pair(self, waited: Client, newcomer: Client) -> None:
+        first, second = sorted((waited, newcomer), key=lambda client: client.arrived)
+        for client in (waited, newcomer):
+            self._forget(client)
+            with contextlib.suppress(OSError):  # one that has just gone: the pair will see it
+                client.sock.send(b"ok\n")
+        self._pump(
+            self._new_pair(
+                first.sock, second.sock, first.started, first.arrived, waiting_time=second.arrived - first.arrived
+            )
+        )
+
+    def _new_pair(
+        self, first: socket.socket, second: socket.socket, started: float, arrived: float, waiting_time: float
+    ) -> Pair:
+        return Pair(
+            first,
+            second,
+            started=started,
+            arrived=arrived,
+            waiting_time=waiting_time,
+            pipes=self._pipes,
+            turns=self._turns,
+            on_over=self._pair_over,
+        )
+
+    def _pump(self, pair: Pair) -> None:
+        self.pairs.add(pair)
+        if self.stopping and self.siblings is not None and not self.siblings.alone:
+            self._changed.set()  # `stop` is to see it on
+        else:
+            pair.start()
+
+    def _pair_over(self, pair: Pair) -> None:
+        self.pairs.discard(pair)
+        moved = pair.moved
+        self._finished_bytes += moved
+        total_time = time.monotonic() - pair.arrived
+        self._record(Record(pair.started, total_time, pair.waiting_time, moved, "happy"))
+        self._closed(2)
+
+    # Handing on to siblings, and taking in from them (the `Household` of `siblings`)
+
+    def _hand_on(self, client: Client, home: Link) -> None:
+        if client.watcher is not None:
+            self._forget_fds([client.sock.fileno()])
+        self._forget(client)
+        home.hand_client(client)
+
+    def _hand_on_pair(self, pair: Pair) -> None:
+        """Give a pair in mid-transfer to a sibling; there is one."""
+        assert self.siblings is not None
+        pair.detach()
+        if pair not in self.pairs or self.siblings.alone:
+            return  # things have changed meanwhile
+        self.pairs.discard(pair)
+        self._finished_bytes += pair.moved  # as far as this worker is concerned
+        self._forget_fds([pair.first.fileno(), pair.second.fileno()])
+        self.siblings.any_home().hand_pair(pair)
+
+    def _uproot(self, client: Client) -> None:
+        """See a client that is here to where it belongs now; one that waits or has not even shaken hands."""
+        if client.stage is Stage.WAITING:
+            self._room.leave(client)
+            client.stage = Stage.SHAKING
+            client.hops = 0
+            self._admit(client)
+        elif self.stopping:
+            assert self.siblings is not None
+            self._hand_on(client, self.siblings.any_home())
+
+    def take_in(self, client: Client) -> None:
+        """A sibling has handed `client` on."""
+        self._open += 1
+        self.take_back(client)
+
+    def take_back(self, client: Client) -> None:
+        """A client is here anew."""
+        if client.token:
+            self._admit(client)
+        elif self.stopping and self.siblings is not None and not self.siblings.alone:
+            self._hand_on(client, self.siblings.any_home())
+        else:
+            self._deadlines.set(client, client.arrived + self.options.handshake_timeout)
+            self._shake_hands(client)
+
+    def take_in_pair(self, state: PairState, fds: Sequence[int]) -> None:
+        """A sibling has handed on a pair in mid-transfer."""
+        first, second = (socket.socket(fileno=fd) for fd in fds[:2])
+        pipes = [Pipe(inlet, outlet) for inlet, outlet in zip(fds[2::2], fds[3::2], strict=True)]
+        self._open += 2
+        pair = self._new_pair(first, second, state.started, state.arrived, state.waiting_time)
+        pair.unpack(state, pipes)
+        self._turns.moved += pair.moved
+        self._pump(pair)
+
+    def take_back_pair(self, pair: Pair) -> None:
+        """A sibling could not take `pair`."""
+        self._finished_bytes -= pair.moved
+        self._pump(pair)
+
+    def handed_on(self, given: Client | Pair) -> None:
+        """A sibling has confirmed that this is its own now."""
+        if isinstance(given, Pair):
+            given.close()
+            self._closed(2)
+        else:
+            self._close(given)
+
+    def siblings_changed(self) -> None:
+        """Look again where everybody belongs."""
+        if self.siblings is not None and not self.stopping:
+            for client in self._room:
+                if self.siblings.home(client.token) is not None:
+                    self._uproot(client)
+        self._changed.set()
+
+    def sibling_gone(self) -> None:
+        """Write down at once what the relay is without it."""
+        self._refresh_current()
+        self._changed.set()
+
+    def _forget_fds(self, fds: Sequence[int]) -> None:
+        """Make the event loop's epoll forget sockets that live on in another process. It would go on to report them
+        when we close ours, since what it watches is the open connection and not our number for it: epoll(7)."""
+        epoll = select.epoll.fromfd(os.dup(self._loop.fileno()))
+        for fd in fds:
+            with contextlib.suppress(OSError):  # it was never watched
+                epoll.unregister(fd)
+        epoll.close()
+
+    def _say_who_has_what(self, siblings: Siblings) -> None:
+        for link in siblings.links:
+            if link.handed_clients or link.handed_pairs:
+                logger.info(
+                    "handed to worker %d: waiting clients %d, transfers %d",
+                    link.pid,
+                    link.handed_clients,
+                    link.handed_pairs,
+                )
+
+    # Ways to go
+
+    def _refuse(self, client: Client, refusal: Refusal, *, left: bool) -> None:
+        self._finish(client, "errory")
+        if left:
+            with contextlib.suppress(OSError):
+                client.sock.send(refusal.value)
+            self._close(client)
+        else:
+            self._send_away(client, refusal.value)
+
+    def _finish(self, client: Client, mood: Mood) -> None:
+        """Record a connection that ends without a partner."""
+        self._record(Record(client.started, time.monotonic() - client.arrived, None, 0, mood))
+
+    def _record(self, record: Record) -> None:
+        assert self._recorder is not None
+        self._recorder.record(record)
+
+    def _send_away(self, client: Client, reply: bytes = b"") -> None:
+        """Say `reply`, end the stream, and read on for a moment so that both arrive: a lingering close."""
+        client.stage = Stage.LEAVING
+        try:
+            if reply:
+                client.sock.send(reply)
+            client.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._close(client)
+            return
+        self._deadlines.clear(client)
+        self._deadlines.set(client, time.monotonic() + LINGER_SECONDS)
+        self._watch(client)
+
+    def _discard(self, client: Client) -> None:
+        try:
+            count = client.sock.recv_into(_scrap)
+        except BlockingIOError:
+            return
+        except OSError:
+            count = 0
+        client.discarded += count
+        if count == 0 or client.discarded > LINGER_BYTES:
+            self._close(client)
+
+    def _forget(self, client: Client) -> None:
+        """Let go of a client, but not of its socket."""
+        self._deadlines.clear(client)
+        if client.watcher is not None:
+            client.watcher.stop()
+            client.watcher.close()
+            client.watcher = None
+
+    def _close(self, client: Client) -> None:
+        self._forget(client)
+        client.sock.close()
+        self._closed(1)
+
+    def _closed(self, connections: int) -> None:
+        self._open -= connections
+        if self._open == 0:
+            self._changed.set()
+        assert self._door is not None
+        self._door.reopen()
+
+    def _dismiss_clients(self) -> None:
+        """The relay stops: nobody who is here without a partner will find one any more."""
+        for client in list(self._deadlines):
+            self._overdue(client)
+
+    # What happens by the clock
+
+    def _every_second(self) -> None:
+        for client in self._deadlines.take_due(time.monotonic()):
+            self._overdue(client)
+        if self.siblings is not None:
+            self.siblings.every_second()
+        connected_and_waiting = (len(self.pairs), len(self._room))
+        if connected_and_waiting != self._told:
+            self._told = connected_and_waiting
+            self._refresh_current()
+
+    def _overdue(self, client: Client) -> None:
+        if client.stage is Stage.SHAKING:
+            self._refuse(client, Refusal.BAD_HANDSHAKE, left=False)
+        elif client.stage is Stage.WAITING:
+            self._room.leave(client)
+            self._finish(client, "lonely")
+            self._send_away(client)
+        else:
+            self._close(client)
+
+    def _refresh_current(self, *, tick: bool = False) -> None:
+        if self._recorder is not None:
+            self._recorder.refresh_current(tick=tick)
+
+    def _keep_current_fresh(self) -> None:
+        while True:
+            self._refresh_current(tick=True)
+            gevent.sleep(CURRENT_SECONDS)

@@ -1,0 +1,219 @@
+"""What workers say to each other: messages to bytes and back, pure.
+
+A link begins with one JSON object from each end, `Hello` from the worker that connects and `Welcome` from the other.
+These two never change, so that workers of any two versions can find out whether they understand each other, and so
+that even those that do not can pass the listening socket on. Everything after them is of the language `LANGUAGE`, one
+message a packet:
+
+=========  ===========================================================================================
+``R``      ready: I accept connections and am home to my share of the tokens
+``L``      leaving: send me nothing more, I am handing on what I have
+``F``      farewell, the answer to ``L``: nothing more will come from me
+``.``      still here
+``H``      clients that have no partner yet, their sockets beside the packet
+``P``      a pair in mid-transfer, its sockets and pipes beside the packet
+``C``      confirmed: what came with that serial number is mine now
+``N``      no: I could not take what came with that serial number, it remains yours
+=========  ===========================================================================================
+
+Sockets travel as SCM_RIGHTS (unix(7)); only their number is known here.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+LANGUAGE = 1
+"""Raised whenever a message of before would be misunderstood."""
+
+READY = b"R"
+LEAVING = b"L"
+FAREWELL = b"F"
+STILL_HERE = b"."
+HANDED_CLIENTS = b"H"
+HANDED_PAIR = b"P"
+CONFIRMED = b"C"
+REFUSED = b"N"
+
+CLIENTS_PER_PACKET = 64
+"""At most this many clients travel in one packet; the kernel takes up to 253 sockets (SCM_MAX_FD)."""
+
+LARGEST_PACKET = 192 << 10
+"""Bytes; the two remainders of a pair that copies, and some more. The kernel's default send buffer takes it."""
+
+_ENVELOPE = struct.Struct("!cQd")  # kind, serial number, when it was sent
+_ANSWER = struct.Struct("!cQ")  # kind, serial number
+_CLIENT = struct.Struct("!ddBBBB")  # started, arrived, hops, length of token, of side, of what it has sent so far
+_LENGTH = struct.Struct("!I")
+
+
+class Misunderstood(Exception):
+    """A packet that no worker of this language would send."""
+
+
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """A `Hello` or a `Welcome`: who speaks. `leaving` is whether it is about to end."""
+
+    name: str
+    pid: int
+    version: str
+    language: int = LANGUAGE
+    leaving: bool = False
+
+    def encode(self) -> bytes:
+        """As one packet."""
+        return json.dumps({"relay-gevent": asdict(self)}).encode()
+
+    @classmethod
+    def decode(cls, packet: bytes) -> Greeting:
+        """Read a greeting of any version: what is unknown is passed over, what is missing raises Misunderstood."""
+        try:
+            said = json.loads(packet)["relay-gevent"]
+            return cls(
+                name=str(said["name"]),
+                pid=int(said["pid"]),
+                version=str(said["version"]),
+                language=int(said["language"]),
+                leaving=bool(said.get("leaving", False)),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise Misunderstood(f"not a greeting: {packet[:40]!r}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class ClientState:
+    """A client without a partner, but for its socket. Before its handshake is whole, `token` is empty and `received`
+    holds what it has sent. `started` is in seconds since the epoch, `arrived` in seconds of CLOCK_MONOTONIC, which all
+    processes of a machine share; `hops` counts how often it was handed on."""
+
+    started: float
+    arrived: float
+    token: bytes
+    side: bytes | None
+    received: bytes
+    hops: int
+
+
+@dataclass(frozen=True, slots=True)
+class PumpState:
+    """One direction of a pair. `held` bytes rest in it: in its pipe, which travels along, unless they are `rest`."""
+
+    moved: int
+    held: int
+    over: bool
+    splices: bool
+    rest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PairState:
+    """A pair in mid-transfer, but for its sockets and pipes; the times are those of `relay.pair.Pair`."""
+
+    started: float
+    arrived: float
+    waiting_time: float
+    there: PumpState
+    back: PumpState
+
+    @property
+    def fds(self) -> int:
+        """How many file descriptors travel beside it."""
+        return 2 + sum(2 for pump in (self.there, self.back) if pump.held and not pump.rest)
+
+
+def kind_of(packet: bytes) -> bytes:
+    """The first byte of a packet, which tells what it is; empty for an empty packet."""
+    return packet[:1]
+
+
+def encode_answer(kind: bytes, serial: int) -> bytes:
+    """``C`` or ``N`` for what came with `serial`."""
+    return _ANSWER.pack(kind, serial)
+
+
+def decode_answer(packet: bytes) -> int:
+    """The serial number in a ``C`` or ``N``."""
+    return int(_unpack(_ANSWER, packet, 0)[1])
+
+
+def decode_envelope(packet: bytes) -> tuple[int, float]:
+    """The serial number of an ``H`` or ``P``, and when it was sent (seconds of CLOCK_MONOTONIC)."""
+    _, serial, sent = _unpack(_ENVELOPE, packet, 0)
+    return serial, sent
+
+
+def encode_clients(serial: int, sent: float, clients: Sequence[ClientState]) -> bytes:
+    """An ``H`` with up to `CLIENTS_PER_PACKET` clients; their sockets go beside it in the same order."""
+    parts = [_ENVELOPE.pack(HANDED_CLIENTS, serial, sent)]
+    for client in clients:
+        side = client.side or b""
+        lengths = (len(client.token), len(side), len(client.received))
+        parts.append(_CLIENT.pack(client.started, client.arrived, min(client.hops, 255), *lengths))
+        parts.append(client.token + side + client.received)
+    return b"".join(parts)
+
+
+def decode_clients(packet: bytes) -> list[ClientState]:
+    """The clients of an ``H``; raises Misunderstood."""
+    clients = []
+    at = _ENVELOPE.size
+    while at < len(packet):
+        started, arrived, hops, token, side, received = _unpack(_CLIENT, packet, at)
+        at += _CLIENT.size
+        ends = (at + token, at + token + side, at + token + side + received)
+        if ends[-1] > len(packet):
+            raise Misunderstood("a client that is cut short")
+        clients.append(
+            ClientState(
+                started=started,
+                arrived=arrived,
+                token=packet[at : ends[0]],
+                side=packet[ends[0] : ends[1]] or None,
+                received=packet[ends[1] : ends[2]],
+                hops=hops,
+            )
+        )
+        at = ends[-1]
+    return clients
+
+
+def encode_pair(serial: int, sent: float, pair: PairState) -> bytes:
+    """A ``P``. Beside it go the sockets of both sides, then inlet and outlet of each pump's pipe that holds bytes."""
+    header = {"started": pair.started, "arrived": pair.arrived, "waiting_time": pair.waiting_time}
+    pumps = [
+        {"moved": pump.moved, "held": pump.held, "over": pump.over, "splices": pump.splices, "rest": len(pump.rest)}
+        for pump in (pair.there, pair.back)
+    ]
+    encoded = json.dumps({**header, "pumps": pumps}).encode()
+    envelope = _ENVELOPE.pack(HANDED_PAIR, serial, sent)
+    return envelope + _LENGTH.pack(len(encoded)) + encoded + pair.there.rest + pair.back.rest
+
+
+def decode_pair(packet: bytes) -> PairState:
+    """The pair of a ``P``; raises Misunderstood."""
+    (length,) = _unpack(_LENGTH, packet, _ENVELOPE.size)
+    begin = _ENVELOPE.size + _LENGTH.size
+    try:
+        said = json.loads(packet[begin : begin + length])
+        at = begin + length
+        pumps = []
+        for pump in said["pumps"]:
+            rest = packet[at : at + pump["rest"]]
+            at += pump["rest"]
+            pumps.append(PumpState(pump["moved"], pump["held"], pump["over"], pump["splices"], rest))
+        there, back = pumps
+        return PairState(said["started"], said["arrived"], said["waiting_time"], there, back)
+    except (ValueError, KeyError, TypeError) as error:
+        raise Misunderstood(f"not a pair: {error}") from error
+
+
+def _unpack(layout: struct.Struct, packet: bytes, at: int) -> tuple[Any, ...]:
+    try:
+        return layout.unpack_from(packet, at)
+    except struct.error as error:
+        raise Misunderstood(str(error)) from error

@@ -1,0 +1,620 @@
+"""The other workers of this relay: links to them, and what is handed on over these.
+
+Each pair of workers keeps one link, a SEQPACKET connection in the run directory, opened by the one that came later.
+A link that ends is a worker that has died, known at once. What is said is in `sibling_language`; who is home to a
+token, in `homes`; what becomes of a client that was handed here, or comes back, the `Household` decides (see `server`).
+
+Handing on never leaves a connection without an owner, nor with two:
+
+- the sender keeps its copies of the sockets until the receiver has confirmed, and takes everything back when
+  the link ends before that;
+- the receiver confirms first and acts then;
+- a worker that was stopped (SIGSTOP, a suspended machine) may find old parcels when it wakes. So a parcel is good for
+  `PARCEL_GOOD_SECONDS` only, and the sender takes it back no earlier than `SILENT_SECONDS`, which is longer.
+
+Clients are handed on in batches: all that an iteration of the event loop brings for one sibling makes one packet.
+"""
+
+from __future__ import annotations
+
+import array
+import logging
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import gevent
+
+from relay import __version__
+from relay.client import Client
+from relay.homes import home_of, seed_of
+from relay.mistakes import Mistake
+from relay.pair import Pair
+from relay.run_dir import RunDir, same_user
+from relay.sibling_language import (
+    CLIENTS_PER_PACKET,
+    CONFIRMED,
+    FAREWELL,
+    HANDED_CLIENTS,
+    HANDED_PAIR,
+    LANGUAGE,
+    LARGEST_PACKET,
+    LEAVING,
+    READY,
+    REFUSED,
+    STILL_HERE,
+    ClientState,
+    Greeting,
+    Misunderstood,
+    PairState,
+    decode_answer,
+    decode_clients,
+    decode_envelope,
+    decode_pair,
+    encode_answer,
+    encode_clients,
+    encode_pair,
+    kind_of,
+)
+
+PARCEL_GOOD_SECONDS = 1.0
+"""How old a parcel may be when it is opened."""
+
+SILENT_SECONDS = 3.0
+"""A sibling that has said nothing for so long, although everybody says something each second, is passed over until it
+speaks again, and what it has not confirmed by then is taken back."""
+
+JOIN_SECONDS = 2.0
+"""How long a newcomer waits for its siblings to welcome it."""
+
+_ANCILLARY_BYTES = socket.CMSG_SPACE(CLIENTS_PER_PACKET * array.array("i").itemsize)
+
+logger = logging.getLogger(__name__)
+
+_buffer = bytearray(LARGEST_PACKET)
+
+
+class Household(Protocol):
+    """What this worker does with what comes to it."""
+
+    def take_in(self, client: Client) -> None:
+        """A sibling has handed this client on; it is ours now."""
+
+    def take_back(self, client: Client) -> None:
+        """A sibling could not take this client."""
+
+    def take_in_pair(self, state: PairState, fds: Sequence[int]) -> None:
+        """A sibling's pair is ours now, with its sockets and pipes in the order of `sibling_language.encode_pair`."""
+
+    def take_back_pair(self, pair: Pair) -> None:
+        """A sibling could not take this pair."""
+
+    def handed_on(self, given: Client | Pair) -> None:
+        """A sibling has taken this over; our copies of its sockets are to be closed."""
+
+    def siblings_changed(self) -> None:
+        """Another worker is home to some tokens now. One has come, or gone, or fallen silent, or woken."""
+
+    def sibling_gone(self) -> None:
+        """A link has ended."""
+
+
+@dataclass(slots=True)
+class Parcel:
+    """What is handed on in one packet: clients, or one pair; `sent` is when (monotonic seconds), 0 while it is not."""
+
+    clients: list[Client]
+    pair: Pair | None = None
+    serial: int = 0
+    sent: float = 0.0
+
+
+class Link:
+    """The connection to one sibling.
+
+    It is known by its `greeting`, None until it has come. `ready` is whether it accepts connections, `leaving` whether
+    it is about to end, `silent` whether it has stopped answering.
+    """
+
+    def __init__(self, siblings: Siblings, sock: socket.socket, pid: int, *, opened_by_sibling: bool) -> None:
+        self.pid = pid
+        self.opened_by_sibling = opened_by_sibling
+        self.closed = False
+        self.greeting: Greeting | None = None
+        self.seed = 0
+        self.ready = False
+        self.leaving = False
+        self.silent = False
+        self.said_farewell = False
+        self.opened = self.heard = time.monotonic()
+        self.unconfirmed: dict[int, Parcel] = {}
+        self.handed_clients = 0
+        self.handed_pairs = 0
+        self._siblings = siblings
+        self._sock = sock
+        self._outbox: deque[Parcel | bytes] = deque()
+        self._next_clients: list[Client] = []
+        sock.setblocking(False)
+        loop = gevent.get_hub().loop
+        self._run_callback = loop.run_callback
+        self._reads = loop.io(sock.fileno(), 1)
+        self._reads.start(self.read)
+        self._writes = loop.io(sock.fileno(), 2)
+
+    @property
+    def live(self) -> bool:
+        """Whether this sibling can be home to tokens."""
+        return self.ready and not self.leaving and not self.silent
+
+    @property
+    def busy(self) -> bool:
+        """Whether something of ours is on its way and not yet confirmed."""
+        return bool(self.unconfirmed or self._outbox or self._next_clients)
+
+    # Saying
+
+    def hand_client(self, client: Client) -> None:
+        """Hand `client` on, with whatever else this iteration of the loop brings."""
+        if not self._next_clients:
+            self._run_callback(self._send_clients)
+        self._next_clients.append(client)
+
+    def hand_pair(self, pair: Pair) -> None:
+        """Hand `pair` on, whose greenlet has let go of it."""
+        self.say(Parcel([], pair))
+
+    def say(self, message: Parcel | bytes) -> None:
+        """Send a message, or queue it behind those that the sibling has not made room for."""
+        self._outbox.append(message)
+        if len(self._outbox) == 1:
+            self._send()
+
+    def _send_clients(self) -> None:
+        clients, self._next_clients = self._next_clients, []
+        for begin in range(0, len(clients), CLIENTS_PER_PACKET):
+            self.say(Parcel(clients[begin : begin + CLIENTS_PER_PACKET]))
+
+    def _send(self) -> None:
+        try:
+            while self._outbox:
+                message = self._outbox[0]
+                if isinstance(message, Parcel):
+                    self._send_parcel(message)
+                else:
+                    self._sock.send(message)
+                self._outbox.popleft()
+        except BlockingIOError:
+            if not self._writes.active:
+                self._writes.start(self._send)
+            return
+        except OSError:
+            return  # the link has ended, which reading finds out; or too many sockets are under way (ETOOMANYREFS)
+        self._writes.stop()
+
+    def _send_parcel(self, parcel: Parcel) -> None:
+        parcel.serial = self._siblings.next_serial()
+        parcel.sent = time.monotonic()
+        if parcel.pair is not None:
+            state, fds = parcel.pair.pack()
+            packet = encode_pair(parcel.serial, parcel.sent, state)
+        else:
+            packet = encode_clients(parcel.serial, parcel.sent, [_state_of(client) for client in parcel.clients])
+            fds = [client.sock.fileno() for client in parcel.clients]
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+        self._sock.sendmsg([packet], rights)
+        self.unconfirmed[parcel.serial] = parcel
+
+    def send_again(self) -> None:
+        """Try once more what could not be sent."""
+        if self._outbox:
+            self._send()
+
+    # Hearing
+
+    def read(self) -> None:
+        """Take in everything that has come over the link."""
+        try:
+            while not self.closed:
+                size, ancillary, _, _ = self._sock.recvmsg_into([_buffer], _ANCILLARY_BYTES)
+                fds = _fds_in(ancillary)
+                if size == 0:
+                    self._siblings.lost(self)
+                    return
+                self.heard = time.monotonic()
+                self._siblings.heard(self, bytes(memoryview(_buffer)[:size]), fds)
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._siblings.lost(self)
+
+    def answer(self, kind: bytes, serial: int) -> bool:
+        """Send ``C`` or ``N``, past everything that is queued; False when that is not possible now."""
+        try:
+            self._sock.send(encode_answer(kind, serial))
+        except OSError:
+            return False
+        return True
+
+    def welcome(self, greeting: Greeting, listener: socket.socket | None) -> None:
+        """Answer a newcomer's greeting, and give it the relay's listening socket."""
+        fds = [] if listener is None else [listener.fileno()]
+        try:
+            socket.send_fds(self._sock, [greeting.encode()], fds)
+        except OSError:
+            pass  # it has gone again, which reading finds out
+
+    # Ending
+
+    def take_back_unsent(self) -> list[Parcel]:
+        """Everything that was to be handed on and has not left yet; it is ours again."""
+        parcels = [message for message in self._outbox if isinstance(message, Parcel)]
+        self._outbox = deque(message for message in self._outbox if not isinstance(message, Parcel))
+        if self._next_clients:
+            parcels.append(Parcel(self._next_clients))
+            self._next_clients = []
+        return parcels
+
+    def take_back(self) -> list[Parcel]:
+        """Everything that was to be handed on and is not confirmed; it is ours again."""
+        parcels = self.take_back_unsent() + list(self.unconfirmed.values())
+        self.unconfirmed.clear()
+        return parcels
+
+    def close(self) -> None:
+        """End the link."""
+        self.closed = True
+        for watcher in (self._reads, self._writes):
+            watcher.stop()
+            watcher.close()
+        self._sock.close()
+
+
+class Siblings:
+    """All links of this worker, and who of those at their ends is home to what."""
+
+    def __init__(self, run_dir: RunDir, household: Household) -> None:
+        self.links: set[Link] = set()
+        self.seed = seed_of(run_dir.own_name)
+        self.leaving = False
+        self.alone = True
+        """Whether there is nobody to hand anything to."""
+        self._run_dir = run_dir
+        self._household = household
+        self._serial = 0
+        self._port: socket.socket | None = None
+        self._homes: list[Link | Siblings] = [self]
+        self._refused: list[Parcel] = []
+        self._turn = 0
+        self._warned: set[str] = set()
+        self._visits: Any = None
+        self._own_socket: socket.socket | None = None
+
+    # Coming and going
+
+    def join(self) -> socket.socket | None:
+        """Find the siblings, under the run directory's lock, which is kept until `announce`.
+
+        Returns the relay's listening socket as a sibling has given it, or None when there is nobody to give one.
+        Blocks for up to `JOIN_SECONDS`, and for the lock; raises Mistake.
+        """
+        self._run_dir.lock()
+        self._own_socket = self._run_dir.listen()
+        visited = [
+            (sock, Link(self, sock, same_user(sock) or 0, opened_by_sibling=False))
+            for sock in self._run_dir.connect_to_all()
+        ]
+        for sock, link in visited:
+            self.links.add(link)
+            self._greet(sock)
+        deadline = time.monotonic() + JOIN_SECONDS
+        waiting = select.poll()
+        for sock, _ in visited:
+            waiting.register(sock, select.POLLIN)
+        unanswered = {sock.fileno(): link for sock, link in visited}
+        while unanswered and (left := deadline - time.monotonic()) > 0:
+            for fd, _ in waiting.poll(left * 1000):
+                waiting.unregister(fd)
+                unanswered.pop(fd).read()
+        return self._port
+
+    def _greet(self, sock: socket.socket) -> None:
+        try:
+            sock.send(self._greeting().encode())
+        except OSError:
+            pass  # it has just gone, which reading finds out
+
+    def _greeting(self) -> Greeting:
+        return Greeting(self._run_dir.own_name, os.getpid(), __version__, LANGUAGE, self.leaving)
+
+    def announce(self, listener: socket.socket) -> None:
+        """Take part: the relay's port is open here, and newcomers get `listener` from us too."""
+        self._port = listener
+        self._visit_from_now_on()
+        for link in self._greeted():
+            link.say(READY)
+        self._run_dir.unlock()
+        pids = ", ".join(str(link.pid) for link in self._greeted())
+        logger.info(
+            "joined the relay in %s: %s", self._run_dir.path, f"siblings {pids}" if pids else "the first worker"
+        )
+        self._change()
+
+    def _visit_from_now_on(self) -> None:
+        assert self._own_socket is not None
+        self._visits = gevent.get_hub().loop.io(self._own_socket.fileno(), 1)
+        self._visits.start(self._visited)
+
+    def leave(self) -> None:
+        """Tell everybody that we leave: they send us nothing more once they have said farewell."""
+        self.leaving = True
+        for link in self._greeted():
+            link.say(LEAVING)
+        self._change()
+
+    @property
+    def left(self) -> bool:
+        """Whether, after `leave`, everybody who still answers has said farewell, and everything is in other hands."""
+        return not any(link.busy or not (link.said_farewell or link.silent) for link in self._greeted())
+
+    def close(self) -> None:
+        """End all links and leave the directory."""
+        self._run_dir.remove_own_socket()
+        self._run_dir.unlock()
+        if self._visits is not None:
+            self._visits.stop()
+            self._visits.close()
+            self._visits = None
+        if self._own_socket is not None:
+            self._own_socket.close()
+        for link in list(self.links):
+            link.close()
+        self.links.clear()
+
+    # Homes
+
+    def home(self, token: bytes) -> Link | None:
+        """The sibling that is home to `token`, or None when we are, or when nobody else could be."""
+        if self.alone:
+            return None
+        home = home_of(token, self._homes)
+        return home if isinstance(home, Link) else None
+
+    def any_home(self) -> Link:
+        """Some live sibling, another one each time; there is one (see `alone`)."""
+        links = [home for home in self._homes if isinstance(home, Link)]
+        self._turn += 1
+        return links[self._turn % len(links)]
+
+    def _change(self) -> None:
+        live: list[Link | Siblings] = [link for link in self.links if link.live]
+        self.alone = not live
+        self._homes = live if self.leaving else [*live, self]
+        self._household.siblings_changed()
+
+    def _greeted(self) -> list[Link]:
+        return [link for link in self.links if link.greeting is not None]
+
+    # What comes over the links
+
+    def next_serial(self) -> int:
+        """A number that no parcel of ours has had."""
+        self._serial += 1
+        return self._serial
+
+    def _visited(self) -> None:
+        assert self._own_socket is not None
+        try:
+            sock, _ = self._own_socket.accept()
+        except OSError:
+            return  # gone again, or no file descriptor left: a newcomer tries again
+        pid = same_user(sock)
+        if pid is None:
+            sock.close()
+            self._warn("somebody of another user has knocked at %s and was not let in", self._run_dir.path)
+            return
+        self.links.add(Link(self, sock, pid, opened_by_sibling=True))
+
+    def heard(self, link: Link, packet: bytes, fds: list[int]) -> None:
+        """A packet has come over `link`, with `fds` beside it."""
+        try:
+            if link.greeting is None:
+                self._heard_greeting(link, Greeting.decode(packet), fds)
+                return
+            if link.silent:
+                link.silent = False
+                logger.info("worker %d answers again", link.pid)
+                self._change()
+            self._heard_sibling(link, packet, fds)
+        except Misunderstood as error:
+            self._warn("process %d in %s does not speak like a worker: %s", link.pid, self._run_dir.path, error)
+            _close_all(fds)
+            self.lost(link)
+
+    def _heard_greeting(self, link: Link, greeting: Greeting, fds: list[int]) -> None:
+        newcomer = link.opened_by_sibling
+        if fds and not newcomer and self._port is None:
+            self._port = socket.socket(fileno=fds.pop())
+        _close_all(fds)
+        if newcomer:
+            link.welcome(self._greeting(), self._port)
+        if greeting.language != LANGUAGE:
+            logger.warning(
+                "worker %d is relay-gevent %s, which speaks another language: each finishes what it holds by itself",
+                link.pid,
+                greeting.version,
+            )
+            self.lost(link)
+            return
+        link.greeting = greeting
+        link.seed = seed_of(greeting.name)
+        link.leaving = greeting.leaving
+        link.ready = not newcomer
+        if link.leaving:
+            link.say(FAREWELL)
+        if not newcomer and self._visits is not None:  # it was too slow for `join`: catch up with `announce`
+            link.say(READY)
+            self._change()
+
+    def _heard_sibling(self, link: Link, packet: bytes, fds: list[int]) -> None:
+        kind = kind_of(packet)
+        if kind == HANDED_CLIENTS:
+            self._take_clients(link, packet, fds)
+        elif kind == CONFIRMED:
+            self._confirmed(link, decode_answer(packet))
+        elif kind == HANDED_PAIR:
+            self._take_pair(link, packet, fds)
+        elif kind == REFUSED:
+            parcel = link.unconfirmed.pop(decode_answer(packet), None)
+            if parcel is not None:
+                self._refused.append(parcel)
+        elif kind == READY:
+            link.ready = True
+            logger.info("worker %d has joined", link.pid)
+            self._change()
+        elif kind == LEAVING:
+            link.leaving = True
+            parcels = link.take_back_unsent()
+            link.say(FAREWELL)
+            self._change()
+            self._have_back(parcels)
+        elif kind == FAREWELL:
+            link.said_farewell = True
+            self._household.sibling_gone()
+        elif kind != STILL_HERE:
+            raise Misunderstood(f"a message of the kind {kind!r}")
+
+    def _take_clients(self, link: Link, packet: bytes, fds: list[int]) -> None:
+        serial, sent = decode_envelope(packet)
+        states = decode_clients(packet)
+        if not self._accepts(link, serial, sent, complete=len(states) == len(fds)):
+            _close_all(fds)
+            return
+        assert self._port is not None
+        for state, fd in zip(states, fds, strict=True):
+            sock = socket.socket(self._port.family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=fd)
+            self._household.take_in(_client_from(state, sock))
+
+    def _take_pair(self, link: Link, packet: bytes, fds: list[int]) -> None:
+        serial, sent = decode_envelope(packet)
+        state = decode_pair(packet)
+        if not self._accepts(link, serial, sent, complete=len(fds) == state.fds):
+            _close_all(fds)
+            return
+        self._household.take_in_pair(state, fds)
+
+    def _accepts(self, link: Link, serial: int, sent: float, *, complete: bool) -> bool:
+        """Confirm or refuse a parcel. Once it is confirmed it is ours, and the sender closes its copies."""
+        if complete and time.monotonic() - sent <= PARCEL_GOOD_SECONDS:
+            return link.answer(CONFIRMED, serial)
+        link.answer(REFUSED, serial)  # too old, or there was no file descriptor left for all that came
+        return False
+
+    def _confirmed(self, link: Link, serial: int) -> None:
+        parcel = link.unconfirmed.pop(serial, None)
+        if parcel is None:
+            return
+        if parcel.pair is not None:
+            link.handed_pairs += 1
+            self._household.handed_on(parcel.pair)
+        link.handed_clients += len(parcel.clients)
+        for client in parcel.clients:
+            self._household.handed_on(client)
+
+    def lost(self, link: Link) -> None:
+        """A link has ended: what was under way over it is ours again."""
+        if link.closed:
+            return
+        self.links.discard(link)
+        parcels = link.take_back()
+        link.close()
+        if link.ready:
+            logger.info("worker %d has left" if link.leaving else "worker %d has died", link.pid)
+        self._change()
+        self._have_back(parcels)
+        self._household.sibling_gone()
+
+    def _have_back(self, parcels: list[Parcel]) -> None:
+        for parcel in parcels:
+            if parcel.pair is not None:
+                self._household.take_back_pair(parcel.pair)
+            for client in parcel.clients:
+                self._household.take_back(client)
+
+    # By the clock
+
+    def every_second(self) -> None:
+        """Say that we are here, notice who is not, and try again what did not work."""
+        for link in list(self.links):
+            link.read()  # what has come counts, however late we are to read it
+        now = time.monotonic()
+        for link in list(self.links):
+            if link.greeting is None:
+                if link.opened_by_sibling and now - link.opened > SILENT_SECONDS:
+                    self.lost(link)  # somebody who does not introduce itself
+                continue
+            if now - link.heard > SILENT_SECONDS:
+                self._pass_over(link)
+            elif not link.busy:
+                link.say(STILL_HERE)
+            link.send_again()
+        refused, self._refused = self._refused, []
+        self._have_back(refused)
+        self._keep_to_be_found()
+
+    def _pass_over(self, link: Link) -> None:
+        if not link.silent:
+            link.silent = True
+            logger.warning("worker %d does not answer; its siblings do without it until it does", link.pid)
+            self._change()
+        self._have_back(link.take_back())
+
+    def _keep_to_be_found(self) -> None:
+        """Make our socket again when somebody has removed it, or the run directory."""
+        if self._visits is None or not self._run_dir.lost_own_socket():
+            return
+        try:
+            own_socket = self._run_dir.renew()
+        except (OSError, Mistake) as error:
+            self._warn("the run directory is gone, and cannot be made again: %s", error)
+            return
+        self._visits.stop()
+        self._visits.close()
+        assert self._own_socket is not None
+        self._own_socket.close()
+        self._own_socket = own_socket
+        self._visit_from_now_on()
+        logger.warning("made our socket in %s again; somebody had removed it", self._run_dir.path)
+
+    def _warn(self, text: str, *values: object) -> None:
+        """Log a warning, but each only once."""
+        if text not in self._warned:
+            self._warned.add(text)
+            logger.warning(text, *values)
+
+
+def _state_of(client: Client) -> ClientState:
+    return ClientState(client.started, client.arrived, client.token, client.side, client.received, client.hops + 1)
+
+
+def _client_from(state: ClientState, sock: socket.socket) -> Client:
+    client = Client(sock, state.started, state.arrived)
+    client.token, client.side, client.received, client.hops = state.token, state.side, state.received, state.hops
+    return client
+
+
+def _fds_in(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return fds.tolist()
+
+
+def _close_all(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())

@@ -1,0 +1,77 @@
+"""Who waits for which token: pure bookkeeping, no sockets and no clock.
+
+Invariants, which the tests hold:
+
+- two clients match when their tokens are equal and their sides differ; a client with no side matches any;
+- so everybody who waits for one token is of one side, and a client with no side waits alone;
+- a newcomer gets the one who has waited longest;
+- nobody is in the room twice, and nobody stays in it after `leave` or `take_all`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Generic, Protocol, TypeVar
+
+
+class Waiting(Protocol):
+    """What the room has to know of a client."""
+
+    @property
+    def token(self) -> bytes:
+        """The token of its handshake."""
+
+    @property
+    def side(self) -> bytes | None:
+        """The side of its handshake, None if it gave none."""
+
+
+W = TypeVar("W", bound=Waiting)
+
+
+class WaitingRoom(Generic[W]):
+    """Clients with a good handshake and no partner yet, by token, the longest waiting first."""
+
+    def __init__(self) -> None:
+        self._by_token: dict[bytes, list[W]] = {}
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[W]:
+        """Everybody who waits; the room may change while the caller goes through them."""
+        return iter([client for clients in self._by_token.values() for client in clients])
+
+    def partner_for(self, newcomer: W) -> W | None:
+        """The client that has waited longest of those who match `newcomer`; it stays in the room."""
+        for client in self._by_token.get(newcomer.token, ()):
+            if client.side is None or newcomer.side is None or client.side != newcomer.side:
+                return client
+        return None
+
+    def enter(self, client: W) -> None:
+        """Let `client` wait; the caller has found no partner for it."""
+        self._by_token.setdefault(client.token, []).append(client)
+        self._count += 1
+
+    def leave(self, client: W) -> None:
+        """Forget `client`, which is in the room.
+
+        Raises KeyError or ValueError when it is not.
+        """
+        clients = self._by_token[client.token]
+        clients.remove(client)
+        if not clients:
+            del self._by_token[client.token]
+        self._count -= 1
+
+    def take_all(self, token: bytes) -> list[W]:
+        """Empty the room of everybody who waits for `token`, and return them: the spares, once one is matched."""
+        clients = self._by_token.pop(token, [])
+        self._count -= len(clients)
+        return clients
+
+    def waiting_for(self, token: bytes) -> int:
+        """How many clients wait for `token`."""
+        return len(self._by_token.get(token, ()))
