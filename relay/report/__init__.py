@@ -1,0 +1,12 @@
+"""`relay-usage`: what the usage database says, for people and for programs.
+
+A program of its own. It needs no running relay and only reads; it knows the tables and nothing else of the relay.
+
+    spread.py     pure: exact percentiles over more values than one wants to sort at once
+    periods.py    pure: which day, week or month a moment belongs to
+    tally.py      pure: connections by mood, bytes and spreads, for a period and for all of them together
+    layout.py     pure: the table with its bars, the JSON document, the CSV rows
+    database.py   opens the file without ever writing to it, reads the one-row tables
+    scan.py       reads all rows of `usage`, on as many processors as there are
+    cli.py        the command line
+"""

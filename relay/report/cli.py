@@ -1,0 +1,172 @@
+"""relay-usage, what the usage database of relay-gevent says.
+
+Usage:
+  relay-usage [options] DATABASE
+
+DATABASE is the file that the relay's --usage-db names. It is only read; the relay may be running or not.
+
+  --by SPAN   Count by day, week or month [default: day]
+  --last N    Show the last N of these, up to today; "all" shows each that has a connection. Without it, 14 days,
+              12 weeks or 12 months.
+  --utc       Begin days at midnight UTC instead of local time.
+  --json      Print a JSON document.
+  --csv       Print comma-separated values.
+  --help      Show this.
+  --version   Show the version.
+
+"50 %" is the median, "95 %" the 95th percentile: of transfers (happy connections), as many are at most so large, or
+took at most so long. In a terminal there are bars and colours; the environment variable NO_COLOR turns colours off.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+import docopt
+
+from relay import __version__
+from relay.report.database import Database, ReportError, opened
+from relay.report.export import as_csv, as_json
+from relay.report.layout import Screen, table
+from relay.report.periods import Span, day_of, parse_span
+from relay.report.scan import count
+from relay.report.summing_up import Report, sum_up
+from relay.report.tally import spreads
+
+DEFAULT_LAST: dict[Span, int] = {"day": 14, "week": 12, "month": 12}
+MOST_PERIODS = 100_000
+READINGS = 5  # at most, of a database that a relay opens while it is being read without locks
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The command line, understood."""
+
+    database: Path
+    span: Span
+    last: int | None
+    utc: bool
+    form: str
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `relay-usage`. Exit status: 0, or 2 after a mistake, told in one line on stderr."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        options = read_options(arguments)
+        report = read_report(options)
+    except ReportError as mistake:
+        _fail(mistake)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    _print(_text(report, options.form, sys.stdout))
+
+
+def _fail(mistake: Exception) -> NoReturn:
+    print(f"relay-usage: error: {mistake}", file=sys.stderr)
+    sys.exit(2)
+
+
+def read_options(arguments: Sequence[str]) -> Options:
+    """Understand the command line; prints and exits with status 0 for --help and --version.
+
+    Raises:
+        ReportError: something is not as the help says.
+    """
+    try:
+        given = docopt.docopt(__doc__, list(arguments), version=f"relay-usage {__version__}")
+    except docopt.DocoptExit as refusal:
+        complaint = str(refusal).partition("Usage:")[0].strip() or "give one DATABASE, and the options of the help"
+        raise ReportError(f"{complaint}; see relay-usage --help") from None
+    try:
+        span = parse_span(given["--by"])
+    except ValueError:
+        raise ReportError(f"--by {given['--by']}: give day, week or month") from None
+    if given["--json"] and given["--csv"]:
+        raise ReportError("--json and --csv: give one of them")
+    form = "json" if given["--json"] else "csv" if given["--csv"] else "table"
+    return Options(Path(given["DATABASE"]), span, _last(given["--last"], span), given["--utc"], form)
+
+
+def _last(text: str | None, span: Span) -> int | None:
+    if text is None:
+        return DEFAULT_LAST[span]
+    if text == "all":
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= MOST_PERIODS:
+        raise ReportError(f"--last {text}: give a whole number from 1 to {MOST_PERIODS}, or all")
+    return int(text)
+
+
+def read_report(options: Options) -> Report:
+    """Return what is to be told.
+
+    Raises:
+        ReportError: the database cannot be read.
+    """
+    for _ in range(READINGS):
+        with opened(options.database) as database:
+            try:
+                report = _read_once(database, options)
+            except ReportError:
+                if database.was_disturbed():
+                    continue
+                raise
+            if not database.was_disturbed():
+                return report
+    raise ReportError(f"{options.database}: it changes too often to be read; try again")
+
+
+def _read_once(database: Database, options: Options) -> Report:
+    made = time.time()
+    summary = database.summary()
+    tallies = count(database, summary.first_row, summary.last_row, options.utc)
+    for tally in tallies.values():
+        tally.values.sort()
+    return Report(
+        path=str(options.database),
+        made=made,
+        zone="UTC" if options.utc else time.strftime("%Z", time.localtime(made)),
+        now=summary.now,
+        since_start=summary.since_start,
+        all_time=summary.all_time,
+        spreads=spreads(tally.values for tally in tallies.values()),
+        span=options.span,
+        periods=sum_up(tallies, options.span, options.last, day_of(made, options.utc)),
+    )
+
+
+def _text(report: Report, form: str, output: TextIO) -> str:
+    if form == "json":
+        return as_json(report)
+    if form == "csv":
+        return as_csv(report)
+    return table(report, _screen(output))
+
+
+def _screen(output: TextIO) -> Screen:
+    blocks = (output.encoding or "").lower().startswith("utf")
+    if not output.isatty():
+        return Screen(blocks=blocks)
+    colours = not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+    return Screen(width=shutil.get_terminal_size().columns, colours=colours, blocks=blocks)
+
+
+def _print(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # relay-usage | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""All rows of `usage`, counted by day.
+
+The time goes into handing rows from SQLite to Python (0.4 microseconds each) and into sorting values for the
+percentiles, so a large table is cut into blocks of row numbers, and the blocks are spread over the processors. An
+index would not help, since every row is wanted, and each insert of the relay would pay for it.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
+
+from relay.report.database import Database
+from relay.report.periods import DAY, EARLIEST, EPOCH_DAY, LATEST, Day, is_moment, offsets
+from relay.report.tally import Tally
+
+BLOCK = 262144  # rows; bounds the memory that a block's values take on their way from one process to another
+WORTH_A_PROCESS = BLOCK  # rows; starting processes takes longer than counting fewer
+
+# A null is nothing that the relay writes, save as the waiting time of those who waited in vain.
+STARTED = "coalesce(started, 0)"
+STARTED_CONFINED = f"min(max(CAST({STARTED} AS REAL), {EARLIEST}), {LATEST})"
+SIZE = "CAST(coalesce(bytes, 0) AS INTEGER)"
+
+MOODS = ("other", "lonely", "errory")  # of the connections that were no transfers, by MOOD
+MOOD = "(result IS 'lonely') + 2 * (result IS 'errory')"
+
+# {day} stands for the expression for a row's day; the two parameters are the numbers of the first and the last row.
+EXTENT = f"SELECT min({STARTED}), max({STARTED}) FROM usage WHERE rowid BETWEEN ? AND ?"
+TRANSFERS = f"""
+    SELECT {{day}}, {SIZE}, waiting_time, coalesce(total_time, 0.0) FROM usage
+    WHERE rowid BETWEEN ? AND ? AND result = 'happy'
+"""
+# Day and mood as one number, since that is counted fastest; null for those with bytes, which only imported rows have.
+UNPAIRED = f"""
+    SELECT CASE {SIZE} WHEN 0 THEN ({{day}}) * 4 + {MOOD} END FROM usage
+    WHERE rowid BETWEEN ? AND ? AND result IS NOT 'happy'
+"""
+UNPAIRED_WITH_BYTES = f"""
+    SELECT {{day}}, {MOOD}, {SIZE} FROM usage
+    WHERE rowid BETWEEN ? AND ? AND result IS NOT 'happy' AND {SIZE} != 0
+"""
+
+Tallies = dict[Day, Tally]
+Block = tuple[int, int]  # row numbers, both included
+Take = tuple[Callable[[int], None], Callable[[float], None], Callable[[float], None]]
+
+
+class _Takes(dict[Day, Take]):
+    """From a day to where the values of its transfers go: size, waiting time, total time."""
+
+    def __init__(self, tallies: Tallies) -> None:
+        super().__init__()
+        self._tallies = tallies
+
+    def __missing__(self, day: Day) -> Take:
+        values = self._tallies.setdefault(day, Tally()).values
+        self[day] = (values.sizes.append, values.waits.append, values.totals.append)
+        return self[day]
+
+
+def day_in_sql(first: object, last: object, utc: bool) -> str:
+    """Return the SQL expression for a row's day, for rows that started between `first` and `last`."""
+    started = STARTED
+    if not (is_moment(first) and is_moment(last)):
+        started, first, last = STARTED_CONFINED, EARLIEST, LATEST
+    changes = offsets(int(first), int(last), utc)
+    cases = "".join(f"WHEN started >= {change.since} THEN {change.seconds} " for change in reversed(changes[1:]))
+    east = f"CASE {cases}ELSE {changes[0].seconds} END" if cases else str(changes[0].seconds)
+    return f"CAST(({started} + {east}) / {DAY} AS INTEGER) + {EPOCH_DAY}"
+
+
+def count_block(database: Database, utc: bool, block: Block) -> Tallies:
+    """Return the tallies of the rows of a block, by day, their values sorted."""
+    tallies: Tallies = {}
+    with database.connection() as connection:
+        first, last = connection.execute(EXTENT, block).fetchone()
+        if first is not None:
+            day = day_in_sql(first, last, utc)
+            _count_transfers(connection, day, block, tallies)
+            _count_unpaired(connection, day, block, tallies)
+    return tallies
+
+
+def _count_transfers(connection: sqlite3.Connection, day_sql: str, block: Block, tallies: Tallies) -> None:
+    takes = _Takes(tallies)
+    for day, size, wait, total in connection.execute(TRANSFERS.format(day=day_sql), block):
+        take_size, take_wait, take_total = takes[day]
+        take_size(size)
+        take_total(total)
+        if wait is not None:
+            take_wait(wait)
+    for tally in tallies.values():
+        tally.settle()
+
+
+def _count_unpaired(connection: sqlite3.Connection, day_sql: str, block: Block, tallies: Tallies) -> None:
+    rows = connection.execute(UNPAIRED.format(day=day_sql), block)
+    counted = Counter(chain.from_iterable(rows))
+    if counted.pop(None, 0):
+        for day, mood, size in connection.execute(UNPAIRED_WITH_BYTES.format(day=day_sql), block):
+            tallies.setdefault(day, Tally()).add_unpaired(MOODS[mood], 1, size)
+    for key, connections in counted.items():
+        tallies.setdefault(key // 4, Tally()).add_unpaired(MOODS[key % 4], connections, 0)
+
+
+def count(database: Database, first: int, last: int, utc: bool) -> Tallies:
+    """Return the tallies of the rows numbered `first` to `last`, by day.
+
+    Raises:
+        ReportError: the database cannot be read (any more).
+    """
+    tallies: Tallies = {}
+    blocks = [(start, min(start + BLOCK - 1, last)) for start in range(first, last + 1, BLOCK)]
+    for counted in _counted(partial(count_block, database, utc), blocks, last - first + 1):
+        for day, tally in counted.items():
+            if day in tallies:
+                tallies[day].extend(tally)
+            else:
+                tallies[day] = tally
+    return tallies
+
+
+def _counted(counting: Callable[[Block], Tallies], blocks: list[Block], rows: int) -> Iterator[Tallies]:
+    processors = len(os.sched_getaffinity(0))
+    if rows < WORTH_A_PROCESS or processors == 1:
+        yield from map(counting, blocks)
+        return
+    from multiprocessing import get_context  # only here: to import it takes longer than to count a small table
+
+    # Forked, not spawned: nothing to import anew. This process has no thread and no open connection here.
+    with get_context("fork").Pool(min(processors, 4)) as pool:
+        yield from pool.imap_unordered(counting, blocks)
