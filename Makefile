@@ -64,7 +64,7 @@ types: $(VENV)/.lint
 check: lint types test
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m misc.bench $(BENCH_OPTIONS)
+	$(BIN)/python misc/bench/run.py $(BENCH_OPTIONS)
 
 $(VENV)/.bench: $(DISTRIBUTION) | $(BIN)/python
 	$(BIN)/pip install --quiet --editable '.[bench]'
