@@ -100,10 +100,12 @@ class Database:
     def _reach(self) -> sqlite3.Connection:
         """Return a connection to the file that the path names now, this worker being signed on in it."""
         if self._connection is not None:
-            if self._file.is_where_it_was():
-                self._file.check_header()
-            else:
+            if not self._file.is_where_it_was():
                 self._part(self._connection)
+            elif not self._file.has_its_wal():
+                self._part_from_wal(self._connection)
+            else:
+                self._file.check_header()
         if self._connection is None:
             self._connection = self._connect()
         if not self._signed_on:
@@ -114,7 +116,7 @@ class Database:
     def _connect(self) -> sqlite3.Connection:
         if self._damaged_as is not None and self._damaged_as == schema.signature(self._path):
             raise schema.damaged("as before")
-        connection, status = schema.connect(self._path, self._file.wal)
+        connection, status = schema.connect(self._path, self._file.former())
         try:
             if self._suspect:
                 schema.check_all(connection)
@@ -131,11 +133,20 @@ class Database:
 
     def _part(self, connection: sqlite3.Connection) -> None:
         """Let go of a file that is no longer the one that the path names."""
+        self._file.put_away_if_empty()
         with contextlib.suppress(sqlite3.Error):
             (self._counted,) = connection.execute("SELECT connections FROM all_time").fetchone()
             # Someone may have moved the file and not its -wal: what is still in there belongs to the file.
-            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         self._disconnect()
+
+    def _part_from_wal(self, connection: sqlite3.Connection) -> None:
+        """Bring what is in a -wal that was removed by its name into the file, which is still there; then begin anew."""
+        (busy, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise schema.trouble_of(sqlite3.OperationalError("database is locked"), self._path)
+        self._disconnect()
+        self._warn(f"{self.name}: its -wal was removed while the relay ran; nothing is lost, it is in the file now")
 
     def _recover(self, trouble: Trouble) -> None:
         """After a lock or a full disk the same connection goes on; after anything else a new one is the safer start."""
@@ -158,7 +169,7 @@ class Database:
 
     def _sign_on(self, connection: sqlite3.Connection) -> None:
         """Begin this worker's share; if no other worker lives, the service starts, and `since_reboot` from zero."""
-        with _transaction(connection):
+        with self._transaction(connection):
             for table, values in schema.ONE_ROW_TABLES.items():
                 connection.execute(f"INSERT INTO {table} SELECT {values} WHERE NOT EXISTS (SELECT 1 FROM {table})")
             shares = connection.execute("SELECT pid, process_start FROM worker_share").fetchall()
@@ -169,12 +180,28 @@ class Database:
             connection.execute("COMMIT")
         self._file.note_wal()
 
+    @contextlib.contextmanager
+    def _transaction(self, connection: sqlite3.Connection) -> Iterator[None]:
+        """Begin with the write lock in hand; undo everything unless the block gets as far as its COMMIT.
+
+        Once the lock is held, the file must still be there, with its -wal: who finds it gone can then rely on it that
+        no other worker writes to the old one any more.
+        """
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            if not self._file.is_where_it_was() or not self._file.has_its_wal():
+                raise Trouble("its file is just being replaced", kind="locked", passing=True, waited=True)
+            yield
+        finally:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+
     def _write_first(
         self, connection: sqlite3.Connection, kept: deque[Record], count: int, requests: AbstractSet[Request]
     ) -> None:
         """Write the oldest `count` records in one transaction, and take them out of `kept` when it is committed."""
         rows = [self._row(record) for record in islice(kept, count)]
-        with _transaction(connection):
+        with self._transaction(connection):
             last = _insert(connection, rows) if rows else 0
             self._tell_current(connection, leaving=Request.LEAVE in requests)
             if Request.TICK in requests:
@@ -239,17 +266,6 @@ class Database:
 
     def _blurred(self, size: int) -> int:
         return size if self._blur_seconds is None else blur_size(size)
-
-
-@contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """Begin with the write lock in hand; undo everything unless the block gets as far as its COMMIT."""
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    finally:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
 
 
 def _tell_time(connection: sqlite3.Connection) -> None:

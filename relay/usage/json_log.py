@@ -35,7 +35,7 @@ def check_log_fd(fd: int) -> None:
     try:
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
         kind = stat.S_IFMT(os.fstat(fd).st_mode)
-    except (OSError, OverflowError):
+    except (OSError, OverflowError, ValueError):
         raise UsageError(_not_open(fd)) from None
     if kind not in (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR) or _is_listening(fd, kind):
         raise UsageError(_not_open(fd))
@@ -121,23 +121,27 @@ class JsonLog:
             self._wait_for_reader()
             written = os.write(self._fd, line)
         except BlockingIOError:
-            return False
+            raise _stalled(waited=False) from None
         except OSError as error:
             raise _trouble(error) from error
         if written == len(line):
             return True
-        self._rest = b"" if self._take_back(written) else line[written:]
+        if self._take_back(written):
+            self._rest = b""
+            raise _full()
+        self._rest = line[written:]  # if there is no space for it, the next attempt says so
         return False
 
     def _wait_for_reader(self) -> None:
         # Asked before each line, also when the descriptor blocks: a thread inside write() could not tell anybody.
         if self._poll is not None and not self._poll.poll(_STALL_MS):
-            line = "its reader does not read"
-            raise Trouble(line, kind="stalled", passing=True, patience=LOCKED_PATIENCE, waited=True)
+            raise _stalled(waited=True)
 
     def _take_back(self, written: int) -> bool:
-        """Remove the part of a line for whose rest the disk had no space, so that another worker's line, should it come
-        first when there is space again, does not end up in the middle of ours. False: it has to be completed later."""
+        """Remove the part of a line for whose rest the disk had no space; False: it has to be completed later.
+
+        Otherwise another worker's line, when that comes first once there is space, would end up in the middle of ours.
+        """
         if self._poll is not None or not fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_APPEND:
             return False
         end = os.lseek(self._fd, 0, os.SEEK_CUR)
@@ -150,9 +154,18 @@ class JsonLog:
         return True
 
 
+def _stalled(*, waited: bool) -> Trouble:
+    line = "its reader does not keep up"
+    return Trouble(line, kind="stalled", passing=True, patience=LOCKED_PATIENCE, waited=waited)
+
+
+def _full() -> Trouble:
+    return Trouble("no space is left on its disk", kind="full", passing=True)
+
+
 def _trouble(error: OSError) -> Trouble:
     if error.errno in _NO_SPACE:
-        return Trouble("no space is left on its disk", kind="full", passing=True)
+        return _full()
     if error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOTCONN):
         return Trouble("its reader is gone; start it again", kind="gone", passing=True)
     return Trouble(f"cannot be written ({error.strerror})", passing=True)

@@ -12,6 +12,7 @@ import sqlite3
 import stat
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote
 
@@ -65,12 +66,20 @@ def open_database(path: str) -> sqlite3.Connection:
         raise UsageError(f"{path}: {trouble_of(error, path).line}") from None
 
 
-def connect(path: str, stale_wal: os.stat_result | None = None) -> tuple[sqlite3.Connection, os.stat_result]:
+@dataclass(frozen=True, slots=True)
+class FormerFile:
+    """A database file that had the path before, and the -wal that belongs to it and to no other."""
+
+    file: os.stat_result
+    wal: os.stat_result
+
+
+def connect(path: str, former: FormerFile | None = None) -> tuple[sqlite3.Connection, os.stat_result]:
     """Do what `open_database` does, and return the file's status too, which tells it from one put in its place later.
 
     Args:
         path: the file.
-        stale_wal: a -wal that belongs to another file, which had this path before.
+        former: what was at this path before, if that is known.
 
     Raises:
         Trouble: the file cannot be used.
@@ -79,16 +88,19 @@ def connect(path: str, stale_wal: os.stat_result | None = None) -> tuple[sqlite3
     file = os.path.realpath(path)
     with _alone_in(os.path.dirname(file)):
         blank = _is_blank(file)
-        if not os.path.exists(file) or os.path.getsize(file) == 0:
+        if os.path.exists(file) and os.path.getsize(file) == 0 and os.path.exists(file + "-wal"):
+            os.unlink(file)  # emptied under other workers' connections, see put_away_if_empty
+        if not os.path.exists(file):
             _remove_beside(file)
             os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666))
-        elif stale_wal is not None and _is_same(file + "-wal", stale_wal):
+        elif former is not None and not _is_same(file, former.file) and _is_same(file + "-wal", former.wal):
             _remove_beside(file)
         status = os.stat(file)
         uri = f"file:{quote(file)}?mode=rw"
         connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=BUSY_SECONDS)
         try:
-            if blank:
+            # Also when a kill in the middle of making it left a file that SQLite has just taken back.
+            if blank or not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
                 _make_tables(connection)
             _check_tables(connection)
             _tune(connection)
@@ -96,6 +108,19 @@ def connect(path: str, stale_wal: os.stat_result | None = None) -> tuple[sqlite3
             connection.close()
             raise
     return connection, status
+
+
+def put_away_if_empty(path: str, held: os.stat_result) -> None:
+    """Remove a file that was emptied under its connections: they would fill it again with what they have left.
+
+    Args:
+        path: the file.
+        held: the file that the connections are to; another one at this path is left alone.
+    """
+    file = os.path.realpath(path)
+    with _alone_in(os.path.dirname(file)):
+        if _is_same(file, held) and os.path.getsize(file) == 0:
+            os.unlink(file)
 
 
 def _is_same(path: str, status: os.stat_result) -> bool:

@@ -34,8 +34,14 @@ class WatchedFile:
     def __init__(self, path: str) -> None:
         self._path = path
         self._fd: int | None = None
-        self.wal: os.stat_result | None = None
-        """The -wal that belongs to the held file."""
+        self._wal_path = ""
+        self._wal: os.stat_result | None = None
+
+    def former(self) -> schema.FormerFile | None:
+        """Return which file and which -wal belong together, for when the path names another file."""
+        if self._fd is None or self._wal is None:
+            return None
+        return schema.FormerFile(os.fstat(self._fd), self._wal)
 
     def hold(self, status: os.stat_result) -> Fate | None:
         """Watch the file that was just opened, which had this `status`.
@@ -47,6 +53,7 @@ class WatchedFile:
             Trouble: someone put another file there in between.
         """
         if self._fd is not None and os.path.samestat(os.fstat(self._fd), status):
+            self._wal = None
             return None
         fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         if not os.path.samestat(os.fstat(fd), status):
@@ -65,12 +72,27 @@ class WatchedFile:
         return Fate("the file was moved away while the relay ran", "stays in it")
 
     def is_where_it_was(self) -> bool:
-        """Tell whether the path still names the held file."""
+        """Tell whether the path still names the held file, and something is in it."""
         if self._fd is None:
             return False
         try:
-            return os.path.samestat(os.stat(self._path), os.fstat(self._fd))
+            named = os.stat(self._path)
         except (FileNotFoundError, NotADirectoryError):
+            return False
+        return named.st_size > 0 and os.path.samestat(named, os.fstat(self._fd))
+
+    def put_away_if_empty(self) -> None:
+        """Remove the file when it was emptied, which is then no different from its having been removed."""
+        if self._fd is not None and os.fstat(self._fd).st_size == 0:
+            schema.put_away_if_empty(self._path, os.fstat(self._fd))
+
+    def has_its_wal(self) -> bool:
+        """Tell whether the -wal that belongs to the held file is still there by its name."""
+        if self._wal is None:
+            return True
+        try:
+            return os.path.samestat(os.stat(self._wal_path), self._wal)
+        except FileNotFoundError:
             return False
 
     def check_header(self) -> None:
@@ -80,14 +102,15 @@ class WatchedFile:
 
     def note_wal(self) -> None:
         """Remember which -wal belongs to the held file."""
+        self._wal_path = os.path.realpath(self._path) + "-wal"
         try:
-            self.wal = os.stat(os.path.realpath(self._path) + "-wal")
+            self._wal = os.stat(self._wal_path)
         except FileNotFoundError:
-            self.wal = None
+            self._wal = None
 
     def forget(self) -> None:
         """Let go of the file; there must be no connection to it."""
         if self._fd is not None:
             os.close(self._fd)
         self._fd = None
-        self.wal = None
+        self._wal = None
