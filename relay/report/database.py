@@ -13,6 +13,7 @@ use them. In a folder where they cannot be made the reader fails instead. Hence 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sqlite3
 import tempfile
@@ -27,6 +28,7 @@ APPLICATION_ID = 0x52474556  # "RGEV"
 SCHEMA_VERSION = 1
 STALE_AFTER = 600  # seconds: a living relay notes the time every 300
 PATIENCE = 5.0  # seconds to wait for a lock; readers wait only while a crashed writer's log is being recovered
+NO_PERMISSION = "no permission to read it, its -wal or its -shm; run as the relay's user or in its group"
 
 
 class ReportError(Exception):
@@ -126,12 +128,25 @@ def _choose_uri(path: Path, cleanup: contextlib.ExitStack) -> str:
     if not path.is_file():
         raise ReportError(f"{path}: no such file; give the path that the relay's --usage-db names")
     logged, indexed = _beside(path, "-wal"), _beside(path, "-shm")
+    if not _is_under_wal(path):
+        return _uri(path, "mode=ro")
     if not logged and not indexed:
         return _uri(path, "mode=ro&immutable=1")
     if not indexed:
         folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="relay-usage-"))
         return _uri(_copied(path, Path(folder)), "mode=ro")
     return _uri(path, "mode=ro")
+
+
+def _is_under_wal(path: Path) -> bool:
+    """Return what the file's header says; the relay's always is, unless somebody changed that."""
+    try:
+        with path.open("rb") as file:
+            return file.read(20)[18:] == b"\2\2"  # https://www.sqlite.org/fileformat2.html, section 1.3.3
+    except PermissionError as error:
+        raise ReportError(f"{path}: {NO_PERMISSION}") from error
+    except OSError as error:
+        raise ReportError(f"{path}: {error.strerror}") from error
 
 
 def _copied(path: Path, folder: Path) -> Path:
@@ -186,19 +201,12 @@ def _check_schema(path: Path, connection: sqlite3.Connection) -> None:
 
 def _reason(path: Path, error: sqlite3.Error) -> str:
     text = str(error)
-    if "unable to open" in text:
-        unreadable = [name for name in (f"{path}", f"{path}-wal", f"{path}-shm") if not _readable(name)]
-        return f"no permission to read {' and '.join(unreadable)}" if unreadable else text
+    if "unable to open" in text and not all(_readable(f"{path}{suffix}") for suffix in ("", "-wal", "-shm")):
+        return NO_PERMISSION
     if "not a database" in text:
         return "not a database"
-    return f"{text} (try again)" if "locked" in text else text
+    return f"{text}; try again" if "locked" in text else text
 
 
 def _readable(name: str) -> bool:
-    try:
-        with open(name, "rb"):
-            return True
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
+    return os.access(name, os.R_OK) or not os.path.exists(name)
