@@ -82,11 +82,11 @@ class Host:
 
 @dataclass(frozen=True)
 class Network:
-    """The relay's host, two clients' hosts, and the relay's address as each client sees it."""
+    """The relay's host, two clients' hosts, and their addresses; the relay's is the same for both clients."""
 
     relay: Host
     clients: tuple[Host, Host]
-    relay_addresses: tuple[str, str]
+    relay_address: str
     client_addresses: tuple[str, str]
 
 
@@ -94,17 +94,15 @@ class Network:
 def three_hosts(relay_name: str) -> Iterator[Network]:
     """Make the network drawn above; on the clients, `relay_name` is a host name of the relay. Remove it at the end."""
     prefix = f"rg{secrets.token_hex(4)}"
-    # TEST-NET-1 and TEST-NET-2 (RFC 5737): nobody's addresses, so nothing real can be reached by mistake.
-    networks = ("192.0.2", "198.51.100")
+    # TEST-NET-1 to -3 (RFC 5737): nobody's addresses, so nothing real can be reached by mistake.
+    relay_address, networks = "192.0.2.1", ("198.51.100", "203.0.113")
     relay = Host(f"{prefix}-relay")
-    clients = (
-        Host(f"{prefix}-a", {relay_name: f"{networks[0]}.1"}),
-        Host(f"{prefix}-b", {relay_name: f"{networks[1]}.1"}),
-    )
+    clients = (Host(f"{prefix}-a", {relay_name: relay_address}), Host(f"{prefix}-b", {relay_name: relay_address}))
     with contextlib.ExitStack() as stack:
         for host in (relay, *clients):
             stack.callback(host.remove)
             host.create()
+        run_ip("-n", relay.name, "address", "add", f"{relay_address}/32", "dev", "lo")
         for number, (client, network) in enumerate(zip(clients, networks, strict=True)):
             veth = f"client{number}"
             run_ip("-n", relay.name, "link", "add", veth, "type", "veth", "peer", "name", "eth0", "netns", client.name)
@@ -112,12 +110,8 @@ def three_hosts(relay_name: str) -> Iterator[Network]:
             run_ip("-n", client.name, "address", "add", f"{network}.2/24", "dev", "eth0")
             run_ip("-n", relay.name, "link", "set", veth, "up")
             run_ip("-n", client.name, "link", "set", "eth0", "up")
-        yield Network(
-            relay,
-            clients,
-            (f"{networks[0]}.1", f"{networks[1]}.1"),
-            (f"{networks[0]}.2", f"{networks[1]}.2"),
-        )
+            run_ip("-n", client.name, "route", "add", f"{relay_address}/32", "via", f"{network}.1")
+        yield Network(relay, clients, relay_address, (f"{networks[0]}.2", f"{networks[1]}.2"))
 
 
 class NotAllowed(Exception):
@@ -159,8 +153,12 @@ def machine_without_network(folder: Path, names: dict[str, str]) -> Iterator[lis
         said = holder.stdout.readline().strip()
         if said != "ready":
             raise NotAllowed(f"a network namespace of its own is not allowed here: {said}")
-        user = [] if as_root else ["--user", "--preserve-credentials"]
+        user = "" if as_root else "--user --preserve-credentials"
+        # A process that enters has to find its folder again, there.
+        enter = (
+            f"""exec nsenter --target {holder.pid} --net --mount {user} sh -c 'cd "$0" && exec "$@"' "$(pwd)" "$@" """
+        )
         try:
-            yield ["nsenter", "--target", str(holder.pid), "--net", "--mount", *user]
+            yield ["sh", "-c", enter, "sh"]
         finally:
             holder.terminate()

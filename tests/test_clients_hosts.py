@@ -37,7 +37,7 @@ class Place:
 
     def client(self, number: int) -> Surroundings:
         """Return what client `number` has to be told."""
-        address = self.network.relay_addresses[number]
+        address = self.network.relay_address
         inside = self.network.clients[number].inside
         return Surroundings(mailbox=(address, MAILBOX_PORT), relay=(address, PUBLIC_RELAY_PORT), inside=inside)
 
@@ -62,7 +62,7 @@ def test_the_two_clients_cannot_reach_each_other(place: Place) -> None:
     connecting = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 5)"
     for here, there in ((0, 1), (1, 0)):
         for address, port, reachable in (
-            (place.network.relay_addresses[here], MAILBOX_PORT, True),
+            (place.network.relay_address, MAILBOX_PORT, True),
             (place.network.client_addresses[there], PUBLIC_RELAY_PORT, False),
         ):
             command = [*place.network.clients[here].inside, sys.executable, "-c", connecting, address, str(port)]

@@ -22,6 +22,7 @@ from tests.wormholes import (
 )
 
 FILE_BYTES = 3_000_000
+RACING = ("wormhole-william", "magic-wormhole")
 
 
 def assert_one_happy_transfer(relay: Service, size: int) -> None:
@@ -58,8 +59,13 @@ def inside(tmp_path: Path) -> Iterator[list[str]]:
         pytest.skip(str(refused))
 
 
-@pytest.mark.parametrize("receiver", list(RECEIVERS))
-@pytest.mark.parametrize("sender", list(SENDERS))
+# wormhole-william 1.0.6 as the sender closes its own connection in one transfer of five, with the Twisted relay too,
+# when magic-wormhole meets it at the relay at once, as it does here; with addresses to try first it comes later, so
+# test_clients_hosts.py has that pair.
+@pytest.mark.parametrize(
+    ("sender", "receiver"),
+    [(sender, receiver) for sender in SENDERS for receiver in RECEIVERS if (sender, receiver) != RACING],
+)
 def test_a_file_goes_through_the_relay_on_a_machine_without_network(
     inside: list[str], tmp_path: Path, sender: str, receiver: str
 ) -> None:

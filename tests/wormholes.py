@@ -132,7 +132,7 @@ def transfer(
         size: bytes.
         seconds: for both clients to end.
     """
-    code = f"{secrets.randbelow(900) + 100}-{secrets.token_hex(4)}-{secrets.token_hex(4)}"
+    code = f"{secrets.randbelow(9_000_000) + 1_000_000}-{secrets.token_hex(4)}-{secrets.token_hex(4)}"
     home, inbox = folder / "home", folder / "inbox"
     home.mkdir()
     inbox.mkdir()
