@@ -3,8 +3,9 @@
 A pair is over
 
 - when both sides have ended their streams and all they sent was delivered;
-- or when one has, and the other then sends nothing for `HALF_CLOSED_SECONDS`;
-- at once when either side is reset, or turns out to be dead.
+- or when one has, and the other has acknowledged it all and then sends nothing for `HALF_CLOSED_SECONDS`;
+- or when one has ended its stream and then gone altogether, as soon as the other has acknowledged all it sent;
+- at once when either side is reset before that, or turns out to be dead.
 
 A side that does not read stops its partner, and nothing else: that may last as long as it likes, as long as its host
 still answers.
@@ -13,8 +14,13 @@ still answers.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import os
 import socket
 import struct
+import sys
+import termios
 from collections.abc import Callable, Sequence
 
 import gevent
@@ -26,7 +32,7 @@ from relay.sibling_language import PairState
 from relay.turns import Turns
 
 HALF_CLOSED_SECONDS = 10.0
-"""How long the second side may say nothing once the first one's stream is over."""
+"""How long the second side may say nothing once it has all of the first one's stream."""
 
 STALL_CHECK_SECONDS = 1.0
 """How often a pair with a side that does not read looks whether both are still there: such a side's partner is not
@@ -36,7 +42,10 @@ DEAD_SECONDS = 300.0
 """A side that has not acknowledged anything for so long while it was owed bytes is gone. A living one that does not
 read answers the kernel's zero-window probes, at least every two minutes (TCP_RTO_MAX)."""
 
-_TCP_CLOSE = 7  # include/net/tcp_states.h
+DEAD_CHECK_SECONDS = 60.0
+"""How often a pair that nothing happens to looks whether a side that is owed bytes is dead. Keepalive does not: it is
+silent while anything is unacknowledged, and TCP itself tries for a quarter of an hour (tcp_retries2)."""
+
 _TCP_INFO_LAST_ACK_RECV = 56  # offset of tcpi_last_ack_recv, milliseconds, in struct tcp_info of linux/tcp.h
 
 
@@ -135,7 +144,7 @@ class Pair:
         there, back = self.pumps
         poller = poll()
         watched: tuple[int, int] | None = None
-        while there.waits != OVER or back.waits != OVER:
+        while not self._is_over():
             if there.waits == TURN or back.waits == TURN:
                 self.turns.wait()
                 for pump in self.pumps:
@@ -145,9 +154,10 @@ class Pair:
             if watched != (there.waits, back.waits):
                 watched = (there.waits, back.waits)
                 self._watch(poller)
+            has_everything = self._is_half_closed() and not self._owes()
             ready = dict(poller.poll(self._patience()))
             if not ready:
-                if self._is_half_closed():
+                if has_everything:
                     return
                 self._look_for_the_dead()
             for pump in self.pumps:
@@ -166,35 +176,42 @@ class Pair:
                 with contextlib.suppress(KeyError):
                     poller.unregister(sock)
 
-    def _patience(self) -> int | None:
-        """How long to wait for the sockets, in milliseconds; None is for ever."""
-        if any(pump.waits == ROOM for pump in self.pumps):
+    def _patience(self) -> int:
+        """How long to wait for the sockets, in milliseconds."""
+        if any(pump.waits == ROOM or pump.discards for pump in self.pumps):
             return int(STALL_CHECK_SECONDS * 1000)
         if self._is_half_closed():
             return int(HALF_CLOSED_SECONDS * 1000)
-        return None
+        return int(DEAD_CHECK_SECONDS * 1000)
+
+    def _is_over(self) -> bool:
+        """Whether nothing can be delivered any more, in either direction."""
+        there, back = self.pumps
+        if there.waits == OVER or back.waits == OVER:
+            return there.waits == back.waits or ((there.discards or back.discards) and not self._owes())
+        return False
 
     def _is_half_closed(self) -> bool:
         """Whether one stream is over, and of the other everything that came was delivered."""
         there, back = self.pumps
         return {there.waits, back.waits} == {OVER, INPUT}
 
-    def _look_for_the_dead(self) -> None:
-        """Find out about a side that poll(2) is not asked about, or whose host has gone while it did not read.
+    def _owes(self) -> bool:
+        """Whether the end of a stream that is over, or something before it, is still on its way."""
+        return any(pump.waits == OVER and _unacknowledged(pump.sink) for pump in self.pumps)
 
-        Raises ConnectionResetError when there is one.
+    def _look_for_the_dead(self) -> None:
+        """Find out about a side that poll(2) is not asked about, or whose host has gone while it was owed bytes.
+
+        Raises OSError when there is one.
         """
-        there, back = self.pumps
-        for pump, opposite in ((there, back), (back, there)):
-            if pump.waits != ROOM:
-                continue
-            state, _ = _tcp_state(pump.source)
-            # Once the relay has ended the stream towards it, a side that ends its own closes in good order.
-            if state == _TCP_CLOSE and opposite.waits != OVER:
-                raise ConnectionResetError
-            _, silence = _tcp_state(pump.sink)
-            if silence > DEAD_SECONDS:
-                raise ConnectionResetError
+        for pump in self.pumps:
+            if pump.waits == ROOM:
+                error = pump.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if error not in (0, errno.EPIPE):  # EPIPE: it had ended its stream before, and that is still delivered
+                    raise OSError(error, os.strerror(error))
+            if _unacknowledged(pump.sink) and _silence(pump.sink) > DEAD_SECONDS:
+                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
 
     def _deliver_what_fits(self) -> None:
         """After a reset: let through what had arrived before it, as far as that takes no waiting."""
@@ -204,8 +221,14 @@ class Pair:
                     pump.turn()
 
 
-def _tcp_state(sock: socket.socket) -> tuple[int, float]:
-    """The TCP state of `sock`, and the seconds since its peer last acknowledged anything. Source: tcp(7), TCP_INFO."""
+def _silence(sock: socket.socket) -> float:
+    """Seconds since the peer of `sock` last acknowledged anything, a keepalive probe too. Source: tcp(7), TCP_INFO."""
     tcp_info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_LAST_ACK_RECV + 4)
     (milliseconds,) = struct.unpack_from("=I", tcp_info, _TCP_INFO_LAST_ACK_RECV)
-    return tcp_info[0], milliseconds / 1000
+    return float(milliseconds) / 1000
+
+
+def _unacknowledged(sock: socket.socket) -> int:
+    """Bytes that were written to `sock` and have not arrived, an end of stream being one. Source: tcp(7), SIOCOUTQ."""
+    answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
+    return int.from_bytes(answer, sys.byteorder)

@@ -8,6 +8,7 @@ borrow, a platform without it) the same turn copies through a small buffer.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -42,9 +43,25 @@ class Pump:
 
     `moved` counts the bytes that the sink has taken, `held` those that rest here; `waits` is one of `INPUT`, `ROOM`,
     `TURN` and `OVER`. `held` is never above `relay.turns.LARGEST_TURN`, and nothing is read while anything is held.
+
+    `discards` says that the sink's peer has ended its own stream and then gone. What still comes from the source is
+    thrown away, for what that peer had sent may be on its way in the other direction, and closing a socket with unread
+    input would destroy it.
     """
 
-    __slots__ = ("_pipe", "_pipes", "_rest", "_turns", "held", "moved", "sink", "source", "splices", "waits")
+    __slots__ = (
+        "_pipe",
+        "_pipes",
+        "_rest",
+        "_turns",
+        "discards",
+        "held",
+        "moved",
+        "sink",
+        "source",
+        "splices",
+        "waits",
+    )
 
     def __init__(self, source: socket.socket, sink: socket.socket, pipes: PipePool, turns: Turns) -> None:
         self.source = source
@@ -52,6 +69,7 @@ class Pump:
         self.waits = INPUT
         self.held = 0
         self.moved = 0
+        self.discards = False
         self.splices = _SPLICE is not None
         self._pipes = pipes
         self._turns = turns
@@ -61,7 +79,7 @@ class Pump:
     def turn(self) -> None:
         """Move up to a turn's worth of bytes and set `waits`.
 
-        Raises OSError when either socket was reset.
+        Raises OSError when either socket was reset, unless its peer had ended its stream before: see `discards`.
         """
         left = self._turns.size()
         try:
@@ -83,6 +101,12 @@ class Pump:
                         return
         except BlockingIOError:
             self.waits = ROOM if self.held else INPUT
+        except BrokenPipeError:
+            # The kernel says EPIPE, and not ECONNRESET, of a reset that follows the peer's end of stream: tcp_reset()
+            # in net/ipv4/tcp_input.c.
+            self._drop()
+            self.discards = True
+            self.waits = INPUT
         finally:
             if self._pipe is not None and not self.held:
                 self._pipes.give_back(self._pipe)
@@ -90,6 +114,8 @@ class Pump:
 
     def _fill(self, most: int) -> int:
         """Read up to `most` bytes from the source; 0 means that it has ended its stream."""
+        if self.discards:
+            return len(self.source.recv(min(most, COPY_BYTES)))
         if self.splices and self._pipe is None:
             self._pipe = self._pipes.borrow()
         if self.splices and self._pipe is not None:
@@ -107,6 +133,8 @@ class Pump:
 
     def _drain(self) -> None:
         """Write what is held to the sink, as much as it takes at once."""
+        if self.discards:
+            return  # nothing is held
         if self._rest:
             taken = self.sink.send(self._rest)
             self._rest = self._rest[taken:]
@@ -120,7 +148,8 @@ class Pump:
     def _end(self) -> None:
         """Pass the source's end of stream on to the sink."""
         self.waits = OVER
-        self.sink.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # the sink has gone; reading from it tells how
+            self.sink.shutdown(socket.SHUT_WR)
 
     def pack(self) -> tuple[PumpState, list[int]]:
         """This pump as it is, for another process, and the file descriptors of its pipe if that holds anything."""
@@ -142,9 +171,12 @@ class Pump:
 
     def abandon(self) -> None:
         """Give up what is held; for a pair that is over."""
+        self._drop()
+        self.waits = OVER
+
+    def _drop(self) -> None:
         if self._pipe is not None:
             self._pipe.close()  # it may hold bytes, so it cannot go back
             self._pipe = None
         self._rest = b""
         self.held = 0
-        self.waits = OVER
