@@ -50,6 +50,10 @@ class Ledger:
         """Return when the `current` table says that so many pairs and waiting clients are there."""
         wait_until(lambda: self._current()[:2] == (connected, waiting), what=f"{connected} pairs, {waiting} waiting")
 
+    def wait_for_one_more(self) -> dict[str, Any]:
+        """Return the first record that came since the ledger was opened, as soon as it is there."""
+        return self.service.wait_for_records(self._records + 1)[self._records]
+
     def expect(self, *ended: Ended) -> None:
         """Wait for as many records, and compare them, and all tables, with what `ended`.
 

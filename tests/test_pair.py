@@ -1,0 +1,398 @@
+"""A pair, once both have read `ok`: how bytes and ends of streams go across, and how it ends.
+
+Against one worker and against two that are one relay, except where a constant of the relay is shortened for the test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import random
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests import namespaces
+from tests.harness import (
+    Relay,
+    Service,
+    Workers,
+    connect,
+    handshake,
+    new_side,
+    new_token,
+    read_exactly,
+    read_to_end,
+    relay_options,
+    wait_until,
+)
+from tests.kernel_view import relays_end, unacknowledged, unread
+from tests.ledger import Ended, Ledger
+
+MIB = 1 << 20
+CLONE_NEWNET = 0x40000000
+PATTERN = random.Random(1).randbytes(8 * MIB)
+
+
+@pytest.fixture(scope="module", params=["one-worker", "two-workers"])
+def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One recording relay of each shape for the whole module."""
+    folder = tmp_path_factory.mktemp("pair")
+    if request.param == "one-worker":
+        with Relay(folder, recording=True) as relay:
+            yield relay
+        return
+    if "--run-dir" not in relay_options():
+        pytest.skip("this version of the relay has no --run-dir")
+    with Workers(folder, count=2) as workers:
+        yield workers
+
+
+@pytest.fixture
+def ledger(service: Service) -> Ledger:
+    """What is recorded from here on."""
+    return Ledger(service)
+
+
+Clients = tuple[socket.socket, socket.socket]
+Meet = Callable[[], Clients]
+
+
+@pytest.fixture
+def meet(service: Service) -> Iterator[Meet]:
+    """Make pairs at the relay; their clients are closed at the end."""
+    with contextlib.ExitStack() as stack:
+        yield lambda: met(stack, lambda: connect(service.port))
+
+
+def met(stack: contextlib.ExitStack, *dial: Callable[[], socket.socket]) -> Clients:
+    """Two clients that have read their `ok`; `dial` connects each, or both."""
+    token = new_token()
+    first, second = (stack.enter_context(one()) for one in (dial[0], dial[-1]))
+    for client in (first, second):
+        client.sendall(handshake(token, new_side()))
+    assert read_exactly(first, 3) == read_exactly(second, 3) == b"ok\n"
+    return first, second
+
+
+def shortened(**constants: float) -> list[str]:
+    """What to put before the relay's command so that it runs with other constants; `pair__X` is X of relay.pair."""
+    changes = [f"relay.{name.replace('__', '.')} = {value}" for name, value in constants.items()]
+    program = "; ".join(["import sys, relay.cli, relay.door, relay.pair", *changes, "relay.cli.main(sys.argv[4:])"])
+    return [sys.executable, "-c", program]
+
+
+def reset(client: socket.socket) -> None:
+    """Close so that the peer gets a reset (RST) and no end of stream."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+def fill(sender: socket.socket) -> int:
+    """Send to a partner that does not read, until nothing is taken for a third of a second; return how much was."""
+    sent = 0
+    sender.settimeout(0.3)
+    with contextlib.suppress(TimeoutError):
+        while True:
+            sent += sender.send(PATTERN[:MIB])
+    sender.settimeout(10)
+    return sent
+
+
+def read_slowly(client: socket.socket, seconds: float = 20) -> int:
+    """Read to the end of the stream with pauses; return how many bytes came."""
+    deadline = time.monotonic() + seconds
+    count = 0
+    while time.monotonic() < deadline:
+        chunk = client.recv(MIB)
+        if not chunk:
+            return count
+        count += len(chunk)
+        time.sleep(0.01)
+    raise AssertionError(f"no end of stream within {seconds} s, after {count} bytes")
+
+
+def ends_soon(client: socket.socket, seconds: float = 5) -> None:
+    """The client's stream is over within `seconds`, in good order or with a reset, whatever is still in it."""
+    with contextlib.suppress(ConnectionResetError):
+        read_to_end(client, seconds)
+
+
+@pytest.fixture(params=["first", "second"])
+def turned(request: pytest.FixtureRequest) -> Callable[[Clients], Clients]:
+    """Whatever holds for one side holds for the other."""
+    return (lambda pair: pair) if request.param == "first" else (lambda pair: (pair[1], pair[0]))
+
+
+Turned = Callable[[Clients], Clients]
+
+
+def test_an_ended_stream_leaves_the_other_direction_open(ledger: Ledger, meet: Meet, turned: Turned) -> None:
+    ending, going_on = turned(meet())
+    ending.sendall(b"that was all")
+    ending.shutdown(socket.SHUT_WR)
+    assert read_to_end(going_on) == b"that was all"
+    for start in range(0, len(PATTERN), MIB):
+        going_on.sendall(PATTERN[start : start + MIB])
+        assert read_exactly(ending, MIB) == PATTERN[start : start + MIB]
+    going_on.shutdown(socket.SHUT_WR)
+    assert read_to_end(ending) == b""
+    ledger.expect(Ended("happy", len(PATTERN) + 12))
+
+
+def test_an_end_of_stream_waits_for_the_bytes_before_it(ledger: Ledger, meet: Meet, turned: Turned) -> None:
+    sender, receiver = turned(meet())
+    with ThreadPoolExecutor(1) as aside:
+        sent = aside.submit(send_and_close, sender, PATTERN)
+        received = bytearray()
+        while chunk := receiver.recv(300_000):
+            received += chunk
+            time.sleep(0.002)
+        sent.result()
+    assert received == PATTERN
+    receiver.close()
+    ledger.expect(Ended("happy", len(PATTERN)))
+
+
+def send_and_close(sender: socket.socket, what: bytes) -> None:
+    """Send everything, then close in good order."""
+    sender.sendall(what)
+    sender.close()
+
+
+def test_a_reset_ends_the_other_side_at_once(ledger: Ledger, meet: Meet, turned: Turned) -> None:
+    resetting, other = turned(meet())
+    other.sendall(b"hello")
+    assert read_exactly(resetting, 5) == b"hello"
+    began = time.monotonic()
+    reset(resetting)
+    ends_soon(other)
+    assert time.monotonic() - began < 2
+    ledger.expect(Ended("happy", 5))
+
+
+def test_a_sender_that_is_reset_ends_a_receiver_that_does_not_read(ledger: Ledger, meet: Meet, turned: Turned) -> None:
+    sender, receiver = turned(meet())
+    fill(sender)
+    began = time.monotonic()
+    reset(sender)
+    ledger.wait_for_one_more()
+    assert time.monotonic() - began < 5
+    ends_soon(receiver)
+
+
+def test_a_receiver_that_is_reset_before_it_read_ends_its_sender(ledger: Ledger, meet: Meet, turned: Turned) -> None:
+    sender, receiver = turned(meet())
+    fill(sender)
+    began = time.monotonic()
+    reset(receiver)
+    ends_soon(sender)
+    assert time.monotonic() - began < 5
+    ledger.wait_for_one_more()
+
+
+def test_a_reset_ends_a_pair_that_is_stalled_in_both_directions(ledger: Ledger, meet: Meet, turned: Turned) -> None:
+    resetting, other = turned(meet())
+    with ThreadPoolExecutor(2) as aside:
+        list(aside.map(fill, (resetting, other)))
+    began = time.monotonic()
+    reset(resetting)
+    ends_soon(other)
+    assert time.monotonic() - began < 5
+    ledger.wait_for_one_more()
+
+
+def test_a_reset_behind_an_ended_direction_ends_a_stalled_one(ledger: Ledger, meet: Meet, turned: Turned) -> None:
+    sender, receiver = turned(meet())
+    receiver.shutdown(socket.SHUT_WR)
+    assert read_to_end(sender) == b""
+    fill(sender)
+    began = time.monotonic()
+    reset(sender)
+    ledger.wait_for_one_more()
+    assert time.monotonic() - began < 5
+    ends_soon(receiver)
+
+
+def test_both_streams_ended_the_pair_is_over_at_once(ledger: Ledger, meet: Meet) -> None:
+    first, second = meet()
+    first.sendall(b"one")
+    second.sendall(b"two")
+    first.shutdown(socket.SHUT_WR)
+    second.shutdown(socket.SHUT_WR)
+    assert read_to_end(first) == b"two"
+    assert read_to_end(second) == b"one"
+    ledger.expect(Ended("happy", 6))
+    assert ledger.service.records()[-1]["total_time"] < 5
+
+
+def close_with_everything_on_its_way(service: Service, sender: socket.socket, receiver: socket.socket) -> int:
+    """Fill the way to `receiver`, which does not read, and close `sender` in good order as soon as the relay's kernel
+    has all it sent and its end of stream; return how many bytes are on their way."""
+    sent = fill(sender)
+    received = 0
+    sender.shutdown(socket.SHUT_WR)
+    with relays_end(service.pids, sender) as end:
+        while unacknowledged(sender) > 0:
+            received += len(receiver.recv(64 << 10))
+            time.sleep(0.001)
+        # TCP_INFO begins with the state; 8 is CLOSE_WAIT: the end of the stream has come.
+        wait_until(lambda: end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == 8, what="end of stream")
+    sender.close()
+    return sent - received
+
+
+def test_what_came_before_an_orderly_close_arrives_although_the_receiver_talks_on(
+    ledger: Ledger, meet: Meet, turned: Turned
+) -> None:
+    sender, receiver = turned(meet())
+    on_its_way = close_with_everything_on_its_way(ledger.service, sender, receiver)
+    assert on_its_way > MIB, "the test needs more than rests in the sockets' smallest buffers"
+    # The sender's host answers these with a reset: it has nobody any more who would read them.
+    for _ in range(5):
+        receiver.sendall(b"are you still there?")
+        time.sleep(0.05)
+    assert read_slowly(receiver) == on_its_way
+    receiver.close()
+    ledger.wait_for_one_more()
+
+
+# What takes long otherwise: relays with shortened constants.
+
+
+def test_when_one_stream_is_over_and_the_other_silent_the_pair_ends_before_long(tmp_path: Path) -> None:
+    with (
+        Relay(tmp_path, recording=True, inside=shortened(pair__HALF_CLOSED_SECONDS=0.5)) as relay,
+        contextlib.ExitStack() as stack,
+    ):
+        first, second = met(stack, lambda: connect(relay.port))
+        first.shutdown(socket.SHUT_WR)
+        assert read_to_end(second) == b""
+        for _ in range(4):  # as long as it says something, it goes on
+            time.sleep(0.3)
+            second.sendall(b"more")
+            assert read_exactly(first, 4) == b"more"
+        assert read_to_end(first) == b""
+        (record,) = relay.wait_for_records(1)
+        assert record["total_bytes"] == 16
+
+
+def test_a_slow_receiver_may_answer_after_the_senders_stream_is_over(tmp_path: Path) -> None:
+    with (
+        Relay(tmp_path, recording=True, inside=shortened(pair__HALF_CLOSED_SECONDS=0.5)) as relay,
+        contextlib.ExitStack() as stack,
+    ):
+        sender, receiver = met(stack, lambda: connect(relay.port))
+        receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 10)
+        sender.sendall(PATTERN[:MIB])
+        sender.shutdown(socket.SHUT_WR)
+        with relays_end(relay.pids, receiver) as end:
+            wait_until(lambda: unread(receiver) and unacknowledged(end), what="bytes rest on their way to the receiver")
+            time.sleep(2)  # longer than a silent receiver would be given, with all that was sent at hand
+        assert read_to_end(receiver) == PATTERN[:MIB]
+        receiver.sendall(b"got it")
+        receiver.close()
+        assert read_to_end(sender) == b"got it"
+        (record,) = relay.wait_for_records(1)
+        assert record["total_bytes"] == MIB + 6
+
+
+# A host that vanishes: no end of stream and no reset, just silence.
+
+
+class Hosts:
+    """The relay's host and two clients' hosts, each in a network namespace of its own."""
+
+    def __init__(self, network: namespaces.Network, port: int) -> None:
+        self.network = network
+        self.port = port
+
+    def dial(self, number: int) -> socket.socket:
+        """Connect to the relay from host `number`."""
+        client = self._from_host(number)
+        client.settimeout(10)
+        client.connect((self.network.relay_address, self.port))
+        return client
+
+    def _from_host(self, number: int) -> socket.socket:
+        # A socket belongs to the namespace of the thread that made it, so a thread goes there and comes to an end.
+        made: list[socket.socket] = []
+
+        def make() -> None:
+            with Path(f"/run/netns/{self.network.clients[number].name}").open() as namespace:
+                libc = ctypes.CDLL(None, use_errno=True)
+                assert libc.setns(namespace.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+            made.append(socket.socket())
+
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join()
+        return made[0]
+
+    def vanish(self, number: int) -> None:
+        """Cut the cable of host `number`."""
+        namespaces.run_ip("-n", self.network.clients[number].name, "link", "set", "eth0", "down")
+
+
+@contextlib.contextmanager
+def hosts(folder: Path, **constants: float) -> Iterator[tuple[Hosts, Relay]]:
+    """Three hosts and a relay on the first, which takes seconds where it otherwise takes minutes."""
+    if reason := namespaces.not_allowed():
+        pytest.skip(reason)
+    with namespaces.three_hosts("relay.test") as network:
+        inside = [*network.relay.inside, *shortened(**constants)]
+        with Relay(folder, interface="0.0.0.0", recording=True, inside=inside) as relay:
+            yield Hosts(network, relay.port), relay
+
+
+KEEPALIVE = {"door__KEEPALIVE_IDLE_SECONDS": 1, "door__KEEPALIVE_PROBES": 2, "door__KEEPALIVE_PROBE_SECONDS": 1}
+DEAD = {"pair__DEAD_SECONDS": 3, "pair__DEAD_CHECK_SECONDS": 1}
+
+
+def test_a_dead_peer_of_a_silent_pair_is_noticed(tmp_path: Path) -> None:
+    with hosts(tmp_path, **KEEPALIVE) as (places, relay), contextlib.ExitStack() as stack:
+        first, _ = met(stack, lambda: places.dial(0), lambda: places.dial(1))
+        places.vanish(1)
+        ends_soon(first, 10)
+        assert relay.wait_for_records(1)[0]["mood"] == "happy"
+
+
+def test_a_dead_peer_that_waits_is_noticed(tmp_path: Path) -> None:
+    with hosts(tmp_path, **KEEPALIVE) as (places, relay), places.dial(0) as waiting:
+        waiting.sendall(handshake(new_token()))
+        wait_until(lambda: relay.rows("current")[0]["waiting"] == 1, what="it waits")
+        places.vanish(0)
+        assert relay.wait_for_records(1)[0]["mood"] == "lonely"
+
+
+@pytest.mark.parametrize("owed", ["little", "much"])
+def test_a_dead_peer_that_is_owed_bytes_is_noticed(tmp_path: Path, owed: str) -> None:
+    # Keepalive is silent while something is unacknowledged, and TCP itself tries for a quarter of an hour.
+    with hosts(tmp_path, **KEEPALIVE, **DEAD) as (places, relay), contextlib.ExitStack() as stack:
+        first, _ = met(stack, lambda: places.dial(0), lambda: places.dial(1))
+        places.vanish(1)
+        if owed == "little":
+            first.sendall(b"are you there?")
+        else:
+            fill(first)
+        ends_soon(first, 10)
+        assert relay.wait_for_records(1)[0]["mood"] == "happy"
+
+
+def test_a_living_receiver_that_does_not_read_is_not_taken_for_dead(tmp_path: Path) -> None:
+    with hosts(tmp_path, **KEEPALIVE, pair__DEAD_SECONDS=4) as (places, relay), contextlib.ExitStack() as stack:
+        first, second = met(stack, lambda: places.dial(0), lambda: places.dial(1))
+        sent = fill(first)
+        # The kernel's probes of a closed window come ever less often, up to every two minutes.
+        with pytest.raises(AssertionError, match="not within"):
+            relay.wait_for_records(1, seconds=6)
+        first.shutdown(socket.SHUT_WR)
+        assert read_slowly(second) == sent
