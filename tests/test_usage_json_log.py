@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import select
 import socket
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -21,6 +19,9 @@ from relay.usage.record import Current, Record
 from relay.usage.recorder import Recorder, UsageError, open_recorder
 from tests.harness import wait_until
 from tests.test_usage_record import records
+from tests.usage_disk import fill, small_disk
+
+__all__ = ["small_disk"]
 
 KEYS = ["started", "total_time", "waiting_time", "total_bytes", "mood"]
 
@@ -161,7 +162,7 @@ def test_a_fifo_whose_reader_goes_away_and_comes_back_gets_every_line_once(tmp_p
         assert "its reader is gone" in warnings[0]
         read_end = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
         wait_until(lambda: len(warnings) == 2, what="the word that it is over")
-        assert "all 100 records of that time are written" in warnings[1]
+        assert "the 100 records kept until now are written" in warnings[1]
         text += os.read(read_end, 1 << 20)
     os.close(read_end)
     os.close(write_end)
@@ -176,35 +177,6 @@ def readable_bytes(fd: int) -> int:
     count = array.array("i", [0])
     fcntl.ioctl(fd, termios.FIONREAD, count)
     return count[0]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB, which is soon full."""
-    if os.geteuid() != 0:
-        pytest.skip("only root may mount a small tmpfs; run the tests as root, in a VM or a container")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"a small tmpfs cannot be mounted here: {done.stderr.strip()}")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
-def fill(path: Path) -> None:
-    """Write to `path` until its disk is full to the last byte."""
-    fd = append_to(path)
-    try:
-        for size in (65536, 4096, 1):
-            with contextlib.suppress(OSError):
-                while True:
-                    os.write(fd, b"x" * size)
-    finally:
-        os.close(fd)
 
 
 @pytest.mark.parametrize("appending", [True, False], ids=["appended to", "written to"])

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-_STATE = 0
-_START = 19
-"""Places in /proc/PID/stat behind the command's name; see proc(5), where they are fields 3 and 22."""
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+_STATE, _FLAGS, _START = 0, 6, 19
+"""Places in /proc/PID/stat behind the command's name; see proc(5), where they are fields 3, 9 and 22."""
+
+_PF_EXITING = 0x4
+"""Set before a process that dies closes its files (include/linux/sched.h): who learns of a death by the end of a
+connection finds it set, when the state may for a moment still be that of a running process."""
 
 
 @lru_cache(maxsize=1)
 def _boot_id() -> str:
     try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        with open(_BOOT_ID, encoding="ascii") as file:
             return file.read().strip()
     except OSError:
         # Hidden by systemd's ProcSubset=pid. Then the ticks since boot must do to tell two processes apart.
@@ -26,7 +31,7 @@ def process_start(pid: int) -> str | None:
     """Return "BOOT_ID/TICKS", which tells this process from all that had or will have its number.
 
     Returns:
-        None when there is no such process, or when it has ended and only waits for its parent to ask for its status.
+        None when there is no such process, or when it is about to end, or has ended and was not waited for.
 
     Raises:
         PermissionError: when there is one, of which this process may know nothing.
@@ -38,7 +43,7 @@ def process_start(pid: int) -> str | None:
         return None
     # The command's name is in brackets, and may itself hold brackets and spaces.
     fields = status[status.rfind(b")") + 2 :].split(maxsplit=_START + 1)
-    if fields[_STATE] in (b"Z", b"X"):
+    if fields[_STATE] in (b"Z", b"X") or int(fields[_FLAGS]) & _PF_EXITING:
         return None
     return f"{_boot_id()}/{fields[_START].decode('ascii')}"
 

@@ -203,9 +203,9 @@ class _Outage:
     def over(self, written: int) -> None:
         if self._told:
             seconds = time.monotonic() - self._since
-            records = self._written + written
+            kept = self._written + written
             self._warn(
-                f"{self._name}: works again after {seconds:.0f} s, all {records} records of that time are written"
+                f"{self._name}: works again after {seconds:.0f} s; the {kept} records kept until now are written"
             )
         self.reason = ""
         self._written = 0
