@@ -11,7 +11,7 @@ export RELAY_PORT
 # Stamps older than these files are made anew.
 DISTRIBUTION := setup.py setup.cfg relay/__init__.py
 
-.PHONY: run foreground stop status test lint types check bench dist clean
+.PHONY: run foreground stop rolling-restart status test lint types check bench dist clean
 .DEFAULT_GOAL := run
 
 $(BIN)/python:
@@ -43,6 +43,10 @@ foreground: $(VENV)/.relay
 stop:
 	$(BIN)/supervisorctl -c $(CONF) shutdown
 	@for try in $$(seq 100); do [ -e var/supervisord.pid ] || exit 0; sleep 0.3; done; exit 1
+
+# One worker after another, without ending a transfer.
+rolling-restart: $(VENV)/.relay
+	PATH="$(CURDIR)/$(BIN):$$PATH" misc/rolling-restart $(CONF)
 
 status:
 	$(BIN)/supervisorctl -c $(CONF) status

@@ -1,5 +1,5 @@
 """Everything about the distribution is in setup.cfg, except the list of files that an installed copy finds beside its
-programs: `<prefix>/share/relay-gevent/` mirrors etc/, var/ and the munin plugins, and that list is read from the tree.
+programs: `<prefix>/share/relay-gevent/` mirrors etc/, var/ and parts of misc/, and that list is read from the tree.
 """
 
 from pathlib import Path
@@ -7,19 +7,19 @@ from pathlib import Path
 from setuptools import setup
 
 SHARE = "share/relay-gevent"
-SHARED_TREES = ("etc", "var", "misc/munin")
+SHARED = ("etc", "var", "misc/munin", "misc/rolling-restart")
 # A checkout that is in use keeps its logs and its database in var/: only the file that explains them is shipped.
 SHIPPED_FROM_VAR = {"README"}
 
 
 def shared_files() -> list[tuple[str, list[str]]]:
-    """Return setuptools' (target folder, files) pairs, one for each folder below SHARED_TREES."""
+    """Return setuptools' (target folder, files) pairs, one for each folder of SHARED."""
     top = Path(__file__).parent
     folders: dict[str, list[str]] = {}
-    for tree in SHARED_TREES:
-        for path in sorted((top / tree).rglob("*")):
+    for name in SHARED:
+        for path in sorted([top / name, *(top / name).rglob("*")]):
             shipped = path.is_file() and "__pycache__" not in path.parts
-            if not shipped or (tree == "var" and path.name not in SHIPPED_FROM_VAR):
+            if not shipped or (name == "var" and path.name not in SHIPPED_FROM_VAR):
                 continue
             relative = path.relative_to(top)
             folders.setdefault(f"{SHARE}/{relative.parent}", []).append(str(relative))

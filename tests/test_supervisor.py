@@ -109,6 +109,15 @@ class Supervised:
         """Run supervisorctl and return what it printed."""
         return self.run("-m", "supervisor.supervisorctl", "-c", str(self.conf), *words, check=check).stdout
 
+    def rolling_restart(self) -> None:
+        """Run the shipped misc/rolling-restart, with a supervisorctl of this home's on the PATH."""
+        control = self.home / "bin" / "supervisorctl"
+        control.write_text(f'#!/bin/sh\nexec {self.python[0]} -m supervisor.supervisorctl "$@"\n')
+        control.chmod(0o755)
+        command = [str(CHECKOUT / "misc" / "rolling-restart"), str(self.conf)]
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, f"{done.stdout}{done.stderr}{self.logs()}"
+
     def states(self) -> list[str]:
         """Return the state of each worker, as supervisorctl tells it."""
         return [line.split()[1] for line in self.control("status", check=False).splitlines()]
@@ -315,7 +324,7 @@ def test_stopping_the_relay_lets_a_transfer_end(service: Supervised) -> None:
     )
     try:
         wait_until(lambda: not accepts(service.port), 10, "it accepts no more")
-        assert all(is_running(pid) for pid in pids)
+        assert any(is_running(pid) for pid in pids)
         finish(sender, receiver, b"and the second")
         assert stopping.wait(15) == 0
     finally:
@@ -327,6 +336,31 @@ def test_stopping_the_relay_lets_a_transfer_end(service: Supervised) -> None:
     assert "exited: relay" not in (service.var / "supervisord.log").read_text()
 
 
+def test_a_rolling_restart_ends_no_transfer_and_sends_nobody_away(service: Supervised) -> None:
+    transfers = [pair(service.port) for _ in range(6)]
+    for sender, receiver in transfers:
+        sender.sendall(b"the first half, ")
+        assert read_exactly(receiver, 16) == b"the first half, "
+    token = new_token()
+    waiting = connect(service.port)
+    waiting.sendall(handshake(token, new_side()))
+    before = service.pids()
+    service.rolling_restart()
+    assert not set(before) & set(service.pids())
+    for sender, receiver in transfers:
+        finish(sender, receiver, b"and the second")
+    partner = connect(service.port)
+    partner.sendall(handshake(token, new_side()))
+    for client in (waiting, partner):
+        assert read_exactly(client, 3) == b"ok\n"
+    finish(waiting, partner, b"to the one who had waited")
+
+    def outcomes() -> list[tuple[object, ...]]:
+        return service.query("SELECT result, count(*) FROM usage GROUP BY 1")
+
+    wait_until(lambda: outcomes() == [("happy", 7)], 5, f"one row for each transfer, and no other: {outcomes()}")
+
+
 def accepts(port: int) -> bool:
     """Tell whether somebody listens on `port`, from the kernel's table, without connecting."""
     wanted = f":{port:04X}"
@@ -334,7 +368,7 @@ def accepts(port: int) -> bool:
     return any(row[1].endswith(wanted) and row[3] == "0A" for row in rows)
 
 
-def test_the_log_holds_only_starts_and_stops(service: Supervised) -> None:
+def test_the_log_tells_of_workers_that_start_and_stop_and_nothing_of_clients(service: Supervised) -> None:
     for _ in range(3):
         finish(*pair(service.port), b"a transfer")
     with connect(service.port) as client:
@@ -344,9 +378,15 @@ def test_the_log_holds_only_starts_and_stops(service: Supervised) -> None:
         client.sendall(handshake(new_token()) + b"too early")
         assert read_to_end(client) == b"impatient\n"
     service.control("stop", "relay:*")
-    form = re.compile(
-        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d relay-gevent\[\d+\] (listening on 127\.0\.0\.1 port \d+|stopp\w+.*)"
+    words = (
+        r"listening on 127\.0\.0\.1 port \d+",
+        r"joined the relay in \S+: .*",
+        r"worker \d+ has (joined|left)",
+        r"handed to worker \d+: .*",
+        r"stopping: .*",
+        r"stopped",
     )
+    form = re.compile(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d relay-gevent\[\d+\] ({'|'.join(words)})")
     assert [line for line in service.log_lines() if not form.fullmatch(line)] == []
     stopped = [line for line in service.log_lines() if line.endswith("stopped")]
     assert len(stopped) == len(service.states())
