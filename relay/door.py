@@ -111,6 +111,17 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
     ) -> None:
         super().__init__(listener, handle=admit, spawn=None)
         self._is_full = is_full
+        self._is_retired = False
+
+    def retire(self) -> None:
+        """Stop accepting for good; the listening socket stays open."""
+        self._is_retired = True
+        self.stop_accepting()
+
+    def start_accepting(self) -> None:
+        """Accept whatever comes, unless this door was retired; gevent and `reopen` call it."""
+        if not self._is_retired:
+            super().start_accepting()
 
     def full(self) -> bool:
         """Whether no further connection is to be accepted now; asked by gevent before each."""

@@ -49,7 +49,7 @@ silent while anything is unacknowledged, and TCP itself tries for a quarter of a
 _TCP_INFO_LAST_ACK_RECV = 56  # offset of tcpi_last_ack_recv, milliseconds, in struct tcp_info of linux/tcp.h
 
 
-class Detached(BaseException):
+class Detached(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types
     """Thrown into a pair's greenlet to make it let go of the pair, as it is, between two turns."""
 
 

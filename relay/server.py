@@ -22,6 +22,7 @@ from relay.client import Client, Stage
 from relay.deadlines import Deadlines
 from relay.door import Door, is_at, open_port
 from relay.handshake import LONGEST, Handshake, Refusal, read_handshake
+from relay.late_spares import LateSpares
 from relay.mistakes import Mistake
 from relay.options import Options
 from relay.pair import Pair
@@ -65,11 +66,13 @@ class Relay:
         self._open = 0
         self._finished_bytes = 0
         self._room: WaitingRoom[Client] = WaitingRoom()
+        self._late_spares = LateSpares()
         self._deadlines: Deadlines[Client] = Deadlines()
         self._pipes = PipePool()
         self._turns = Turns()
-        self._told: tuple[int, int] = (0, 0)
+        self._told: tuple[int, int] | None = None
         self._loop = gevent.get_hub().loop
+        self._epoll = select.epoll.fromfd(os.dup(self._loop.fileno()))
         self._tick = self._loop.timer(TICK_SECONDS, TICK_SECONDS)
         self._on_readable = self._listen_to  # bound once, and not for every client
         self._current_greenlet: gevent.Greenlet | None = None
@@ -122,7 +125,7 @@ class Relay:
             return
         self.stopping = True
         assert self._door is not None
-        self._door.stop_accepting()
+        self._door.retire()
         if self.siblings is not None:
             self.siblings.leave()
         while not self._ended.is_set():
@@ -165,7 +168,8 @@ class Relay:
         if self._door is not None:
             self._door.close()
         self._tick.stop()
-        gevent.kill(self._current_greenlet)
+        if self._current_greenlet is not None:
+            gevent.kill(self._current_greenlet)
         if self.siblings is not None:
             self._say_who_has_what(self.siblings)
             self.siblings.close()
@@ -176,6 +180,7 @@ class Relay:
         for client in list(self._deadlines):
             self._close(client)
         self._pipes.close()
+        self._epoll.close()
 
     # A connection, from accept to its place in the waiting room
 
@@ -236,6 +241,8 @@ class Relay:
             if self._has_kept_quiet(partner):
                 self._room.leave(partner)
                 spares = self._room.take_all(client.token)
+                if self.siblings is not None:
+                    self._late_spares.matched(client.token, time.monotonic())
                 self._pair(partner, client)
                 for spare in spares:
                     self._finish(spare, "lonely")
@@ -325,7 +332,7 @@ class Relay:
 
     def _hand_on(self, client: Client, home: Link) -> None:
         if client.watcher is not None:
-            self._forget_fds([client.sock.fileno()])
+            self._stop_watching(client.sock)
         self._forget(client)
         home.hand_client(client)
 
@@ -337,7 +344,8 @@ class Relay:
             return  # things have changed meanwhile
         self.pairs.discard(pair)
         self._finished_bytes += pair.moved  # as far as this worker is concerned
-        self._forget_fds([pair.first.fileno(), pair.second.fileno()])
+        self._stop_watching(pair.first)
+        self._stop_watching(pair.second)
         self.siblings.any_home().hand_pair(pair)
 
     def _uproot(self, client: Client) -> None:
@@ -351,10 +359,16 @@ class Relay:
             assert self.siblings is not None
             self._hand_on(client, self.siblings.any_home())
 
-    def take_in(self, client: Client) -> None:
+    def take_in(self, client: Client, *, at_home: bool) -> None:
         """A sibling has handed `client` on."""
         self._open += 1
-        self.take_back(client)
+        if self._late_spares.is_late(client.token, client.arrived):
+            self._finish(client, "lonely")
+            self._send_away(client)
+        elif at_home and not self.stopping:
+            self._meet(client)
+        else:
+            self.take_back(client)
 
     def take_back(self, client: Client) -> None:
         """A client is here anew."""
@@ -362,6 +376,8 @@ class Relay:
             self._admit(client)
         elif self.stopping and self.siblings is not None and not self.siblings.alone:
             self._hand_on(client, self.siblings.any_home())
+        elif self._grace_ends is not None:
+            self._overdue(client)
         else:
             self._deadlines.set(client, client.arrived + self.options.handshake_timeout)
             self._shake_hands(client)
@@ -381,13 +397,15 @@ class Relay:
         self._finished_bytes -= pair.moved
         self._pump(pair)
 
-    def handed_on(self, given: Client | Pair) -> None:
-        """A sibling has confirmed that this is its own now."""
-        if isinstance(given, Pair):
-            given.close()
-            self._closed(2)
-        else:
-            self._close(given)
+    def handed_on(self, client: Client) -> None:
+        """A sibling has confirmed that `client` is its own now."""
+        client.sock.close()
+        self._closed(1)
+
+    def handed_on_pair(self, pair: Pair) -> None:
+        """A sibling has confirmed that `pair` is its own now."""
+        pair.close()
+        self._closed(2)
 
     def siblings_changed(self) -> None:
         """Look again where everybody belongs."""
@@ -400,16 +418,14 @@ class Relay:
     def sibling_gone(self) -> None:
         """Write down at once what the relay is without it."""
         self._refresh_current()
+        self._told = None  # and once more when it is sure to be gone: a process outlives its links by a little
         self._changed.set()
 
-    def _forget_fds(self, fds: Sequence[int]) -> None:
-        """Make the event loop's epoll forget sockets that live on in another process. It would go on to report them
+    def _stop_watching(self, sock: socket.socket) -> None:
+        """Make the event loop's epoll forget a socket that lives on in another process. It would go on to report it
         when we close ours, since what it watches is the open connection and not our number for it: epoll(7)."""
-        epoll = select.epoll.fromfd(os.dup(self._loop.fileno()))
-        for fd in fds:
-            with contextlib.suppress(OSError):  # it was never watched
-                epoll.unregister(fd)
-        epoll.close()
+        with contextlib.suppress(OSError):  # it was never watched
+            self._epoll.unregister(sock)
 
     def _say_who_has_what(self, siblings: Siblings) -> None:
         for link in siblings.links:
@@ -493,8 +509,10 @@ class Relay:
     # What happens by the clock
 
     def _every_second(self) -> None:
-        for client in self._deadlines.take_due(time.monotonic()):
+        now = time.monotonic()
+        for client in self._deadlines.take_due(now):
             self._overdue(client)
+        self._late_spares.forget(now)
         if self.siblings is not None:
             self.siblings.every_second()
         connected_and_waiting = (len(self.pairs), len(self._room))

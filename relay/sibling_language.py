@@ -25,7 +25,7 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 LANGUAGE = 1
 """Raised whenever a message of before would be misunderstood."""
@@ -45,7 +45,7 @@ CLIENTS_PER_PACKET = 64
 LARGEST_PACKET = 192 << 10
 """Bytes; the two remainders of a pair that copies, and some more. The kernel's default send buffer takes it."""
 
-_ENVELOPE = struct.Struct("!cQd")  # kind, serial number, when it was sent
+_ENVELOPE = struct.Struct("!cQdQ")  # kind, serial number, when it was sent, who the sender thinks is there
 _ANSWER = struct.Struct("!cQ")  # kind, serial number
 _CLIENT = struct.Struct("!ddBBBB")  # started, arrived, hops, length of token, of side, of what it has sent so far
 _LENGTH = struct.Struct("!I")
@@ -85,8 +85,7 @@ class Greeting:
             raise Misunderstood(f"not a greeting: {packet[:40]!r}") from error
 
 
-@dataclass(frozen=True, slots=True)
-class ClientState:
+class ClientState(Protocol):
     """A client without a partner, but for its socket. Before its handshake is whole, `token` is empty and `received`
     holds what it has sent. `started` is in seconds since the epoch, `arrived` in seconds of CLOCK_MONOTONIC, which all
     processes of a machine share; `hops` counts how often it was handed on."""
@@ -97,6 +96,28 @@ class ClientState:
     side: bytes | None
     received: bytes
     hops: int
+
+
+@dataclass(slots=True)
+class HandedClient:
+    """A `ClientState` as it comes out of a packet."""
+
+    started: float
+    arrived: float
+    token: bytes
+    side: bytes | None
+    received: bytes
+    hops: int
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What is on every parcel: its serial number, when it was sent (seconds of CLOCK_MONOTONIC), and a fingerprint of
+    whom the sender takes to be alive, 64 bits. A receiver with the same fingerprint agrees about every home."""
+
+    serial: int
+    sent: float
+    view: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,48 +162,54 @@ def decode_answer(packet: bytes) -> int:
     return int(_unpack(_ANSWER, packet, 0)[1])
 
 
-def decode_envelope(packet: bytes) -> tuple[int, float]:
-    """The serial number of an ``H`` or ``P``, and when it was sent (seconds of CLOCK_MONOTONIC)."""
-    _, serial, sent = _unpack(_ENVELOPE, packet, 0)
-    return serial, sent
+def decode_envelope(packet: bytes) -> Envelope:
+    """The envelope of an ``H`` or ``P``; raises Misunderstood."""
+    _, serial, sent, view = _unpack(_ENVELOPE, packet, 0)
+    return Envelope(serial, sent, view)
 
 
-def encode_clients(serial: int, sent: float, clients: Sequence[ClientState]) -> bytes:
+def encode_clients(envelope: Envelope, clients: Sequence[ClientState]) -> bytes:
     """An ``H`` with up to `CLIENTS_PER_PACKET` clients; their sockets go beside it in the same order."""
-    parts = [_ENVELOPE.pack(HANDED_CLIENTS, serial, sent)]
+    parts = [_ENVELOPE.pack(HANDED_CLIENTS, envelope.serial, envelope.sent, envelope.view)]
     for client in clients:
-        side = client.side or b""
-        lengths = (len(client.token), len(side), len(client.received))
-        parts.append(_CLIENT.pack(client.started, client.arrived, min(client.hops, 255), *lengths))
-        parts.append(client.token + side + client.received)
+        token, side, received = client.token, client.side or b"", client.received
+        hops = min(client.hops + 1, 255)
+        parts += (
+            _CLIENT.pack(client.started, client.arrived, hops, len(token), len(side), len(received)),
+            token,
+            side,
+            received,
+        )
     return b"".join(parts)
 
 
-def decode_clients(packet: bytes) -> list[ClientState]:
-    """The clients of an ``H``; raises Misunderstood."""
+def decode_clients(packet: bytes) -> list[HandedClient]:
+    """The clients of an ``H``, with their latest hop counted; raises Misunderstood."""
     clients = []
     at = _ENVELOPE.size
     while at < len(packet):
         started, arrived, hops, token, side, received = _unpack(_CLIENT, packet, at)
         at += _CLIENT.size
-        ends = (at + token, at + token + side, at + token + side + received)
-        if ends[-1] > len(packet):
+        side_at = at + token
+        received_at = side_at + side
+        end = received_at + received
+        if end > len(packet):
             raise Misunderstood("a client that is cut short")
         clients.append(
-            ClientState(
-                started=started,
-                arrived=arrived,
-                token=packet[at : ends[0]],
-                side=packet[ends[0] : ends[1]] or None,
-                received=packet[ends[1] : ends[2]],
-                hops=hops,
+            HandedClient(
+                started,
+                arrived,
+                packet[at:side_at],
+                packet[side_at:received_at] or None,
+                packet[received_at:end],
+                hops,
             )
         )
-        at = ends[-1]
+        at = end
     return clients
 
 
-def encode_pair(serial: int, sent: float, pair: PairState) -> bytes:
+def encode_pair(envelope: Envelope, pair: PairState) -> bytes:
     """A ``P``. Beside it go the sockets of both sides, then inlet and outlet of each pump's pipe that holds bytes."""
     header = {"started": pair.started, "arrived": pair.arrived, "waiting_time": pair.waiting_time}
     pumps = [
@@ -190,8 +217,8 @@ def encode_pair(serial: int, sent: float, pair: PairState) -> bytes:
         for pump in (pair.there, pair.back)
     ]
     encoded = json.dumps({**header, "pumps": pumps}).encode()
-    envelope = _ENVELOPE.pack(HANDED_PAIR, serial, sent)
-    return envelope + _LENGTH.pack(len(encoded)) + encoded + pair.there.rest + pair.back.rest
+    begin = _ENVELOPE.pack(HANDED_PAIR, envelope.serial, envelope.sent, envelope.view)
+    return begin + _LENGTH.pack(len(encoded)) + encoded + pair.there.rest + pair.back.rest
 
 
 def decode_pair(packet: bytes) -> PairState:

@@ -18,7 +18,9 @@ Clients are handed on in batches: all that an iteration of the event loop brings
 from __future__ import annotations
 
 import array
+import functools
 import logging
+import operator
 import os
 import select
 import socket
@@ -32,7 +34,7 @@ import gevent
 
 from relay import __version__
 from relay.client import Client
-from relay.homes import home_of, seed_of
+from relay.homes import homes_among, seed_of, slot_of
 from relay.mistakes import Mistake
 from relay.pair import Pair
 from relay.run_dir import RunDir, same_user
@@ -48,8 +50,9 @@ from relay.sibling_language import (
     READY,
     REFUSED,
     STILL_HERE,
-    ClientState,
+    Envelope,
     Greeting,
+    HandedClient,
     Misunderstood,
     PairState,
     decode_answer,
@@ -77,13 +80,14 @@ _ANCILLARY_BYTES = socket.CMSG_SPACE(CLIENTS_PER_PACKET * array.array("i").items
 logger = logging.getLogger(__name__)
 
 _buffer = bytearray(LARGEST_PACKET)
+_view = memoryview(_buffer)
 
 
 class Household(Protocol):
     """What this worker does with what comes to it."""
 
-    def take_in(self, client: Client) -> None:
-        """A sibling has handed this client on; it is ours now."""
+    def take_in(self, client: Client, *, at_home: bool) -> None:
+        """A sibling has handed this client on; it is ours now. `at_home` if we are surely home to its token."""
 
     def take_back(self, client: Client) -> None:
         """A sibling could not take this client."""
@@ -94,8 +98,11 @@ class Household(Protocol):
     def take_back_pair(self, pair: Pair) -> None:
         """A sibling could not take this pair."""
 
-    def handed_on(self, given: Client | Pair) -> None:
-        """A sibling has taken this over; our copies of its sockets are to be closed."""
+    def handed_on(self, client: Client) -> None:
+        """A sibling has taken this client over; our copy of its socket is to be closed."""
+
+    def handed_on_pair(self, pair: Pair) -> None:
+        """The same for a pair."""
 
     def siblings_changed(self) -> None:
         """Another worker is home to some tokens now. One has come, or gone, or fallen silent, or woken."""
@@ -106,12 +113,10 @@ class Household(Protocol):
 
 @dataclass(slots=True)
 class Parcel:
-    """What is handed on in one packet: clients, or one pair; `sent` is when (monotonic seconds), 0 while it is not."""
+    """What is handed on in one packet: clients, or one pair."""
 
     clients: list[Client]
     pair: Pair | None = None
-    serial: int = 0
-    sent: float = 0.0
 
 
 class Link:
@@ -197,17 +202,15 @@ class Link:
         self._writes.stop()
 
     def _send_parcel(self, parcel: Parcel) -> None:
-        parcel.serial = self._siblings.next_serial()
-        parcel.sent = time.monotonic()
-        if parcel.pair is not None:
-            state, fds = parcel.pair.pack()
-            packet = encode_pair(parcel.serial, parcel.sent, state)
-        else:
-            packet = encode_clients(parcel.serial, parcel.sent, [_state_of(client) for client in parcel.clients])
+        envelope = self._siblings.envelope()
+        if parcel.pair is None:
+            packet = encode_clients(envelope, parcel.clients)
             fds = [client.sock.fileno() for client in parcel.clients]
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-        self._sock.sendmsg([packet], rights)
-        self.unconfirmed[parcel.serial] = parcel
+        else:
+            state, fds = parcel.pair.pack()
+            packet = encode_pair(envelope, state)
+        self._sock.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+        self.unconfirmed[envelope.serial] = parcel
 
     def send_again(self) -> None:
         """Try once more what could not be sent."""
@@ -216,26 +219,30 @@ class Link:
 
     # Hearing
 
-    def read(self) -> None:
-        """Take in everything that has come over the link."""
+    def read(self) -> bool:
+        """Take in a packet that has come; when there are more, the event loop calls again. False if there was none."""
         try:
-            while not self.closed:
-                size, ancillary, _, _ = self._sock.recvmsg_into([_buffer], _ANCILLARY_BYTES)
-                fds = _fds_in(ancillary)
-                if size == 0:
-                    self._siblings.lost(self)
-                    return
-                self.heard = time.monotonic()
-                self._siblings.heard(self, bytes(memoryview(_buffer)[:size]), fds)
+            size, ancillary, _, _ = self._sock.recvmsg_into([_buffer], _ANCILLARY_BYTES)
         except BlockingIOError:
-            pass
+            return False
         except OSError:
+            size = 0
+        if size == 0:
             self._siblings.lost(self)
+            return False
+        self.heard = time.monotonic()
+        self._siblings.heard(self, bytes(_view[:size]), _fds_in(ancillary))
+        return True
 
-    def answer(self, kind: bytes, serial: int) -> bool:
-        """Send ``C`` or ``N``, past everything that is queued; False when that is not possible now."""
+    def read_all(self) -> None:
+        """Take in everything that has come."""
+        while not self.closed and self.read():
+            pass
+
+    def confirm(self, serial: int) -> bool:
+        """Send ``C``, past everything that is queued; False when that is not possible now."""
         try:
-            self._sock.send(encode_answer(kind, serial))
+            self._sock.send(encode_answer(CONFIRMED, serial))
         except OSError:
             return False
         return True
@@ -287,7 +294,8 @@ class Siblings:
         self._household = household
         self._serial = 0
         self._port: socket.socket | None = None
-        self._homes: list[Link | Siblings] = [self]
+        self._home_of_slot: list[Link | Siblings] = []
+        self._view = self.seed
         self._refused: list[Parcel] = []
         self._turn = 0
         self._warned: set[str] = set()
@@ -381,30 +389,35 @@ class Siblings:
         """The sibling that is home to `token`, or None when we are, or when nobody else could be."""
         if self.alone:
             return None
-        home = home_of(token, self._homes)
+        home = self._home_of_slot[slot_of(token)]
         return home if isinstance(home, Link) else None
 
     def any_home(self) -> Link:
         """Some live sibling, another one each time; there is one (see `alone`)."""
-        links = [home for home in self._homes if isinstance(home, Link)]
+        links = [link for link in self.links if link.live]
         self._turn += 1
         return links[self._turn % len(links)]
 
     def _change(self) -> None:
+        """Somebody has come or gone: find out again who is home to what."""
+        unsent = [parcel for link in self.links for parcel in link.take_back_unsent()]
         live: list[Link | Siblings] = [link for link in self.links if link.live]
         self.alone = not live
-        self._homes = live if self.leaving else [*live, self]
+        homes = live if self.leaving else [*live, self]
+        self._home_of_slot = homes_among(homes) if live else []
+        self._view = functools.reduce(operator.xor, (worker.seed for worker in homes), 0)
         self._household.siblings_changed()
+        self._have_back(unsent)  # they were on their way to where they belonged before
 
     def _greeted(self) -> list[Link]:
         return [link for link in self.links if link.greeting is not None]
 
     # What comes over the links
 
-    def next_serial(self) -> int:
-        """A number that no parcel of ours has had."""
+    def envelope(self) -> Envelope:
+        """What goes on the next parcel."""
         self._serial += 1
-        return self._serial
+        return Envelope(self._serial, time.monotonic(), self._view)
 
     def _visited(self) -> None:
         assert self._own_socket is not None
@@ -478,10 +491,8 @@ class Siblings:
             self._change()
         elif kind == LEAVING:
             link.leaving = True
-            parcels = link.take_back_unsent()
             link.say(FAREWELL)
             self._change()
-            self._have_back(parcels)
         elif kind == FAREWELL:
             link.said_farewell = True
             self._household.sibling_gone()
@@ -489,29 +500,31 @@ class Siblings:
             raise Misunderstood(f"a message of the kind {kind!r}")
 
     def _take_clients(self, link: Link, packet: bytes, fds: list[int]) -> None:
-        serial, sent = decode_envelope(packet)
-        states = decode_clients(packet)
-        if not self._accepts(link, serial, sent, complete=len(states) == len(fds)):
+        envelope = decode_envelope(packet)
+        clients = decode_clients(packet)
+        if not self._accepts(link, envelope, complete=len(clients) == len(fds)):
             _close_all(fds)
             return
         assert self._port is not None
-        for state, fd in zip(states, fds, strict=True):
+        agreed = envelope.view == self._view
+        for handed, fd in zip(clients, fds, strict=True):
             sock = socket.socket(self._port.family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=fd)
-            self._household.take_in(_client_from(state, sock))
+            self._household.take_in(_client_from(handed, sock), at_home=agreed and bool(handed.token))
 
     def _take_pair(self, link: Link, packet: bytes, fds: list[int]) -> None:
-        serial, sent = decode_envelope(packet)
+        envelope = decode_envelope(packet)
         state = decode_pair(packet)
-        if not self._accepts(link, serial, sent, complete=len(fds) == state.fds):
+        if not self._accepts(link, envelope, complete=len(fds) == state.fds):
             _close_all(fds)
             return
         self._household.take_in_pair(state, fds)
 
-    def _accepts(self, link: Link, serial: int, sent: float, *, complete: bool) -> bool:
+    def _accepts(self, link: Link, envelope: Envelope, *, complete: bool) -> bool:
         """Confirm or refuse a parcel. Once it is confirmed it is ours, and the sender closes its copies."""
-        if complete and time.monotonic() - sent <= PARCEL_GOOD_SECONDS:
-            return link.answer(CONFIRMED, serial)
-        link.answer(REFUSED, serial)  # too old, or there was no file descriptor left for all that came
+        # To confirm later than now would be too late: the sender might take it back meanwhile. To refuse never is.
+        if complete and time.monotonic() - envelope.sent <= PARCEL_GOOD_SECONDS and link.confirm(envelope.serial):
+            return True
+        link.say(encode_answer(REFUSED, envelope.serial))  # too old, or no file descriptor was left for all that came
         return False
 
     def _confirmed(self, link: Link, serial: int) -> None:
@@ -520,7 +533,7 @@ class Siblings:
             return
         if parcel.pair is not None:
             link.handed_pairs += 1
-            self._household.handed_on(parcel.pair)
+            self._household.handed_on_pair(parcel.pair)
         link.handed_clients += len(parcel.clients)
         for client in parcel.clients:
             self._household.handed_on(client)
@@ -550,7 +563,7 @@ class Siblings:
     def every_second(self) -> None:
         """Say that we are here, notice who is not, and try again what did not work."""
         for link in list(self.links):
-            link.read()  # what has come counts, however late we are to read it
+            link.read_all()  # what has come counts, however late we are to read it
         now = time.monotonic()
         for link in list(self.links):
             if link.greeting is None:
@@ -597,13 +610,10 @@ class Siblings:
             logger.warning(text, *values)
 
 
-def _state_of(client: Client) -> ClientState:
-    return ClientState(client.started, client.arrived, client.token, client.side, client.received, client.hops + 1)
-
-
-def _client_from(state: ClientState, sock: socket.socket) -> Client:
-    client = Client(sock, state.started, state.arrived)
-    client.token, client.side, client.received, client.hops = state.token, state.side, state.received, state.hops
+def _client_from(handed: HandedClient, sock: socket.socket) -> Client:
+    client = Client(sock, handed.started, handed.arrived)
+    client.token, client.side = handed.token, handed.side
+    client.received, client.hops = handed.received, handed.hops
     return client
 
 
