@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -426,14 +426,21 @@ def test_a_database_that_was_moved_away_keeps_all_it_held(tmp_path: Path) -> Non
         assert rows(name, "pragma_integrity_check") == [("ok",)]
 
 
-def test_a_database_that_was_replaced_goes_on_from_the_one_in_its_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", [False, True], ids=["unread", "being read"])
+def test_a_database_that_was_replaced_goes_on_from_the_one_in_its_place(tmp_path: Path, read: bool) -> None:
     warnings: list[str] = []
     path = tmp_path / "db"
     with recording(tmp_path / "backup") as recorder:
         record_numbers(recorder, 10, 20)
         wait_for_rows(tmp_path / "backup", 2)
-    with recording(path, warnings) as recorder:
-        record_numbers(recorder, 1, 2, 3)
+    with recording(path, warnings) as recorder, ExitStack() as stack:
+        record_numbers(recorder, 1, 2)
+        wait_for_rows(path, 2)
+        if read:  # so that the former one's -wal cannot be emptied, and still holds its pages
+            reader = stack.enter_context(closing(sqlite3.connect(path, isolation_level=None)))
+            reader.execute("BEGIN")
+            assert reader.execute("SELECT count(*) FROM usage").fetchall() == [(2,)]
+        record_numbers(recorder, 3)
         wait_for_rows(path, 3)
         (tmp_path / "backup").rename(path)  # and the former one's -wal stays beside it
         record_numbers(recorder, 4)

@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -14,9 +15,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 
-from relay.usage.json_log import encode
+from relay.usage.json_log import JsonLog, encode
 from relay.usage.record import Current, Record
 from relay.usage.recorder import Recorder, UsageError, open_recorder
+from relay.usage.trouble import Trouble
 from tests.harness import wait_until
 from tests.test_usage_record import records
 from tests.usage_disk import fill, small_disk
@@ -199,6 +201,24 @@ def test_a_full_disk_is_told_of_once_and_every_line_is_there_once_when_there_is_
         wait_until(lambda: len(warnings) == 2, what="the word that it is over")
     os.close(fd)
     assert numbers(log.read_bytes()) == list(range(200))
+
+
+def test_a_line_cut_short_by_a_full_disk_is_not_in_the_way_of_another_workers_line(small_disk: Path) -> None:
+    log = small_disk / "log"
+    fds = [append_to(log), append_to(log)]
+    one, other = (JsonLog(fd, None, warn=lambda line: None) for fd in fds)
+    cut_short = deque(numbered(number) for number in range(100))
+    one.write(deque([numbered(1000)]), set())
+    fill(small_disk / "ballast")
+    with pytest.raises(Trouble):
+        one.write(cut_short, set())
+    assert 0 < len(cut_short) < 100
+    (small_disk / "ballast").unlink()
+    other.write(deque([numbered(2000)]), set())
+    one.write(cut_short, set())
+    for fd in fds:
+        os.close(fd)
+    assert sorted(numbers(log.read_bytes())) == [*range(100), 1000, 2000]
 
 
 def test_two_workers_on_a_full_disk_do_not_mix_their_lines(small_disk: Path) -> None:

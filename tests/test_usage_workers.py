@@ -236,7 +236,8 @@ def test_a_stopped_worker_holds_up_no_other_and_its_records_come_later(tmp_path:
 def test_a_killed_worker_is_gone_as_soon_as_its_connections_end(tmp_path: Path) -> None:
     for _ in range(10):
         read_end, write_end = os.pipe()
-        with UsageWorker(pass_fds=(write_end,)) as worker, open(read_end, "rb") as link:
+        options = ("--usage-db", str(tmp_path / "db"))
+        with UsageWorker(*options, pass_fds=(write_end,)) as worker, open(read_end, "rb") as link:
             os.close(write_end)
             worker.process.kill()
             assert link.read() == b""
