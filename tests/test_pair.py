@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import random
 import socket
@@ -29,12 +30,13 @@ from tests.harness import (
     handshake,
     new_side,
     new_token,
+    pss,
     read_exactly,
     read_to_end,
     relay_options,
     wait_until,
 )
-from tests.kernel_view import relays_end, unacknowledged, unread
+from tests.kernel_view import bytes_in_pipes, largest_pipe, relays_end, unacknowledged, unread
 from tests.ledger import Ended, Ledger
 
 MIB = 1 << 20
@@ -396,3 +398,96 @@ def test_a_living_receiver_that_does_not_read_is_not_taken_for_dead(tmp_path: Pa
             relay.wait_for_records(1, seconds=6)
         first.shutdown(socket.SHUT_WR)
         assert read_slowly(second) == sent
+
+
+# The bound on what rests in the relay: one gigabyte each way, and a receiver that stalls.
+
+STREAM_BYTES = 1 << 30
+SEGMENT_BYTES = 64 * MIB
+STALL_AT = 256 * MIB
+
+
+class Stream:
+    """One direction of a large transfer: made by the kernel from a file in memory, compared byte by byte on arrival.
+
+    Segment by segment the same file, each time from a little further on, so that no two segments are alike: a piece
+    that is lost, doubled or out of order is found.
+    """
+
+    def __init__(self, source: bytes, file: int, sender: socket.socket, receiver: socket.socket) -> None:
+        self.source = source
+        self.file = file
+        self.sender = sender
+        self.receiver = receiver
+        self.sent = 0
+        self.received = 0
+        self.may_go_on = threading.Event()
+        self.stall_at: float = math.inf
+
+    @staticmethod
+    def place(position: int) -> tuple[int, int]:
+        """Where in the file the byte at `position` of the stream is, and how many follow it there."""
+        segment, inside = divmod(position, SEGMENT_BYTES)
+        return segment * MIB // 2 + inside, SEGMENT_BYTES - inside
+
+    def send(self) -> None:
+        """Send it all, then the end of the stream."""
+        while self.sent < STREAM_BYTES:
+            offset, left = self.place(self.sent)
+            self.sent += os.sendfile(self.sender.fileno(), self.file, offset, min(left, 4 * MIB))
+        self.sender.shutdown(socket.SHUT_WR)
+
+    def receive(self) -> None:
+        """Read and compare it all up to its end, standing still for as long as the test wants at `stall_at`."""
+        while chunk := self.receiver.recv(min(MIB, self.place(self.received)[1])):
+            assert self.source.startswith(chunk, self.place(self.received)[0]), f"wrong bytes at {self.received}"
+            self.received += len(chunk)
+            if self.received >= self.stall_at:
+                self.may_go_on.wait(60)
+                self.stall_at = math.inf
+
+
+def test_a_gigabyte_each_way_arrives_whole_though_a_receiver_stalls(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    source = os.urandom(SEGMENT_BYTES + STREAM_BYTES // SEGMENT_BYTES * MIB // 2)
+    with contextlib.ExitStack() as stack:
+        file = os.memfd_create("stream")
+        stack.callback(os.close, file)
+        assert os.pwrite(file, source, 0) == len(source)
+        relay = stack.enter_context(Relay(tmp_path, recording=True))
+        first, second = met(stack, lambda: connect(relay.port))
+        for client in (first, second):
+            client.setblocking(True)
+        there, back = Stream(source, file, first, second), Stream(source, file, second, first)
+        there.stall_at = STALL_AT
+        before = pss(relay.pid)
+        began = time.monotonic()
+        aside = stack.enter_context(ThreadPoolExecutor(4))
+        stack.callback(there.may_go_on.set)
+        ends = [aside.submit(work) for work in (there.receive, back.receive, there.send, back.send)]
+        wait_until(lambda: back.received == STREAM_BYTES, 60, "the other direction goes on to its end")
+        stands = wait_until(lambda: stands_still(there), 20, "the sender stands still")
+        resting, grown = bytes_in_pipes(relay.pid), pss(relay.pid) - before
+        assert there.received == pytest.approx(STALL_AT, abs=MIB)
+        assert 0 < resting <= MIB
+        assert largest_pipe(relay.pid) <= MIB
+        assert resting + grown <= 2 * MIB, "1 MiB in each direction, what the relay keeps in Python included"
+        assert there.sent == stands
+        there.may_go_on.set()
+        for end in ends:
+            end.result(60)
+        assert there.received == back.received == STREAM_BYTES
+        seconds = time.monotonic() - began
+        (record,) = relay.wait_for_records(1)
+        assert record["total_bytes"] == 2 * STREAM_BYTES
+        for name, figure in {"bytes in pipes": resting, "PSS grown": grown, "seconds for 2 GiB": seconds}.items():
+            record_property(name, figure)
+            print(f"{name}: {figure}")
+
+
+def stands_still(stream: Stream) -> int:
+    """How much was sent, if that does not change within a second, else 0."""
+    sent = stream.sent
+    time.sleep(1)
+    return sent if stream.sent == sent else 0
