@@ -155,7 +155,8 @@ class Relay:
             self._grace_ends = time.monotonic() + self.options.grace
             logger.info("stopping: %d transfers have %g seconds to finish", len(self.pairs), self.options.grace)
             for client in list(self._deadlines):
-                self._overdue(client)
+                if client.stage is not Stage.LEAVING:  # its refusal may still be on its way
+                    self._overdue(client)
         for pair in self.pairs:
             if pair.greenlet is None:
                 pair.start()  # it was to be handed on, and there is nobody left to hand it to
@@ -455,6 +456,8 @@ class Relay:
     def _record(self, record: Record) -> None:
         assert self._recorder is not None
         self._recorder.record(record)
+        if self._told is not None:
+            self._told = (len(self.pairs), len(self._room))  # with each record goes what `current` is then
 
     def _send_away(self, client: Client, reply: bytes = b"") -> None:
         """Say `reply`, end the stream, and read on for a moment so that both arrive: a lingering close."""
