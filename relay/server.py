@@ -149,6 +149,8 @@ class Relay:
             for pair in list(self.pairs):
                 self._hand_on_pair(pair)
             return
+        if self.siblings is not None and self.siblings.expected:
+            return  # in a moment there will be other hands
         assert self._door is not None
         self._door.close()
         if self._grace_ends is None:
@@ -172,7 +174,6 @@ class Relay:
         if self._current_greenlet is not None:
             gevent.kill(self._current_greenlet)
         if self.siblings is not None:
-            self._say_who_has_what(self.siblings)
             self.siblings.close()
         for pair in list(self.pairs):
             pair.detach()
@@ -427,16 +428,6 @@ class Relay:
         when we close ours, since what it watches is the open connection and not our number for it: epoll(7)."""
         with contextlib.suppress(OSError):  # it was never watched
             self._epoll.unregister(sock)
-
-    def _say_who_has_what(self, siblings: Siblings) -> None:
-        for link in siblings.links:
-            if link.handed_clients or link.handed_pairs:
-                logger.info(
-                    "handed to worker %d: waiting clients %d, transfers %d",
-                    link.pid,
-                    link.handed_clients,
-                    link.handed_pairs,
-                )
 
     # Ways to go
 

@@ -361,8 +361,14 @@ class Siblings:
         """Tell everybody that we leave: they send us nothing more once they have said farewell."""
         self.leaving = True
         for link in self._greeted():
+            link.handed_clients = link.handed_pairs = 0  # from here on it is worth telling
             link.say(LEAVING)
         self._change()
+
+    @property
+    def expected(self) -> bool:
+        """Whether a newcomer has greeted us and is about to be ready."""
+        return any(not (link.ready or link.leaving or link.silent) for link in self._greeted())
 
     @property
     def left(self) -> bool:
@@ -380,8 +386,18 @@ class Siblings:
         if self._own_socket is not None:
             self._own_socket.close()
         for link in list(self.links):
+            self._tell_what_was_handed_on(link)
             link.close()
         self.links.clear()
+
+    def _tell_what_was_handed_on(self, link: Link) -> None:
+        if self.leaving and (link.handed_clients or link.handed_pairs):
+            logger.info(
+                "handed to worker %d: clients without a partner %d, transfers %d",
+                link.pid,
+                link.handed_clients,
+                link.handed_pairs,
+            )
 
     # Homes
 
@@ -547,6 +563,7 @@ class Siblings:
         link.close()
         if link.ready:
             logger.info("worker %d has left" if link.leaving else "worker %d has died", link.pid)
+        self._tell_what_was_handed_on(link)
         self._change()
         self._have_back(parcels)
         self._household.sibling_gone()
