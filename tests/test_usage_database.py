@@ -237,6 +237,23 @@ def test_a_relay_starts_with_a_locked_database_and_records_when_it_is_free(tmp_p
     assert recorder.close(5) == 0
 
 
+def test_a_trouble_that_shows_after_a_start_with_a_locked_database_does_not_end_recording(tmp_path: Path) -> None:
+    path = tmp_path / "db"
+    warnings: list[str] = []
+    with recording(path):
+        pass
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with recording(path, warnings) as recorder:
+            other.execute("ALTER TABLE all_time RENAME TO elsewhere")
+            other.execute("COMMIT")
+            record_numbers(recorder, 1, 2, 3)
+            wait_until(lambda: any("all_time" in line for line in warnings), what="the word that a table is missing")
+            other.execute("ALTER TABLE elsewhere RENAME TO all_time")
+            wait_for_rows(path, 3)
+            assert_sums_agree(path)
+
+
 def test_a_close_ends_in_time_and_tells_how_many_records_a_lock_cost(tmp_path: Path) -> None:
     warnings: list[str] = []
     with recording(tmp_path / "db"):
@@ -537,8 +554,10 @@ def test_a_damaged_database_is_told_of_once_and_records_are_kept_until_it_is_mov
 
 
 def refusal(path: Path | str) -> str:
-    with pytest.raises(UsageError) as refused, recording(Path(path)):
+    warnings: list[str] = []
+    with pytest.raises(UsageError) as refused, recording(Path(path), warnings):
         pass
+    assert warnings == []  # the error is the only line
     text = str(refused.value)
     assert text.startswith(f"--usage-db {path}: ")
     assert "\n" not in text

@@ -130,6 +130,7 @@ class Database:
         if fate is not None:
             held = "what it held" if self._counted is None else f"what it held ({self._counted} connections in all)"
             self._warn(f"{self.name}: {fate.what}; {held} {fate.rest}; the records go on in the file that is there now")
+        self._counted = None
         return connection
 
     def _part(self, connection: sqlite3.Connection) -> None:

@@ -76,7 +76,9 @@ class Writer:
         self._outage = _Outage(destination.name, warn)
         self._backoff = FIRST_BACKOFF
         self._first_success = threading.Event()
+        self._starting = True
         self._mistake: Trouble | None = None
+        self._start_lock = threading.Lock()
         self._leaving = threading.Event()
         self._deadline = float("inf")
         self._ended = False
@@ -90,6 +92,8 @@ class Writer:
         """
         self._thread.start()
         self._first_success.wait(START_PATIENCE)
+        with self._start_lock:
+            self._starting = False
         if self._mistake is not None:
             self._thread.join()
             raise UsageError(f"{self._destination.option}: {self._mistake.line}")
@@ -158,17 +162,24 @@ class Writer:
         return TURN_SECONDS
 
     def _in_trouble(self, trouble: Trouble, written: int) -> float:
+        if self._ends_the_start(trouble):
+            return 0.0
         self._outage.goes_on(trouble, written, len(self._kept))
-        if not trouble.passing and not self._first_success.is_set():
-            self._mistake = trouble
-            self._ended = True
-        if time.monotonic() >= self._deadline:
-            self._ended = True
+        self._ended = time.monotonic() >= self._deadline
         if trouble.waited:
             return 0.0
         wait = self._backoff
         self._backoff = min(2 * wait, LONGEST_BACKOFF)
         return wait
+
+    def _ends_the_start(self, trouble: Trouble) -> bool:
+        """Tell whether someone still waits for this destination to work, and hears now that it does not."""
+        with self._start_lock:
+            if trouble.passing or not self._starting or self._first_success.is_set():
+                return False
+            self._mistake = trouble
+            self._ended = True
+            return True
 
     def _pause(self, seconds: float) -> None:
         if seconds <= 0 or self._ended:
