@@ -76,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _fail(mistake: Exception) -> NoReturn:
-    print(f"relay-gevent: error: {mistake}", file=sys.stderr)
+    # A value that the operator gave may hold anything, and this is one line.
+    line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in str(mistake))
+    print(f"relay-gevent: error: {line}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -85,8 +87,13 @@ def _serve(options: Options) -> None:
     import gevent
 
     from relay.server import Relay
-    from relay.usage.recorder import UsageError, open_recorder
+    from relay.usage.recorder import UsageError, check_log_fd, open_recorder
 
+    if options.log_fd is not None:
+        try:
+            check_log_fd(options.log_fd)  # now: soon a number that is not open may be something of our own
+        except UsageError as error:
+            raise Mistake(error) from None
     relay = Relay(options)
     try:
         listener = relay.find_port()
