@@ -180,7 +180,20 @@ def test_current_tells_of_those_who_wait_and_of_pairs(ledger: Ledger, call: Call
     ledger.expect(Ended("happy"))
 
 
-def test_a_client_that_hurries_but_waits_for_ok_is_matched_with_who_waits(ledger: Ledger, call: Call) -> None:
+def test_current_tells_of_a_pair_made_right_after_another_was_over(ledger: Ledger, call: Call) -> None:
+    first, second = matched(call)
+    ledger.wait_for_current(connected=1, waiting=0)
+    first.close()
+    second.close()
+    ledger.wait_for_one_more()
+    first, second = matched(call)
+    ledger.wait_for_current(connected=1, waiting=0)
+    first.close()
+    second.close()
+    ledger.expect(Ended("happy"), Ended("happy"))
+
+
+def test_each_of_many_pairs_is_recorded(ledger: Ledger, call: Call) -> None:
     pairs = [matched(call) for _ in range(20)]
     for number, (first, second) in enumerate(pairs):
         first.sendall(bytes([number]))
