@@ -64,8 +64,10 @@ def distribution(tmp_path_factory: pytest.TempPathFactory) -> Distribution:
     """An sdist of the checkout, and a wheel of that sdist."""
     folder = tmp_path_factory.mktemp("build")
     source = folder / "source"
-    # A copy, since building writes beside the sources; what a relay running from the checkout keeps in var/ is in it.
-    shutil.copytree(CHECKOUT, source, ignore=shutil.ignore_patterns(*NOT_SOURCE, "*.sock"))
+    # A copy, since building writes beside the sources. What a running relay keeps in var/ is played by one file.
+    shutil.copytree(CHECKOUT, source, ignore=shutil.ignore_patterns(*NOT_SOURCE, "var"))
+    (source / "var").mkdir()
+    shutil.copy(CHECKOUT / "var" / "README", source / "var")
     (source / "var" / "usage.sqlite").touch()
     run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(source)], folder)
     (sdist,) = (folder / "dist").glob("*.tar.gz")
@@ -128,9 +130,10 @@ def relay_one_transfer(port: int) -> None:
 def test_the_installed_relay_relays(installed: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = [str(installed / "bin" / "relay-gevent"), "--port", "0", "--interface", "127.0.0.1"]
-    with running(command, log, cwd=tmp_path):
-        listening = wait_until(lambda: LISTENING.search(log.read_text()), 10, "it listens")
-        assert listening is not None
+    with running(command, log, cwd=tmp_path) as process:
+        wait_until(lambda: LISTENING.search(log.read_text()) or process.poll() is not None, 10, "it listens")
+        listening = LISTENING.search(log.read_text())
+        assert listening is not None, log.read_text()
         relay_one_transfer(int(listening[2]))
 
 
