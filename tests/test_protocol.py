@@ -17,7 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from relay import door, pair, pipes, server
+from relay.cli import read_options
+from relay.handshake import Refusal
 from tests.harness import (
+    CHECKOUT,
     Relay,
     Service,
     Workers,
@@ -465,3 +469,23 @@ def test_both_sides_have_nodelay_and_notice_a_dead_peer_within_minutes(ledger: L
                 for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPCNT, socket.TCP_KEEPINTVL)
             )
             assert idle + probes * pause <= 300
+
+
+def test_the_docs_name_the_times_and_limits_that_are_kept() -> None:
+    text = " ".join((CHECKOUT / "docs" / "protocol.md").read_text().split())
+    options = read_options([])
+    for promise in [
+        f"whole line | {options.handshake_timeout:g} s |",
+        f"the partner's | {options.wait_timeout / 3600:g} h |",
+        f"told to stop | {options.grace:g} s |",
+        f"a transfer, silent | {pair.HALF_CLOSED_SECONDS:g} s |",
+        f"sends nothing for {pair.HALF_CLOSED_SECONDS:g} seconds",
+        f"about {server.LINGER_SECONDS:g} seconds or {server.LINGER_BYTES >> 20} MiB",
+        f"at most {pipes.PIPE_BYTES >> 20} MiB in each direction",
+        f"after {door.KEEPALIVE_IDLE_SECONDS} seconds of silence",
+        f"{['four', 'five', 'six'][door.KEEPALIVE_PROBES - 4]} probes, {door.KEEPALIVE_PROBE_SECONDS} seconds apart",
+        f"nothing acknowledged for {['four', 'five', 'six'][int(pair.DEAD_SECONDS // 60) - 4]} minutes",
+    ]:
+        assert promise in text, promise
+    for refusal in Refusal:
+        assert f"`{refusal.value.decode().strip()}\\n`, end of stream" in text
