@@ -10,7 +10,7 @@ Handing on never leaves a connection without an owner, nor with two:
   the link ends before that;
 - the receiver confirms first and acts then;
 - a worker that was stopped (SIGSTOP, a suspended machine) may find old parcels when it wakes. So a parcel is good for
-  `PARCEL_GOOD_SECONDS` only, and the sender takes it back no earlier than `SILENT_SECONDS`, which is longer.
+  `PARCEL_GOOD_SECONDS` only, and the sender takes it back when it is older than `PARCEL_LOST_SECONDS`, which is more.
 
 Clients are handed on in batches: all that an iteration of the event loop brings for one sibling makes one packet.
 """
@@ -68,9 +68,12 @@ from relay.sibling_language import (
 PARCEL_GOOD_SECONDS = 1.0
 """How old a parcel may be when it is opened."""
 
+PARCEL_LOST_SECONDS = 2.0
+"""How old a parcel has to be before it is taken back from a sibling that is silent but may wake at any moment."""
+
 SILENT_SECONDS = 3.0
 """A sibling that has said nothing for so long, although everybody says something each second, is passed over until it
-speaks again, and what it has not confirmed by then is taken back."""
+speaks again, and what it has not confirmed is taken back."""
 
 JOIN_SECONDS = 2.0
 """How long a newcomer waits for its siblings to welcome it."""
@@ -117,6 +120,7 @@ class Parcel:
 
     clients: list[Client]
     pair: Pair | None = None
+    sent: float = 0.0  # monotonic seconds
 
 
 class Link:
@@ -210,6 +214,7 @@ class Link:
             state, fds = parcel.pair.pack()
             packet = encode_pair(envelope, state)
         self._sock.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+        parcel.sent = envelope.sent
         self.unconfirmed[envelope.serial] = parcel
 
     def send_again(self) -> None:
@@ -266,11 +271,11 @@ class Link:
             self._next_clients = []
         return parcels
 
-    def take_back(self) -> list[Parcel]:
-        """Everything that was to be handed on and is not confirmed; it is ours again."""
-        parcels = self.take_back_unsent() + list(self.unconfirmed.values())
-        self.unconfirmed.clear()
-        return parcels
+    def take_back(self, older_than: float = 0.0) -> list[Parcel]:
+        """Everything that was sent more than `older_than` seconds ago and is not confirmed; it is ours again."""
+        before = time.monotonic() - older_than
+        late = [serial for serial, parcel in self.unconfirmed.items() if parcel.sent <= before]
+        return [self.unconfirmed.pop(serial) for serial in late]
 
     def close(self) -> None:
         """End the link."""
@@ -559,7 +564,7 @@ class Siblings:
         if link.closed:
             return
         self.links.discard(link)
-        parcels = link.take_back()
+        parcels = link.take_back_unsent() + link.take_back()
         link.close()
         if link.ready:
             logger.info("worker %d has left" if link.leaving else "worker %d has died", link.pid)
@@ -601,7 +606,7 @@ class Siblings:
             link.silent = True
             logger.warning("worker %d does not answer; its siblings do without it until it does", link.pid)
             self._change()
-        self._have_back(link.take_back())
+        self._have_back(link.take_back_unsent() + link.take_back(older_than=PARCEL_LOST_SECONDS))
 
     def _keep_to_be_found(self) -> None:
         """Make our socket again when somebody has removed it, or the run directory."""
