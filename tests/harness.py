@@ -315,6 +315,14 @@ class Relay(Service):
         """
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
+        return self.wait(seconds)
+
+    def wait(self, seconds: float = 15) -> int:
+        """Wait at most `seconds` for the end of a worker that was told to stop, return its exit status.
+
+        Raises:
+            AssertionError: when it did not end in time (it is killed then).
+        """
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -407,11 +415,11 @@ class Workers(Service):
         return "".join(worker.log_text() for worker in self.workers)
 
     def stop(self, seconds: float = 15) -> int:
-        """Send SIGTERM to all at once, wait for all; return the first exit status that is not 0, else 0."""
+        """Send one SIGTERM to all at once, wait for all; return the first exit status that is not 0, else 0."""
         living = self.living()
         for worker in living:
             worker.process.send_signal(signal.SIGTERM)
-        return next((status for status in [worker.stop(seconds) for worker in living] if status != 0), 0)
+        return next((status for status in [worker.wait(seconds) for worker in living] if status != 0), 0)
 
     def __enter__(self) -> Workers:
         try:
