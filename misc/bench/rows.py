@@ -279,7 +279,9 @@ def groups(checkouts: list[Path], scale: Scale) -> tuple[Group, ...]:
     workers = tuple(_of_workers(p, count) for p in relays for count in (1, 2, 4))
     return (
         Group("content", (_content_case(),), pumps, once=True),
-        Group("start", (_start_case(),), pairing),
+        Group(
+            "start", (_start_case(),), (c_loop, *recording, Peer(TWISTED, "twisted", usage_db=True, json_lines=True))
+        ),
         Group("bulk", tuple(_bulk_case(pairs) for pairs in (1, 8, 64, 256)), pumps),
         Group("latency", tuple(_latency_case(pairs) for pairs in (0, 1, 8, 64, 256)), pumps),
         Group("pairs", (_plain_pairs_case(),), pairing),

@@ -17,6 +17,7 @@ Options:
   --rounds N        Alternating rounds [default: 5].
   --quick           Small and short: to see that everything works. The figures mean little.
   --copy            Clients send from their own memory instead of by sendfile.
+  --patient         Repeat a bulk or round trip measurement that others disturbed, up to four times.
   --pin             Peers on the first core, clients on the others.
   --json FILE       Keep all samples.
   --from FILE       Measure nothing: take the samples that --json kept.
@@ -91,8 +92,8 @@ def measure_once(bench: Bench, case: Case, peer: Peer, server: Server | None, sa
             assert case.measure is not None
             assert server is not None
             values = case.measure(bench, server)
-    except PeerError as failed:
-        note(f"FAILED: {case.name}: {failed}")
+    except (PeerError, OSError) as failed:
+        note(f"FAILED: {case.name}, {peer.name}: {failed}")
         for figure in case.figures:
             samples.add(figure.name, peer.name, None)
         return
@@ -113,7 +114,7 @@ def start_peers(bench: Bench, group: Group, stack: contextlib.ExitStack) -> dict
             try:
                 running[peer] = stack.enter_context(bench.start(peer))
             except PeerError as failed:
-                note(f"FAILED: {group.name}: {failed}")
+                note(f"FAILED: {group.name}, {peer.name}: {failed}")
     return running
 
 
@@ -129,7 +130,7 @@ def measure_group(bench: Bench, group: Group, rounds: int, samples: Samples) -> 
     note(f"{group.name}: {time.monotonic() - begun:.0f} s")
 
 
-def measure_all(choice: Choice, scale: Scale, *, copy: bool, pin: bool) -> Run:
+def measure_all(choice: Choice, scale: Scale, *, copy: bool, pin: bool, patient: bool) -> Run:
     """Measures what was chosen and prints each group's table when it is there."""
     begun = time.monotonic()
     samples = Samples()
@@ -138,7 +139,9 @@ def measure_all(choice: Choice, scale: Scale, *, copy: bool, pin: bool) -> Run:
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as name:
         folder = Path(name)
         program, splice_relay = compile_programs(folder)
-        load = Load(program, cpus=",".join(map(str, cpus[1:])) if pinned else None, copies=copy)
+        load = Load(
+            program, cpus=",".join(map(str, cpus[1:])) if pinned else None, copies=copy, tries=5 if patient else 1
+        )
         bench = Bench(load, splice_relay, folder, scale, relay_cpus=str(cpus[0]) if pinned else None)
         for group in choice.of(groups(choice.checkouts, scale)):
             measure_group(bench, group, choice.rounds, samples)
@@ -214,7 +217,7 @@ def main() -> int:
         if words["--from"]:
             run = read_run(Path(words["--from"]))
         else:
-            run = measure_all(choice, scale, copy=words["--copy"], pin=words["--pin"])
+            run = measure_all(choice, scale, copy=words["--copy"], pin=words["--pin"], patient=words["--patient"])
         present(run, figures_of(list(groups(choice.checkouts, scale))), words)
     except (Mistake, PeerError) as problem:
         print(f"bench: error: {problem}", file=sys.stderr)
