@@ -1,0 +1,136 @@
+"""One worker dies, or stops answering, and the others go on without it."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.crowd import Crowd, Transfer
+from tests.harness import Relay, Workers, new_side, new_token, wait_until
+
+
+def current(workers: Workers) -> tuple[int, int]:
+    """Pairs and waiting clients, as the `current` table says."""
+    (row,) = workers.rows("current")
+    return row["connected"], row["waiting"]
+
+
+def share(workers: Workers, worker: Relay) -> tuple[int, int]:
+    """Pairs and waiting clients of one worker."""
+    rows = workers.query("SELECT connected, waiting FROM worker_share WHERE pid = ?", worker.pid)
+    return (rows[0]["connected"], rows[0]["waiting"]) if rows else (0, 0)
+
+
+@contextmanager
+def stopped(*workers: Relay) -> Iterator[None]:
+    """Keep workers from running, as on a machine that is overwhelmed."""
+    for worker in workers:
+        worker.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for worker in workers:
+            worker.process.send_signal(signal.SIGCONT)
+
+
+def test_the_death_of_one_worker_ends_its_own_transfers_and_nothing_else(tmp_path: Path) -> None:
+    with Workers(tmp_path, count=4) as workers, Crowd(workers.port) as crowd:
+        transfers = [crowd.transfer(500_000, 200_000) for _ in range(80)]
+        waiting = [crowd.call(new_token(), new_side()) for _ in range(80)]
+        crowd.begin(transfers)
+        wait_until(lambda: current(workers) == (80, 80), 3, "80 pairs and 80 who wait")
+        killed = workers.workers[1]
+        pairs, waited = share(workers, killed)
+        assert pairs > 0
+        assert waited > 0
+        workers.kill_one(1)
+        died = time.monotonic()
+        # Tokens at random: one in four was at home with the dead one.
+        newcomers = [crowd.transfer(head=b"at once", answer=b"yes") for _ in range(80)]
+        crowd.begin(newcomers, 1)
+        crowd.run_until(lambda: current(workers) == (160 - pairs, 80 - waited), 2, "`current` is right again")
+        assert time.monotonic() - died < 1
+        cut = [transfer for transfer in transfers if transfer.cut]
+        assert len(cut) == pairs
+        assert len([caller for caller in waiting if caller.closed]) == waited
+        workers.start_one()
+        taken_in = [crowd.transfer(100_000) for _ in range(80)]
+        crowd.begin(taken_in)
+        wait_until(lambda: share(workers, workers.workers[4])[0] > 5, 3, "the new worker has a share")
+        left = [caller for caller in waiting if not caller.closed]
+        later = [Transfer(caller, crowd.call(caller.token, new_side(), head=b"here")) for caller in left]
+        crowd.begin(later)
+        whole = [transfer for transfer in transfers if not transfer.cut] + newcomers + taken_in + later
+        crowd.end(whole)
+        rows = workers.wait_for_rows("usage", len(whole))
+        assert Counter(row["bytes"] for row in rows) == Counter(transfer.moved for transfer in whole)
+
+
+def test_no_connection_in_the_listen_queue_is_lost_with_a_worker(tmp_path: Path) -> None:
+    with Workers(tmp_path, count=4) as workers, Crowd(workers.port) as crowd:
+        with stopped(*workers.workers):
+            queued = [crowd.transfer(head=b"hello", answer=b"you too") for _ in range(100)]
+            workers.kill_one(2)
+            workers.workers[2].process.wait()
+        crowd.begin(queued, 3)
+        crowd.end(queued)
+        assert len(workers.wait_for_rows("usage", 100)) == 100
+
+
+def test_a_worker_that_falls_silent_and_wakes_again_loses_and_doubles_nobody(tmp_path: Path) -> None:
+    with Workers(tmp_path, count=3) as workers, Crowd(workers.port) as crowd:
+        held = [crowd.transfer(50_000, 50_000) for _ in range(30)]
+        crowd.begin(held)
+        asleep, awake = workers.workers[0], workers.workers[1]
+        sides = [(new_token(), [new_side(), new_side()]) for _ in range(300)]
+        order = [(token, side) for token, pair in sides for side in pair]
+        random.shuffle(order)
+        with stopped(asleep):
+            began = time.monotonic()
+            callers = []
+            for token, side in order:
+                callers.append(crowd.call(token, side, head=side.encode()))
+                crowd.run_for(0.008)
+            crowd.run_until(lambda: "does not answer" in awake.log_text(), 8, "its siblings notice")
+            # Now they do without it: everybody who has come, and all that it had been handed, meet.
+            crowd.run_until(lambda: all(caller.met for caller in callers), 5, "all meet while it sleeps")
+            crowd.run_for(max(0.0, began + 5 - time.monotonic()))
+        crowd.run_until(lambda: "answers again" in awake.log_text(), 3, "it is back")
+        crowd.run_until(lambda: all(caller.first_words for caller in callers), 3, "all hear from their partners")
+        by_token = dict(sides)
+        for caller in callers:
+            (partner,) = set(by_token[caller.token]) - {caller.side}
+            assert caller.first_words == partner.encode()
+            caller.finish()
+        crowd.run_until(lambda: all(caller.closed for caller in callers), 5, "they part")
+        again = [crowd.transfer(head=b"all three", answer=b"work") for _ in range(50)]
+        crowd.begin(again)
+        crowd.end(again + held)
+        rows = workers.wait_for_rows("usage", 380)
+        assert len(rows) == 380
+        assert {row["result"] for row in rows} == {"happy"}
+        wait_until(lambda: current(workers) == (0, 0), 3, "nobody is left")
+
+
+def test_a_worker_with_a_silent_sibling_ends_in_time_and_gives_nothing_to_it(tmp_path: Path) -> None:
+    with Workers(tmp_path, count=3) as workers, Crowd(workers.port) as crowd:
+        transfers = [crowd.transfer(200_000, 200_000) for _ in range(40)]
+        waiting = [crowd.call(new_token(), new_side()) for _ in range(40)]
+        crowd.begin(transfers)
+        wait_until(lambda: current(workers) == (40, 40), 3, "40 pairs and 40 who wait")
+        with stopped(workers.workers[0]):
+            began = time.monotonic()
+            crowd.run_beside(lambda: workers.stop_one(1))
+            assert time.monotonic() - began < 5
+        later = [Transfer(caller, crowd.call(caller.token, new_side())) for caller in waiting]
+        crowd.begin(later)
+        crowd.end(transfers + later)
+        workers.wait_for_rows("usage", 80)
+        wait_until(lambda: current(workers) == (0, 0), 3, "nobody is left")
+        rows = workers.rows("usage")
+        assert Counter(row["bytes"] for row in rows) == Counter(transfer.moved for transfer in transfers + later)
