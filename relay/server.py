@@ -105,7 +105,7 @@ class Relay:
     def start(self, listener: socket.socket, recorder: Recorder) -> None:
         """Begin to accept from `listener`, and to record with `recorder`."""
         self._recorder = recorder
-        self._door = Door(listener, self._accepted, self._is_full)
+        self._door = Door(listener, self._accepted, self._is_full, shared=self.siblings is not None)
         self._tick.start(self._every_second)
         self._current_greenlet = gevent.spawn(self._keep_current_fresh)
         self._door.start()
@@ -188,6 +188,10 @@ class Relay:
 
     def _is_full(self) -> bool:
         return self._open >= self.options.max_connections
+
+    def _look_at_the_door(self) -> None:
+        if self._door is not None:
+            self._door.look()
 
     def _accepted(self, sock: socket.socket, _address: object) -> None:
         sock.setblocking(False)
@@ -420,6 +424,7 @@ class Relay:
     def sibling_gone(self) -> None:
         """Write down at once what the relay is without it."""
         self._refresh_current()
+        self._look_at_the_door()
         self._told = None  # and once more when it is sure to be gone: a process outlives its links by a little
         self._changed.set()
 
@@ -509,6 +514,7 @@ class Relay:
         self._late_spares.forget(now)
         if self.siblings is not None:
             self.siblings.every_second()
+            self._look_at_the_door()
         connected_and_waiting = (len(self.pairs), len(self._room))
         if connected_and_waiting != self._told:
             self._told = connected_and_waiting
