@@ -2,6 +2,7 @@
 programs: `<prefix>/share/relay-gevent/` mirrors etc/, var/ and parts of misc/, and that list is read from the tree.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import setup
@@ -12,7 +13,7 @@ SHARED = ("etc", "var", "misc/munin", "misc/rolling-restart")
 SHIPPED_FROM_VAR = {"README"}
 
 
-def shared_files() -> list[tuple[str, list[str]]]:
+def shared_files() -> list[tuple[str, Sequence[str]]]:
     """Return setuptools' (target folder, files) pairs, one for each folder of SHARED."""
     top = Path(__file__).parent
     folders: dict[str, list[str]] = {}
