@@ -25,6 +25,10 @@ class Waiting(Protocol):
     def side(self) -> bytes | None:
         """The side of its handshake, None if it gave none."""
 
+    @property
+    def arrived(self) -> float:
+        """When it connected, in seconds of a clock that all workers share."""
+
 
 W = TypeVar("W", bound=Waiting)
 
@@ -52,8 +56,11 @@ class WaitingRoom(Generic[W]):
 
     def enter(self, client: W) -> None:
         """Let `client` wait; the caller has found no partner for it."""
-        self._by_token.setdefault(client.token, []).append(client)
+        clients = self._by_token.setdefault(client.token, [])
+        clients.append(client)
         self._count += 1
+        if len(clients) > 1 and clients[-2].arrived > client.arrived:
+            clients.sort(key=lambda waiting: waiting.arrived)  # another worker has handed it on, and that took a while
 
     def leave(self, client: W) -> None:
         """Forget `client`, which is in the room.

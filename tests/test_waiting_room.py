@@ -29,6 +29,7 @@ class Someone:
 
     token: bytes
     side: bytes | None
+    arrived: float
 
     def matches(self, other: Someone) -> bool:
         """The rule of the protocol."""
@@ -45,15 +46,17 @@ class Arrivals(RuleBasedStateMachine):
         self.room: WaitingRoom[Someone] = WaitingRoom()
         self.waiting: list[Someone] = []
 
-    @rule(token=st.sampled_from(TOKENS), side=st.sampled_from(SIDES))
-    def somebody_arrives(self, token: bytes, side: bytes | None) -> None:
-        """A client shakes hands: it meets its partner and the spares go, or it waits."""
-        newcomer = Someone(token, side)
+    @rule(token=st.sampled_from(TOKENS), side=st.sampled_from(SIDES), arrived=st.integers(0, 9).map(float))
+    def somebody_arrives(self, token: bytes, side: bytes | None, arrived: float) -> None:
+        """A client shakes hands: it meets its partner and the spares go, or it waits. When it connected is another
+        matter: a client may have been handed on by another worker."""
+        newcomer = Someone(token, side, arrived)
         partner = self.room.partner_for(newcomer)
         assert partner is next((somebody for somebody in self.waiting if somebody.matches(newcomer)), None)
         if partner is None:
             self.room.enter(newcomer)
             self.waiting.append(newcomer)
+            self.waiting.sort(key=lambda somebody: somebody.arrived)
             return
         assert partner in list(self.room), "looking for a partner must not take it out of the room"
         self.room.leave(partner)
@@ -106,7 +109,7 @@ TestArrivals.settings = settings(max_examples=150, stateful_step_count=40, deadl
 def test_the_room_may_change_while_one_goes_through_it() -> None:
     room: WaitingRoom[Someone] = WaitingRoom()
     for token in TOKENS:
-        room.enter(Someone(token, SIDES[1]))
+        room.enter(Someone(token, SIDES[1], 0.0))
     for somebody in room:
         room.leave(somebody)
     assert len(room) == 0
