@@ -48,7 +48,8 @@ LARGEST_PACKET = 192 << 10
 _ENVELOPE = struct.Struct("!cQdQ")  # kind, serial number, when it was sent, who the sender thinks is there
 _ANSWER = struct.Struct("!cQ")  # kind, serial number
 _CLIENT = struct.Struct("!ddBBBB")  # started, arrived, hops, length of token, of side, of what it has sent so far
-_LENGTH = struct.Struct("!I")
+_PAIR = struct.Struct("!ddd")  # started, arrived, waiting time
+_PUMP = struct.Struct("!QI??I")  # moved, held, over, splices, length of what rests in it
 
 
 class Misunderstood(Exception):
@@ -81,7 +82,7 @@ class Greeting:
                 language=int(said["language"]),
                 leaving=bool(said.get("leaving", False)),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise Misunderstood(f"not a greeting: {packet[:40]!r}") from error
 
 
@@ -211,32 +212,39 @@ def decode_clients(packet: bytes) -> list[HandedClient]:
 
 def encode_pair(envelope: Envelope, pair: PairState) -> bytes:
     """A ``P``. Beside it go the sockets of both sides, then inlet and outlet of each pump's pipe that holds bytes."""
-    header = {"started": pair.started, "arrived": pair.arrived, "waiting_time": pair.waiting_time}
-    pumps = [
-        {"moved": pump.moved, "held": pump.held, "over": pump.over, "splices": pump.splices, "rest": len(pump.rest)}
-        for pump in (pair.there, pair.back)
-    ]
-    encoded = json.dumps({**header, "pumps": pumps}).encode()
-    begin = _ENVELOPE.pack(HANDED_PAIR, envelope.serial, envelope.sent, envelope.view)
-    return begin + _LENGTH.pack(len(encoded)) + encoded + pair.there.rest + pair.back.rest
+    return b"".join(
+        (
+            _ENVELOPE.pack(HANDED_PAIR, envelope.serial, envelope.sent, envelope.view),
+            _PAIR.pack(pair.started, pair.arrived, pair.waiting_time),
+            *(
+                _PUMP.pack(pump.moved, pump.held, pump.over, pump.splices, len(pump.rest))
+                for pump in (pair.there, pair.back)
+            ),
+            pair.there.rest,
+            pair.back.rest,
+        )
+    )
 
 
 def decode_pair(packet: bytes) -> PairState:
     """The pair of a ``P``; raises Misunderstood."""
-    (length,) = _unpack(_LENGTH, packet, _ENVELOPE.size)
-    begin = _ENVELOPE.size + _LENGTH.size
-    try:
-        said = json.loads(packet[begin : begin + length])
-        at = begin + length
-        pumps = []
-        for pump in said["pumps"]:
-            rest = packet[at : at + pump["rest"]]
-            at += pump["rest"]
-            pumps.append(PumpState(pump["moved"], pump["held"], pump["over"], pump["splices"], rest))
-        there, back = pumps
-        return PairState(said["started"], said["arrived"], said["waiting_time"], there, back)
-    except (ValueError, KeyError, TypeError) as error:
-        raise Misunderstood(f"not a pair: {error}") from error
+    at = _ENVELOPE.size
+    started, arrived, waiting_time = _unpack(_PAIR, packet, at)
+    at += _PAIR.size
+    rest_at = at + 2 * _PUMP.size
+    pumps = []
+    for _ in range(2):
+        moved, held, over, splices, length = _unpack(_PUMP, packet, at)
+        at += _PUMP.size
+        rest = packet[rest_at : rest_at + length]
+        rest_at += length
+        if length not in (0, held):
+            raise Misunderstood("a pair that holds more, or less, than it brings")
+        pumps.append(PumpState(moved, held, over, splices, rest))
+    if rest_at != len(packet):
+        raise Misunderstood("a pair of the wrong length")
+    there, back = pumps
+    return PairState(started, arrived, waiting_time, there, back)
 
 
 def _unpack(layout: struct.Struct, packet: bytes, at: int) -> tuple[Any, ...]:
