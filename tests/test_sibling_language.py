@@ -1,0 +1,219 @@
+"""What workers say to each other survives the way, and what no worker would say is recognised."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from relay.sibling_language import (
+    CLIENTS_PER_PACKET,
+    CONFIRMED,
+    HANDED_CLIENTS,
+    HANDED_PAIR,
+    LANGUAGE,
+    LARGEST_PACKET,
+    REFUSED,
+    Envelope,
+    Greeting,
+    HandedClient,
+    Misunderstood,
+    PairState,
+    PumpState,
+    decode_answer,
+    decode_clients,
+    decode_envelope,
+    decode_pair,
+    encode_answer,
+    encode_clients,
+    encode_pair,
+    kind_of,
+)
+
+seconds = st.floats(min_value=0, max_value=1e10)
+words = st.integers(min_value=0, max_value=2**64 - 1)
+envelopes = st.builds(Envelope, serial=words, sent=seconds, view=words)
+tokens = st.binary(min_size=32, max_size=32).map(lambda some: some.hex().encode())
+sides = st.none() | st.binary(min_size=8, max_size=8).map(lambda some: some.hex().encode())
+shaken = st.builds(
+    HandedClient,
+    started=seconds,
+    arrived=seconds,
+    token=tokens,
+    side=sides,
+    received=st.just(b""),
+    hops=st.integers(0, 300),
+)
+shaking = st.builds(
+    HandedClient,
+    started=seconds,
+    arrived=seconds,
+    token=st.just(b""),
+    side=st.none(),
+    received=st.binary(max_size=103),
+    hops=st.integers(0, 300),
+)
+counts = st.integers(min_value=0, max_value=2**50)
+spliced = st.builds(
+    PumpState,
+    moved=counts,
+    held=st.integers(0, 1 << 20),
+    over=st.booleans(),
+    splices=st.booleans(),
+    rest=st.just(b""),
+)
+copied = st.binary(min_size=1, max_size=300).flatmap(
+    lambda rest: st.builds(
+        PumpState, moved=counts, held=st.just(len(rest)), over=st.just(False), splices=st.booleans(), rest=st.just(rest)
+    )
+)
+pumps = spliced | copied
+pairs = st.builds(PairState, started=seconds, arrived=seconds, waiting_time=seconds, there=pumps, back=pumps)
+greetings = st.builds(
+    Greeting,
+    name=st.text(max_size=40),
+    pid=st.integers(1, 2**22),
+    version=st.text(max_size=20),
+    language=st.integers(1, 1000),
+    leaving=st.booleans(),
+)
+
+
+@given(greetings)
+def test_a_greeting_arrives_as_it_was_meant(greeting: Greeting) -> None:
+    assert Greeting.decode(greeting.encode()) == greeting
+
+
+@given(greetings, st.dictionaries(st.text(max_size=8), st.integers()))
+def test_a_greeting_of_a_later_version_is_understood(greeting: Greeting, more: dict[str, int]) -> None:
+    said = json.loads(greeting.encode())
+    said["relay-gevent"] = {**more, **said["relay-gevent"]}
+    assert Greeting.decode(json.dumps({**more, **said}).encode()) == greeting
+
+
+def test_the_form_of_a_greeting_never_changes() -> None:
+    greeting = Greeting("worker-7-0a1b2c3d", 7, "1.0.0", LANGUAGE)
+    assert json.loads(greeting.encode()) == {
+        "relay-gevent": {
+            "name": "worker-7-0a1b2c3d",
+            "pid": 7,
+            "version": "1.0.0",
+            "language": LANGUAGE,
+            "leaving": False,
+        }
+    }
+
+
+@given(envelopes, st.lists(shaken | shaking, max_size=CLIENTS_PER_PACKET))
+def test_clients_arrive_as_they_were_handed_on_with_one_hop_more(
+    envelope: Envelope, clients: list[HandedClient]
+) -> None:
+    packet = encode_clients(envelope, clients)
+    assert len(packet) <= LARGEST_PACKET
+    assert kind_of(packet) == HANDED_CLIENTS
+    assert decode_envelope(packet) == envelope
+    for client in clients:
+        client.hops = min(client.hops + 1, 255)
+    assert decode_clients(packet) == clients
+
+
+@given(envelopes, pairs)
+def test_a_pair_arrives_as_it_was_handed_on(envelope: Envelope, pair: PairState) -> None:
+    packet = encode_pair(envelope, pair)
+    assert kind_of(packet) == HANDED_PAIR
+    assert decode_envelope(packet) == envelope
+    assert decode_pair(packet) == pair
+
+
+def test_the_largest_pair_fits_a_packet() -> None:
+    rest = bytes(64 << 10)
+    pump = PumpState(moved=2**50, held=len(rest), over=False, splices=False, rest=rest)
+    pair = PairState(1e10 / 3, 1e10 / 3, 1e10 / 3, pump, pump)
+    assert len(encode_pair(Envelope(2**64 - 1, 1e10 / 3, 2**64 - 1), pair)) <= LARGEST_PACKET
+
+
+@given(pairs)
+def test_beside_a_pair_travel_its_sockets_and_the_pipes_that_hold_something(pair: PairState) -> None:
+    full = [pump for pump in (pair.there, pair.back) if pump.held and not pump.rest]
+    assert pair.fds == 2 + 2 * len(full)
+
+
+@given(st.sampled_from([CONFIRMED, REFUSED]), words)
+def test_an_answer_names_its_parcel(kind: bytes, serial: int) -> None:
+    packet = encode_answer(kind, serial)
+    assert kind_of(packet) == kind
+    assert decode_answer(packet) == serial
+
+
+def understand(packet: bytes) -> None:
+    """Read a packet in every way there is; nothing but Misunderstood may come of it."""
+    kind_of(packet)
+    for decode in (Greeting.decode, decode_envelope, decode_clients, decode_pair, decode_answer):
+        with contextlib.suppress(Misunderstood):
+            decode(packet)
+
+
+@given(st.binary(max_size=200))
+@example(b"")
+@example(b"[" * 100_000)
+@example(b'{"relay-gevent": {"name": "x", "pid": Infinity, "version": "", "language": 1}}')
+@example(b'{"relay-gevent": {"name": "x", "pid": ' + b"1" * 5000 + b', "version": "", "language": 1}}')
+@example(b'{"relay-gevent": [1]}')
+@example(b"\xff\xfe{")
+def test_garbage_is_misunderstood_and_nothing_else(packet: bytes) -> None:
+    understand(packet)
+
+
+anything: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(greetings, st.sampled_from(["name", "pid", "version", "language", "leaving"]), anything)
+def test_a_greeting_with_something_else_in_a_field_is_read_or_misunderstood(
+    greeting: Greeting, field: str, value: object
+) -> None:
+    said = json.loads(greeting.encode())
+    said["relay-gevent"][field] = value
+    understand(json.dumps(said).encode())
+
+
+@given(envelopes, pairs, st.data())
+def test_a_pair_that_is_cut_short_or_goes_on_too_long_is_misunderstood(
+    envelope: Envelope, pair: PairState, choice: st.DataObject
+) -> None:
+    packet = encode_pair(envelope, pair)
+    cut = choice.draw(st.integers(0, len(packet) - 1))
+    for wrong in (packet[:cut], packet + b"x"):
+        with pytest.raises(Misunderstood):
+            decode_pair(wrong)
+
+
+@given(envelopes, pairs, st.data())
+def test_a_pair_in_which_a_byte_is_wrong_still_brings_what_it_holds_or_is_misunderstood(
+    envelope: Envelope, pair: PairState, choice: st.DataObject
+) -> None:
+    packet = bytearray(encode_pair(envelope, pair))
+    packet[choice.draw(st.integers(0, len(packet) - 1))] ^= choice.draw(st.integers(1, 255))
+    try:
+        understood = decode_pair(bytes(packet))
+    except Misunderstood:
+        return
+    assert all(len(pump.rest) in (0, pump.held) for pump in (understood.there, understood.back))
+
+
+@given(envelopes, st.lists(shaken | shaking, min_size=1, max_size=5), st.data())
+def test_clients_that_are_cut_short_are_misunderstood(
+    envelope: Envelope, clients: list[HandedClient], choice: st.DataObject
+) -> None:
+    packet = encode_clients(envelope, clients)
+    whole = len(encode_clients(envelope, clients[:-1]))
+    cut = choice.draw(st.integers(whole + 1, len(packet) - 1))
+    with pytest.raises(Misunderstood):
+        decode_clients(packet[:cut])
