@@ -99,7 +99,7 @@ class RunDir:
                 link.connect(self._reach(name))
             except OSError as error:
                 link.close()
-                if error.errno == errno.ECONNREFUSED:
+                if error.errno == errno.ECONNREFUSED and self._is_socket(name):
                     self._remove(name)
                 continue
             if same_user(link) is None:
@@ -130,6 +130,12 @@ class RunDir:
     def remove_own_socket(self) -> None:
         """Leave the directory."""
         self._remove(self.own_name)
+
+    def _is_socket(self, name: str) -> bool:
+        try:
+            return stat.S_ISSOCK(os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_mode)
+        except OSError:
+            return False
 
     def _remove(self, name: str) -> None:
         try:

@@ -94,7 +94,7 @@ def test_what_is_no_workers_socket_is_left_alone(place: Path) -> None:
         other.bind(str(place / "worker-2-00000000"))
         other.listen()
         assert directory.connect_to_all() == []
-    assert (place / "notes").read_text() == "mine"
+    assert [(place / name).read_text() for name in names] == ["mine"] * len(names)
     assert (place / "worker-2-00000000").exists()
 
 

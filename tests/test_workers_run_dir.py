@@ -1,0 +1,217 @@
+"""Whatever else happens in the run directory: strangers, a deletion, another relay, a worker of another language."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from relay.sibling_language import LANGUAGE, Greeting
+from tests.crowd import Crowd, Transfer
+from tests.harness import CHECKOUT, Relay, Workers, free_port, new_side, new_token, wait_until
+
+FOREIGN = Greeting("worker-1-0badcafe", 1, "9.9.9", language=LANGUAGE + 1)
+
+
+def sockets(run_dir: Path) -> list[Path]:
+    """The workers' sockets in a run directory."""
+    return sorted(path for path in run_dir.glob("worker-*") if path.is_socket())
+
+
+def visit(path: Path) -> socket.socket:
+    """Connect to a worker as a sibling does."""
+    link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    link.settimeout(6)
+    link.connect(str(path))
+    return link
+
+
+def assert_the_relay_works(crowd: Crowd, number: int = 30) -> None:
+    """So many transfers meet, and end well."""
+    transfers = [crowd.transfer(head=b"there", answer=b"and back") for _ in range(number)]
+    crowd.begin(transfers)
+    crowd.end(transfers)
+
+
+def test_strangers_in_the_run_directory_do_no_harm(tmp_path: Path) -> None:
+    with Workers(tmp_path, count=2) as workers, Crowd(workers.port) as crowd, contextlib.ExitStack() as strangers:
+        (workers.run_dir / "worker-1-00000000").write_text("no socket at all")
+        (workers.run_dir / "notes.txt").write_text("somebody keeps these here")
+        mute = strangers.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        mute.bind(str(workers.run_dir / "worker-3-00000000"))  # accepts, and never answers
+        mute.listen()
+        own = [path for path in sockets(workers.run_dir) if "-00000000" not in path.name]
+        links = []
+        for path in own:
+            visit(path).close()
+            for words in (b"GET / HTTP/1.1\r\n\r\n", b"[" * 50_000, b'{"relay-gevent": {}}', b"\x00" * 100):
+                link = strangers.enter_context(visit(path))
+                link.send(words)
+                links.append(link)
+            links.append(strangers.enter_context(visit(path)))  # says nothing
+            garbage = strangers.enter_context(visit(path))  # greets well, and then makes no sense
+            garbage.send(Greeting("worker-9-00000009", 9, "1.0.0").encode())
+            assert json.loads(garbage.recv(1000))["relay-gevent"]["language"] == LANGUAGE
+            for words in (b"H", b"P" + bytes(200), b"C", b"?"):
+                with contextlib.suppress(BrokenPipeError):
+                    garbage.send(words)
+            links.append(garbage)
+        began = time.monotonic()
+        assert_the_relay_works(crowd)
+        for link in links:
+            with contextlib.suppress(ConnectionResetError):
+                while link.recv(1000):
+                    pass  # the worker ends the link
+        assert time.monotonic() - began < 6
+        crowd.run_beside(workers.start_one)
+        crowd.run_beside(lambda: workers.stop_one(0))
+        assert_the_relay_works(crowd)
+        assert "does not speak like a worker" in workers.workers[0].log_text()
+        assert (workers.run_dir / "worker-1-00000000").read_text() == "no socket at all"
+
+
+def test_a_run_directory_that_is_deleted_is_made_again_and_found_by_newcomers(tmp_path: Path) -> None:
+    with Workers(tmp_path, count=2) as workers, Crowd(workers.port) as crowd:
+        transfers = [crowd.transfer(100_000, 100_000) for _ in range(10)]
+        crowd.begin(transfers)
+        shutil.rmtree(workers.run_dir)
+        crowd.run_until(lambda: workers.run_dir.exists() and len(sockets(workers.run_dir)) == 2, 3, "it is back")
+        assert workers.run_dir.stat().st_mode & 0o777 == 0o700
+        crowd.run_beside(workers.start_one)
+        for number in (0, 1):
+            crowd.run_beside(lambda number=number: workers.stop_one(number))  # type: ignore[misc]
+        assert_the_relay_works(crowd)
+        crowd.end(transfers)
+
+
+@pytest.mark.parametrize("other", ["port", "interface"])
+def test_a_second_relay_cannot_join_by_mistake(tmp_path: Path, other: str) -> None:
+    with Workers(tmp_path, count=2) as workers, Crowd(workers.port) as crowd:
+        port = free_port() if other == "port" else workers.port
+        interface = "127.0.0.2" if other == "interface" else "127.0.0.1"
+        command = [sys.executable, "-m", "relay", "--port", str(port), "--interface", interface]
+        done = subprocess.run(
+            [*command, "--run-dir", str(workers.run_dir)],
+            cwd=CHECKOUT,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert line == (
+            f"relay-gevent: error: --run-dir {workers.run_dir}: its relay listens on 127.0.0.1 port {workers.port}, "
+            f"not on {interface} port {port}; give each relay a run directory of its own"
+        )
+        assert len(sockets(workers.run_dir)) == 2
+        assert_the_relay_works(crowd)
+
+
+def test_a_newcomer_of_another_language_gets_the_listening_socket_and_a_polite_refusal(tmp_path: Path) -> None:
+    with Workers(tmp_path, count=2) as workers, Crowd(workers.port) as crowd:
+        for path in sockets(workers.run_dir):
+            with visit(path) as link:
+                link.send(FOREIGN.encode())
+                packet, fds, _, _ = socket.recv_fds(link, 10_000, 4)
+                assert Greeting.decode(packet).name == path.name
+                (fd,) = fds
+                with socket.socket(fileno=fd) as listener:
+                    assert listener.getsockname() == ("127.0.0.1", workers.port)
+                    assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                assert link.recv(100) == b""
+        said = f"is relay-gevent {FOREIGN.version}, which speaks another language"
+        wait_until(lambda: workers.log_text().count(said) == 2, what="both say so")
+        assert_the_relay_works(crowd)
+
+
+@contextlib.contextmanager
+def foreign_worker(run_dir: Path, greeting: Greeting) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A worker of another program: what it listens on in the run directory, and the relay's port, which it holds."""
+    run_dir.mkdir(mode=0o700)
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door,
+        socket.create_server(("127.0.0.1", 0), backlog=100) as port,
+    ):
+        port.setblocking(False)
+        door.bind(str(run_dir / greeting.name))
+        door.listen()
+        door.settimeout(10)
+        yield door, port
+
+
+def welcome(door: socket.socket, port: socket.socket, greeting: Greeting) -> tuple[Greeting, bytes]:
+    """Answer one newcomer; return how it greeted, and what it said last."""
+    link, _ = door.accept()
+    with link:
+        link.settimeout(10)
+        hello = Greeting.decode(link.recv(10_000))
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [port.fileno()]))]
+        link.sendmsg([greeting.encode()], rights)
+        return hello, link.recv(10_000)
+
+
+def test_a_worker_that_finds_one_of_another_language_takes_the_listening_socket_and_works_on_its_own(
+    tmp_path: Path,
+) -> None:
+    run_dir = tmp_path / "run"
+    with foreign_worker(run_dir, FOREIGN) as (door, port), contextlib.ExitStack() as stack:
+        number = port.getsockname()[1]
+        relay = Relay(tmp_path, "--run-dir", str(run_dir), port=number)
+        crowd = Crowd(number)
+        stack.enter_context(crowd)
+        starting = crowd._aside.submit(relay.start)
+        hello, last = welcome(door, port, FOREIGN)
+        assert (hello.pid, hello.language) == (relay.pid, LANGUAGE)
+        assert last == b""
+        starting.result()
+        stack.callback(relay.stop)
+        port.close()
+        assert_the_relay_works(crowd)
+        assert f"is relay-gevent {FOREIGN.version}, which speaks another language" in relay.log_text()
+        # It has nobody to hand anything to, so it finishes what it holds.
+        transfer = crowd.transfer(head=b"until the end")
+        crowd.begin([transfer])
+        stopping = crowd._aside.submit(relay.stop)
+        crowd.run_until(lambda: "1 transfers have 10 seconds to finish" in relay.log_text(), 5, "it gives grace")
+        crowd.end([transfer])
+        crowd.run_until(stopping.done, 5, "it ends")
+        assert stopping.result() == 0
+
+
+def test_workers_of_two_languages_share_the_port_and_each_gives_its_own_transfers_grace(tmp_path: Path) -> None:
+    (tmp_path / "newer").mkdir()
+    (tmp_path / "newer" / "sitecustomize.py").write_text(
+        "import relay.sibling_language as language\nlanguage.LANGUAGE += 1\n"
+    )
+    with Workers(tmp_path, count=2) as workers, Crowd(workers.port) as crowd:
+        held = [crowd.transfer(50_000, 50_000) for _ in range(10)]
+        crowd.begin(held)
+        workers.env = {"PYTHONPATH": f"{tmp_path / 'newer'}:{CHECKOUT}"}
+        for _ in range(2):
+            crowd.run_beside(workers.start_one)
+        older, newer = workers.workers[:2], workers.workers[2:]
+        assert all("speaks another language" in worker.log_text() for worker in older)
+        assert f"siblings {newer[0].pid}\n" in newer[1].log_text()
+        # The older ones hand on to each other as long as there are two, and then finish what they hold.
+        crowd.run_beside(lambda: workers.stop_one(0))
+        assert not any(transfer.cut for transfer in held)
+        stopping = crowd._aside.submit(workers.stop_one, 1)
+        crowd.run_until(lambda: "transfers have 10 seconds" in older[1].log_text(), 5, "it gives grace")
+        crowd.end(held)
+        crowd.run_until(stopping.done, 5, "it ends")
+        assert stopping.result() == 0
+        waiting = crowd.call(new_token(), new_side())
+        later = Transfer(waiting, crowd.call(waiting.token, new_side()))
+        crowd.begin([later])
+        assert_the_relay_works(crowd)
+        crowd.end([later])
