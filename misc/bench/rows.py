@@ -31,8 +31,8 @@ Values = dict[str, float]
 class Scale:
     """How long and how large everything is; `--quick` has a smaller one."""
 
-    bulk_seconds: float = 1.5
-    ping_seconds: float = 2.0
+    bulk_seconds: float = 1.0
+    ping_seconds: float = 1.5
     pairs_seconds: float = 2.0
     meetings: int = 400
     waiting: tuple[int, int] = (1000, 10_000)

@@ -14,7 +14,7 @@ Options:
   --peers NAMES     Measure these peers only, separated by commas: relay, before, twisted, haproxy, c, direct.
   --relay CHECKOUT  The relay's source, else the one this file belongs to. Given twice: the first is called “before”,
                     the second “relay”, and both are measured side by side.
-  --rounds N        Alternating rounds [default: 5].
+  --rounds N        Alternating rounds [default: 7].
   --quick           Small and short: to see that everything works. The figures mean little.
   --copy            Clients send from their own memory instead of by sendfile.
   --patient         Repeat a bulk or round trip measurement that others disturbed, up to four times.
@@ -46,8 +46,6 @@ from peers import Peer, PeerError, Server, why_missing
 from rows import QUICK, Bench, Case, Group, Scale, groups
 
 HERE = Path(__file__).resolve().parents[2]
-# A figure is the median of at least so many rounds.
-ROUNDS = 5
 
 
 class Mistake(Exception):
