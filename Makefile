@@ -9,7 +9,7 @@ CONF := etc/supervisord.conf
 RELAY_PORT ?= 4001
 export RELAY_PORT
 # Stamps older than these files are made anew.
-DISTRIBUTION := setup.py setup.cfg relay/__init__.py
+DISTRIBUTION := setup.py setup.cfg pyproject.toml relay/__init__.py
 
 .PHONY: run foreground stop rolling-restart status test lint types check bench dist clean
 .DEFAULT_GOAL := run

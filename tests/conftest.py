@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Relay, Service, Workers, relay_options
+from tests.harness import Relay, Service, Workers
 
 NO_SKIPS = "RELAY_TESTS_NO_SKIPS"
 
@@ -44,8 +44,6 @@ def any_relay(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Servic
         with Relay(tmp_path, recording=True) as relay:
             yield relay
         return
-    if "--run-dir" not in relay_options():
-        pytest.skip("this version of the relay has no --run-dir")
     with Workers(tmp_path, count=2) as workers:
         yield workers
 

@@ -88,7 +88,17 @@ def installed(distribution: Distribution) -> Iterator[Path]:
 
 def test_the_sdist_holds_what_a_checkout_holds(distribution: Distribution) -> None:
     names = distribution.sdist_names()
-    listed = {"LICENSE", "README.md", "CHANGELOG.md", "Makefile", "setup.py", "setup.cfg", "ruff.toml", ".ci/run"}
+    listed = {
+        "LICENSE",
+        "README.md",
+        "CHANGELOG.md",
+        "Makefile",
+        "setup.py",
+        "setup.cfg",
+        "pyproject.toml",
+        "ruff.toml",
+        ".ci/run",
+    }
     for tree in ("relay", "etc", "tests", "docs", "misc"):
         files = [
             path for path in (CHECKOUT / tree).rglob("*") if path.is_file() and path.suffix not in (".pyc", ".pyo")
