@@ -71,9 +71,10 @@ PARCEL_GOOD_SECONDS = 1.0
 PARCEL_LOST_SECONDS = 2.0
 """How old a parcel has to be before it is taken back from a sibling that is silent but may wake at any moment."""
 
-SILENT_SECONDS = 3.0
+SILENT_SECONDS = 3
 """A sibling that has said nothing for so long, although everybody says something each second, is passed over until it
-speaks again, and what it has not confirmed is taken back."""
+speaks again, and what it has not confirmed is taken back. What counts are the seconds in which we have listened: after
+having been stopped ourselves we must not take everybody else for dead."""
 
 JOIN_SECONDS = 2.0
 """How long a newcomer waits for its siblings to welcome it."""
@@ -140,7 +141,7 @@ class Link:
         self.leaving = False
         self.silent = False
         self.said_farewell = False
-        self.opened = self.heard = time.monotonic()
+        self.seconds_unheard = 0
         self.unconfirmed: dict[int, Parcel] = {}
         self.handed_clients = 0
         self.handed_pairs = 0
@@ -235,7 +236,7 @@ class Link:
         if size == 0:
             self._siblings.lost(self)
             return False
-        self.heard = time.monotonic()
+        self.seconds_unheard = 0
         self._siblings.heard(self, bytes(_view[:size]), _fds_in(ancillary))
         return True
 
@@ -586,13 +587,13 @@ class Siblings:
         """Say that we are here, notice who is not, and try again what did not work."""
         for link in list(self.links):
             link.read_all()  # what has come counts, however late we are to read it
-        now = time.monotonic()
         for link in list(self.links):
+            link.seconds_unheard += 1
             if link.greeting is None:
-                if link.opened_by_sibling and now - link.opened > SILENT_SECONDS:
+                if link.opened_by_sibling and link.seconds_unheard > SILENT_SECONDS:
                     self.lost(link)  # somebody who does not introduce itself
                 continue
-            if now - link.heard > SILENT_SECONDS:
+            if link.seconds_unheard > SILENT_SECONDS:
                 self._pass_over(link)
             elif not link.busy:
                 link.say(STILL_HERE)
