@@ -22,8 +22,22 @@ How it ends, and how long it waits:
   --grace SECONDS              How long transfers may go on after a signal to stop [default: 10]
   --handshake-timeout SECONDS  How long a client may take to say what it wants [default: 30]
   --wait-timeout SECONDS       How long a client may wait for its partner [default: 3600]
+  --idle-timeout SECONDS       How long a transfer may go on without a byte [default: 86400]
+
+What nobody gets more of (for each worker, unless it says otherwise):
   --max-connections N          Connections at a time; further ones wait in the listen queue. Without it,
                                as many as the limit of file descriptors allows.
+  --max-handshakes N           Clients that have not said what they want; the oldest gives way [default: 1000]
+  --max-waiting N              Clients that wait for a partner; the oldest gives way. Without it, three quarters
+                               of --max-connections.
+  --max-waiting-per-token N    Clients that wait with the same token; further ones are turned away [default: 16]
+  --max-per-source N           Connections from one address (IPv6: one /64). Without it, half of --max-connections.
+  --max-new-per-source N       New connections a second from one address; without it, 200. Both of these spare
+                               this machine's own addresses, unless they are given.
+  --max-pair-bytes BYTES       What one transfer may move, both directions together; without it, anything.
+  --pair-rate BYTES            Bytes a second that one transfer may move; without it, as fast as can be.
+  --relay-rate BYTES           Bytes a second that the whole relay may move, all its workers together, shared
+                               fairly between the transfers; without it, as fast as can be.
 
   --help                       Show this.
   --version                    Show the version.
@@ -39,7 +53,7 @@ import resource
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import docopt
 
@@ -52,6 +66,8 @@ RESERVED_FDS = 64
 
 RECORDS_SECONDS = 10.0
 """How long the last thing a worker does, writing the records that are still queued, may take."""
+
+W = TypeVar("W", int, None)
 
 logger = logging.getLogger("relay")
 
@@ -109,6 +125,7 @@ def _serve(options: Options) -> None:
             raise Mistake(error) from None
         for number in (signal.SIGTERM, signal.SIGINT):
             gevent.signal_handler(number, relay.stop)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nothing here needs it, and what was meant well ends no transfer
         relay.start(listener, recorder)
         relay.wait_until_ended()
     finally:
@@ -141,6 +158,7 @@ def read_options(arguments: Sequence[str]) -> Options:
     except docopt.DocoptExit as refusal:
         raise Mistake(_what_docopt_means(arguments, str(refusal))) from None
     port, interface = _endpoint(given["--port"], given["--interface"])
+    most = _max_connections(given)
     return Options(
         port=port,
         interface=interface,
@@ -151,7 +169,17 @@ def read_options(arguments: Sequence[str]) -> Options:
         grace=_seconds(given, "--grace", 0),
         handshake_timeout=_seconds(given, "--handshake-timeout", 0.1),
         wait_timeout=_seconds(given, "--wait-timeout", 0.1),
-        max_connections=_max_connections(given),
+        idle_timeout=_seconds(given, "--idle-timeout", 1),
+        max_connections=most,
+        max_handshakes=_whole(given, "--max-handshakes", 1),
+        max_waiting=_whole_or(given, "--max-waiting", most * 3 // 4),
+        max_waiting_per_token=_whole(given, "--max-waiting-per-token", 1),
+        max_per_source=_whole_or(given, "--max-per-source", most // 2),
+        max_new_per_source=_whole_or(given, "--max-new-per-source", 200),
+        bounds_loopback=given["--max-per-source"] is not None or given["--max-new-per-source"] is not None,
+        max_pair_bytes=_whole_or(given, "--max-pair-bytes", None),
+        pair_rate=_whole_or(given, "--pair-rate", None),
+        relay_rate=_whole_or(given, "--relay-rate", None),
     )
 
 
@@ -210,6 +238,10 @@ def _whole(given: dict[str, Any], option: str, least: int) -> int:
     if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) < least:
         raise Mistake(f"{option} {text}: give a whole number, {least} or more")
     return int(text)
+
+
+def _whole_or(given: dict[str, Any], option: str, otherwise: W) -> int | W:
+    return otherwise if given[option] is None else _whole(given, option, 1)
 
 
 def _seconds(given: dict[str, Any], option: str, least: float) -> float:

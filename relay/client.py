@@ -32,6 +32,7 @@ class Client:
         "received",
         "side",
         "sock",
+        "source",
         "stage",
         "started",
         "token",
@@ -40,6 +41,7 @@ class Client:
 
     def __init__(self, sock: socket.socket, started: float | None = None, arrived: float | None = None) -> None:
         self.sock = sock
+        self.source: bytes | None = None
         self.started = time.time() if started is None else started
         self.arrived = time.monotonic() if arrived is None else arrived
         self.stage = Stage.SHAKING

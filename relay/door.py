@@ -17,6 +17,7 @@ from typing import Any
 
 from gevent.server import StreamServer
 
+from relay.bounds import Bound
 from relay.mistakes import Mistake
 
 BACKLOG = 4096
@@ -113,13 +114,15 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
     def __init__(
         self,
         listener: socket.socket,
-        admit: Callable[[socket.socket, object], None],
+        admit: Callable[[socket.socket, tuple[Any, ...]], None],
         is_full: Callable[[], bool],
+        note: Callable[[Bound], None],
         *,
         shared: bool,
     ) -> None:
         super().__init__(listener, handle=admit, spawn=None)
         self._is_full = is_full
+        self._note = note
         self._is_shared = shared
         self._is_retired = False
 
@@ -161,7 +164,10 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
 
     def full(self) -> bool:
         """Whether no further connection is to be accepted now; asked by gevent before each."""
-        return self._is_full()
+        if self._is_full():
+            self._note(Bound.CONNECTIONS)
+            return True
+        return False
 
     def do_read(self) -> tuple[socket.socket, object] | None:
         """Accept one connection; None when there is none, or nothing to accept it with."""
@@ -191,6 +197,7 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
 
     def _rest(self) -> None:
         """Stop accepting for a while: trying on would find the same again at once, and keep a core busy."""
+        self._note(Bound.EXHAUSTED)
         self.stop_accepting()
         self._timer = self.loop.timer(FULL_PAUSE_SECONDS)
         self._timer.start(self.reopen)

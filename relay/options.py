@@ -19,3 +19,13 @@ class Options:
     handshake_timeout: float = 30.0
     wait_timeout: float = 3600.0
     max_connections: int = 1000
+    max_handshakes: int = 1000
+    max_per_source: int = 500
+    max_new_per_source: int = 200
+    bounds_loopback: bool = False
+    max_waiting: int = 1000
+    max_waiting_per_token: int = 16
+    idle_timeout: float = 86400.0
+    max_pair_bytes: int | None = None
+    pair_rate: int | None = None
+    relay_rate: int | None = None

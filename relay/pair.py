@@ -21,11 +21,15 @@ import socket
 import struct
 import sys
 import termios
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import gevent
 from gevent.select import poll
 
+from relay.bounds import Bound
+from relay.pace import Pace
 from relay.pipes import Pipe, PipePool
 from relay.pump import INPUT, OVER, ROOM, TURN, Pump
 from relay.sibling_language import PairState
@@ -53,15 +57,49 @@ class Detached(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no type
     """Thrown into a pair's greenlet to make it let go of the pair, as it is, between two turns."""
 
 
+class Cut(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types
+    """Ends a pair that has met a bound of the operator's."""
+
+    def __init__(self, bound: Bound) -> None:
+        super().__init__(bound)
+        self.bound = bound
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the operator allows to a pair, in bytes and bytes a second; None is no limit. `relay_pace` is shared."""
+
+    pair_bytes: int | None = None
+    pair_rate: int | None = None
+    relay_pace: Pace | None = None
+
+
 class Pair:
     """Two connections that are one transfer.
 
     `started` (seconds since the epoch) and `arrived` (monotonic seconds) are the first side's; `waiting_time` is how
-    long it was alone, in seconds. `on_over` is called with the pair, once, from its greenlet, when it is over and its
-    sockets are closed.
+    long it was alone, in seconds. `limits` are the operator's, if there are any; `sources` are where the sides come
+    from (see `bounds`), for whoever counts. `on_over` is called with the pair, once, from its greenlet, when it is over
+    and its sockets are closed; then `cut_by` is the bound that ended it, if one did.
     """
 
-    __slots__ = ("arrived", "first", "greenlet", "on_over", "pumps", "second", "started", "turns", "waiting_time")
+    __slots__ = (
+        "_idle_since",
+        "_moved_then",
+        "_pace",
+        "arrived",
+        "cut_by",
+        "first",
+        "greenlet",
+        "limits",
+        "on_over",
+        "pumps",
+        "second",
+        "sources",
+        "started",
+        "turns",
+        "waiting_time",
+    )
 
     def __init__(
         self,
@@ -74,6 +112,8 @@ class Pair:
         pipes: PipePool,
         turns: Turns,
         on_over: Callable[[Pair], None],
+        limits: Limits | None = None,
+        sources: tuple[bytes | None, bytes | None] = (None, None),
     ) -> None:
         self.first = first
         self.second = second
@@ -82,6 +122,12 @@ class Pair:
         self.waiting_time = waiting_time
         self.turns = turns
         self.on_over = on_over
+        self.limits = limits
+        self.sources = sources
+        self.cut_by: Bound | None = None
+        self._pace = None if limits is None or limits.pair_rate is None else Pace(limits.pair_rate)
+        self._moved_then = 0
+        self._idle_since = 0.0
         self.pumps = (Pump(first, second, pipes, turns), Pump(second, first, pipes, turns))
         self.greenlet: gevent.Greenlet | None = None
 
@@ -102,6 +148,14 @@ class Pair:
         if self.greenlet is not None:
             self.greenlet.kill(Detached)
             self.greenlet = None
+
+    def cut_if_idle(self, now: float, seconds: float) -> None:
+        """End the pair if nothing has moved for so long; to be asked regularly, `now` being monotonic seconds."""
+        moved = self.moved
+        if moved != self._moved_then or not self._idle_since:
+            self._moved_then, self._idle_since = moved, now
+        elif now - self._idle_since > seconds and self.greenlet is not None:
+            self.greenlet.kill(Cut(Bound.IDLE), block=False)
 
     def pack(self) -> tuple[PairState, list[int]]:
         """This pair as it is, for another process, and the file descriptors that go with it; after `detach`."""
@@ -130,6 +184,8 @@ class Pair:
                 self._deliver_what_fits()
         except Detached:
             return
+        except Cut as cut:
+            self.cut_by = cut.bound
         except BaseException:
             self._end()
             raise
@@ -149,7 +205,7 @@ class Pair:
                 self.turns.wait()
                 for pump in self.pumps:
                     if pump.waits != OVER:
-                        pump.turn()
+                        self._turn(pump)
                 continue
             if watched != (there.waits, back.waits):
                 watched = (there.waits, back.waits)
@@ -163,7 +219,33 @@ class Pair:
             for pump in self.pumps:
                 waits_at = pump.sink if pump.waits == ROOM else pump.source
                 if pump.waits > 0 and ready.get(waits_at.fileno(), 0) & pump.waits:
-                    pump.turn()
+                    self._turn(pump)
+
+    def _turn(self, pump: Pump) -> None:
+        if self.limits is None:
+            pump.turn(self.turns.size())
+        else:
+            self._turn_within(self.limits, pump)
+
+    def _turn_within(self, limits: Limits, pump: Pump) -> None:
+        """Give `pump` a turn that keeps to the limits; raises Cut when they allow none any more."""
+        paces = [pace for pace in (self._pace, limits.relay_pace) if pace is not None]
+        most = min([self.turns.size(), *(pace.portion() for pace in paces)])
+        if limits.pair_bytes is not None:
+            most = min(most, limits.pair_bytes - self.moved - sum(pump.held for pump in self.pumps))
+            if most <= 0 and not pump.held:
+                raise Cut(Bound.PAIR_BYTES)
+        now = time.monotonic()
+        delay = max((pace.reserve(most, now) for pace in paces), default=0.0)
+        if delay > 0:
+            gevent.sleep(delay)
+        before = pump.moved + pump.held
+        try:
+            pump.turn(most)
+        finally:
+            unused = most - (pump.moved + pump.held - before)
+            for pace in paces:
+                pace.give_back(unused)
 
     def _watch(self, poller: poll) -> None:
         """Tell `poller` what the pumps wait for."""
@@ -218,7 +300,7 @@ class Pair:
         for pump in self.pumps:
             with contextlib.suppress(OSError):
                 if pump.waits != OVER:
-                    pump.turn()
+                    pump.turn(self.turns.size())
 
 
 def _silence(sock: socket.socket) -> float:

@@ -76,12 +76,12 @@ class Pump:
         self._pipe: Pipe | None = None
         self._rest = b""
 
-    def turn(self) -> None:
-        """Move up to a turn's worth of bytes and set `waits`.
+    def turn(self, most: int) -> None:
+        """Move what is held and up to `most` bytes more, and set `waits`.
 
         Raises OSError when either socket was reset, unless its peer had ended its stream before: see `discards`.
         """
-        left = self._turns.size()
+        left = most
         try:
             while True:
                 if self.held:

@@ -14,10 +14,12 @@ import select
 import socket
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import gevent
 from gevent.event import Event
 
+from relay.bounds import Bound, BoundsMet, Sources, is_loopback, source_of
 from relay.client import Client, Stage
 from relay.deadlines import Deadlines
 from relay.door import Door, is_at, open_port
@@ -25,7 +27,8 @@ from relay.handshake import LONGEST, Handshake, Refusal, read_handshake
 from relay.late_spares import LateSpares
 from relay.mistakes import Mistake
 from relay.options import Options
-from relay.pair import Pair
+from relay.pace import Pace
+from relay.pair import Limits, Pair
 from relay.pipes import Pipe, PipePool
 from relay.run_dir import RunDir
 from relay.sibling_language import PairState
@@ -68,6 +71,12 @@ class Relay:
         self._room: WaitingRoom[Client] = WaitingRoom()
         self._late_spares = LateSpares()
         self._deadlines: Deadlines[Client] = Deadlines()
+        self._shaking: dict[Client, None] = {}  # in the order in which they came
+        self._sources = Sources(options.max_per_source, options.max_new_per_source)
+        self._bounds_met = BoundsMet()
+        self._relay_pace = None if options.relay_rate is None else Pace(options.relay_rate)
+        self._limits = self._limits_of_pairs()
+        self._next_idle_check = 0.0
         self._pipes = PipePool()
         self._turns = Turns()
         self._told: tuple[int, int] | None = None
@@ -105,7 +114,9 @@ class Relay:
     def start(self, listener: socket.socket, recorder: Recorder) -> None:
         """Begin to accept from `listener`, and to record with `recorder`."""
         self._recorder = recorder
-        self._door = Door(listener, self._accepted, self._is_full, shared=self.siblings is not None)
+        self._door = Door(
+            listener, self._accepted, self._is_full, self._bounds_met.note, shared=self.siblings is not None
+        )
         self._tick.start(self._every_second)
         self._current_greenlet = gevent.spawn(self._keep_current_fresh)
         self._door.start()
@@ -193,12 +204,35 @@ class Relay:
         if self._door is not None:
             self._door.look()
 
-    def _accepted(self, sock: socket.socket, _address: object) -> None:
+    def _accepted(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
+        source = self._source_of(address[0])
+        if source is not None:
+            bound = self._sources.refuses(source)
+            if bound is not None:
+                self._bounds_met.note(bound)
+                sock.close()
+                return
+            self._sources.add(source)
         sock.setblocking(False)
         self._open += 1
         client = Client(sock)
+        client.source = source
         self._deadlines.set(client, client.arrived + self.options.handshake_timeout)
         self._shake_hands(client)
+
+    def _source_of(self, host: str) -> bytes | None:
+        """Whom a connection counts for; None for one that nobody counts."""
+        return source_of(host) if self.options.bounds_loopback or not is_loopback(host) else None
+
+    def _source_of_peer(self, sock: socket.socket) -> bytes | None:
+        try:
+            host = sock.getpeername()[0]
+        except OSError:
+            return None  # it has just gone
+        source = self._source_of(host)
+        if source is not None:
+            self._sources.add(source)
+        return source
 
     def _listen_to(self, client: Client) -> None:
         """The client's socket has become readable."""
@@ -219,19 +253,28 @@ class Relay:
             # One byte more than a handshake can have tells everything there is to know.
             chunk = client.sock.recv(LONGEST + 1 - len(client.received))
         except BlockingIOError:
-            self._watch(client)
+            self._expect_more(client)
             return
         except OSError:
             chunk = b""
         client.received += chunk
         verdict = read_handshake(client.received) if chunk else Refusal.BAD_HANDSHAKE
         if verdict is None:
-            self._watch(client)
+            self._expect_more(client)
         elif isinstance(verdict, Handshake):
             client.token, client.side, client.received = verdict.token, verdict.side, b""
             self._admit(client)
         else:
             self._refuse(client, verdict, left=not chunk)
+
+    def _expect_more(self, client: Client) -> None:
+        """Wait for the rest of a handshake. When too many are waited for, the oldest gives way: it has had the most
+        time, and an honest one needs no longer than a round trip."""
+        self._watch(client)
+        self._shaking[client] = None
+        if len(self._shaking) > self.options.max_handshakes:
+            self._bounds_met.note(Bound.HANDSHAKES)
+            self._refuse(next(iter(self._shaking)), Refusal.BAD_HANDSHAKE, left=False)
 
     def _admit(self, client: Client) -> None:
         """See a client whose handshake is whole to its token's home."""
@@ -262,11 +305,23 @@ class Relay:
             self._finish(client, "lonely")  # the relay stops, nobody will come any more
             self._send_away(client)
             return
+        if self._room.waiting_for(client.token) >= self.options.max_waiting_per_token:
+            # Only who knows the token can do this, and so to nobody but itself and its partner.
+            self._bounds_met.note(Bound.PER_TOKEN)
+            self._finish(client, "lonely")
+            self._send_away(client)
+            return
+        self._shaking.pop(client, None)
         client.stage = Stage.WAITING
         self._deadlines.clear(client)
         self._deadlines.set(client, client.arrived + self.options.wait_timeout)
         self._room.enter(client)
         self._watch(client)
+        if len(self._room) > self.options.max_waiting:
+            # The oldest gives way. Were newcomers turned away instead, whoever fills the room once would own it for as
+            # long as clients may wait; like this it takes more newcomers all the time, and those are bounded, too.
+            self._bounds_met.note(Bound.WAITING)
+            self._overdue(self._room.oldest())
 
     def _has_kept_quiet(self, client: Client) -> bool:
         """Whether a waiting client is still there and has sent nothing, as far as the kernel knows by now."""
@@ -301,12 +356,24 @@ class Relay:
                 client.sock.send(b"ok\n")
         self._pump(
             self._new_pair(
-                first.sock, second.sock, first.started, first.arrived, waiting_time=second.arrived - first.arrived
+                first.sock,
+                second.sock,
+                (first.source, second.source),
+                started=first.started,
+                arrived=first.arrived,
+                waiting_time=second.arrived - first.arrived,
             )
         )
 
     def _new_pair(
-        self, first: socket.socket, second: socket.socket, started: float, arrived: float, waiting_time: float
+        self,
+        first: socket.socket,
+        second: socket.socket,
+        sources: tuple[bytes | None, bytes | None],
+        *,
+        started: float,
+        arrived: float,
+        waiting_time: float,
     ) -> Pair:
         return Pair(
             first,
@@ -317,7 +384,13 @@ class Relay:
             pipes=self._pipes,
             turns=self._turns,
             on_over=self._pair_over,
+            limits=self._limits,
+            sources=sources,
         )
+
+    def _limits_of_pairs(self) -> Limits | None:
+        limits = Limits(self.options.max_pair_bytes, self.options.pair_rate, self._relay_pace)
+        return None if limits == Limits() else limits
 
     def _pump(self, pair: Pair) -> None:
         self.pairs.add(pair)
@@ -332,7 +405,9 @@ class Relay:
         self._finished_bytes += moved
         total_time = time.monotonic() - pair.arrived
         self._record(Record(pair.started, total_time, pair.waiting_time, moved, "happy"))
-        self._closed(2)
+        if pair.cut_by is not None:
+            self._bounds_met.note(pair.cut_by)
+        self._closed(*pair.sources)
 
     # Handing on to siblings, and taking in from them (the `Household` of `siblings`)
 
@@ -368,6 +443,7 @@ class Relay:
     def take_in(self, client: Client, *, at_home: bool) -> None:
         """A sibling has handed `client` on."""
         self._open += 1
+        client.source = self._source_of_peer(client.sock)
         if self._late_spares.is_late(client.token, client.arrived):
             self._finish(client, "lonely")
             self._send_away(client)
@@ -393,7 +469,14 @@ class Relay:
         first, second = (socket.socket(fileno=fd) for fd in fds[:2])
         pipes = [Pipe(inlet, outlet) for inlet, outlet in zip(fds[2::2], fds[3::2], strict=True)]
         self._open += 2
-        pair = self._new_pair(first, second, state.started, state.arrived, state.waiting_time)
+        pair = self._new_pair(
+            first,
+            second,
+            (self._source_of_peer(first), self._source_of_peer(second)),
+            started=state.started,
+            arrived=state.arrived,
+            waiting_time=state.waiting_time,
+        )
         pair.unpack(state, pipes)
         self._turns.moved += pair.moved
         self._pump(pair)
@@ -406,12 +489,12 @@ class Relay:
     def handed_on(self, client: Client) -> None:
         """A sibling has confirmed that `client` is its own now."""
         client.sock.close()
-        self._closed(1)
+        self._closed(client.source)
 
     def handed_on_pair(self, pair: Pair) -> None:
         """A sibling has confirmed that `pair` is its own now."""
         pair.close()
-        self._closed(2)
+        self._closed(*pair.sources)
 
     def siblings_changed(self) -> None:
         """Look again where everybody belongs."""
@@ -458,6 +541,7 @@ class Relay:
     def _send_away(self, client: Client, reply: bytes = b"") -> None:
         """Say `reply`, end the stream, and read on for a moment so that both arrive: a lingering close."""
         client.stage = Stage.LEAVING
+        self._shaking.pop(client, None)
         try:
             if reply:
                 client.sock.send(reply)
@@ -483,6 +567,7 @@ class Relay:
     def _forget(self, client: Client) -> None:
         """Let go of a client, but not of its socket."""
         self._deadlines.clear(client)
+        self._shaking.pop(client, None)
         if client.watcher is not None:
             client.watcher.stop()
             client.watcher.close()
@@ -491,19 +576,18 @@ class Relay:
     def _close(self, client: Client) -> None:
         self._forget(client)
         client.sock.close()
-        self._closed(1)
+        self._closed(client.source)
 
-    def _closed(self, connections: int) -> None:
-        self._open -= connections
+    def _closed(self, *sources: bytes | None) -> None:
+        """Connections from `sources` are here no longer."""
+        self._open -= len(sources)
+        for source in sources:
+            if source is not None:
+                self._sources.remove(source)
         if self._open == 0:
             self._changed.set()
         assert self._door is not None
         self._door.reopen()
-
-    def _dismiss_clients(self) -> None:
-        """The relay stops: nobody who is here without a partner will find one any more."""
-        for client in list(self._deadlines):
-            self._overdue(client)
 
     # What happens by the clock
 
@@ -512,13 +596,26 @@ class Relay:
         for client in self._deadlines.take_due(now):
             self._overdue(client)
         self._late_spares.forget(now)
+        self._sources.next_second()
+        self._cut_idle_pairs(now)
         if self.siblings is not None:
-            self.siblings.every_second()
+            self.siblings.every_second(len(self.pairs))
             self._look_at_the_door()
+            if self._relay_pace is not None and self.options.relay_rate is not None:
+                self._relay_pace.rate = self.options.relay_rate * self.siblings.share(len(self.pairs))
+        for line in self._bounds_met.lines(now):
+            logger.warning("%s", line)
         connected_and_waiting = (len(self.pairs), len(self._room))
         if connected_and_waiting != self._told:
             self._told = connected_and_waiting
             self._refresh_current()
+
+    def _cut_idle_pairs(self, now: float) -> None:
+        if now < self._next_idle_check:
+            return
+        self._next_idle_check = now + min(60.0, self.options.idle_timeout / 10)
+        for pair in self.pairs:
+            pair.cut_if_idle(now, self.options.idle_timeout)
 
     def _overdue(self, client: Client) -> None:
         if client.stage is Stage.SHAKING:

@@ -9,7 +9,7 @@ message a packet:
 ``R``      ready: I accept connections and am home to my share of the tokens
 ``L``      leaving: send me nothing more, I am handing on what I have
 ``F``      farewell, the answer to ``L``: nothing more will come from me
-``.``      still here
+``.``      still here, with so many transfers
 ``H``      clients that have no partner yet, their sockets beside the packet
 ``P``      a pair in mid-transfer, its sockets and pipes beside the packet
 ``C``      confirmed: what came with that serial number is mine now
@@ -48,6 +48,7 @@ LARGEST_PACKET = 192 << 10
 _ENVELOPE = struct.Struct("!cQdQ")  # kind, serial number, when it was sent, who the sender thinks is there
 _ANSWER = struct.Struct("!cQ")  # kind, serial number
 _CLIENT = struct.Struct("!ddBBBB")  # started, arrived, hops, length of token, of side, of what it has sent so far
+_COUNT = struct.Struct("!I")
 _PAIR = struct.Struct("!ddd")  # started, arrived, waiting time
 _PUMP = struct.Struct("!QI??I")  # moved, held, over, splices, length of what rests in it
 
@@ -151,6 +152,16 @@ class PairState:
 def kind_of(packet: bytes) -> bytes:
     """The first byte of a packet, which tells what it is; empty for an empty packet."""
     return packet[:1]
+
+
+def encode_still_here(pairs: int) -> bytes:
+    """A ``.`` from a worker with `pairs` transfers."""
+    return STILL_HERE + _COUNT.pack(pairs)
+
+
+def decode_still_here(packet: bytes) -> int:
+    """How many transfers the sender of a ``.`` has."""
+    return int(_unpack(_COUNT, packet, 1)[0])
 
 
 def encode_answer(kind: bytes, serial: int) -> bytes:

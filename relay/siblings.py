@@ -59,9 +59,11 @@ from relay.sibling_language import (
     decode_clients,
     decode_envelope,
     decode_pair,
+    decode_still_here,
     encode_answer,
     encode_clients,
     encode_pair,
+    encode_still_here,
     kind_of,
 )
 
@@ -143,6 +145,7 @@ class Link:
         self.said_farewell = False
         self.seconds_unheard = 0
         self.unconfirmed: dict[int, Parcel] = {}
+        self.pairs = 0
         self.handed_clients = 0
         self.handed_pairs = 0
         self._siblings = siblings
@@ -431,6 +434,11 @@ class Siblings:
         self._household.siblings_changed()
         self._have_back(unsent)  # they were on their way to where they belonged before
 
+    def share(self, pairs: int) -> float:
+        """Which part of the relay's transfers are ours, if we have so many; of something that all workers share."""
+        own = max(pairs, 1)
+        return own / (own + sum(link.pairs for link in self.links if link.live))
+
     def _greeted(self) -> list[Link]:
         return [link for link in self.links if link.greeting is not None]
 
@@ -518,7 +526,9 @@ class Siblings:
         elif kind == FAREWELL:
             link.said_farewell = True
             self._household.sibling_gone()
-        elif kind != STILL_HERE:
+        elif kind == STILL_HERE:
+            link.pairs = decode_still_here(packet)
+        else:
             raise Misunderstood(f"a message of the kind {kind!r}")
 
     def _take_clients(self, link: Link, packet: bytes, fds: list[int]) -> None:
@@ -583,8 +593,8 @@ class Siblings:
 
     # By the clock
 
-    def every_second(self) -> None:
-        """Say that we are here, notice who is not, and try again what did not work."""
+    def every_second(self, pairs: int) -> None:
+        """Say that we are here, with so many transfers, notice who is not, and try again what did not work."""
         for link in list(self.links):
             link.read_all()  # what has come counts, however late we are to read it
         for link in list(self.links):
@@ -596,7 +606,7 @@ class Siblings:
             if link.seconds_unheard > SILENT_SECONDS:
                 self._pass_over(link)
             elif not link.busy:
-                link.say(STILL_HERE)
+                link.say(encode_still_here(pairs))
             link.send_again()
         refused, self._refused = self._refused, []
         self._have_back(refused)

@@ -79,6 +79,10 @@ class WaitingRoom(Generic[W]):
         self._count -= len(clients)
         return clients
 
+    def oldest(self) -> W:
+        """The one who waits for the token that somebody has waited for longest; the room is not empty."""
+        return next(iter(self._by_token.values()))[0]
+
     def waiting_for(self, token: bytes) -> int:
         """How many clients wait for `token`."""
         return len(self._by_token.get(token, ()))

@@ -29,18 +29,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from relay.pipes import PIPE_BYTES, SPARE_PIPES, PipePool
 from relay.pump import COPY_BYTES, INPUT, OVER, ROOM, TURN, Pump
-from relay.turns import Turns
+from relay.turns import LARGEST_TURN, Turns
 from tests.harness import Relay, connect, handshake, new_token, open_fds, read_exactly, read_to_end, wait_until
 from tests.kernel_view import bytes_in_pipes, unread
 
 MIB = 1 << 20
-
-
-class SmallTurns(Turns):
-    """As if so many pumps were busy that each may move little."""
-
-    def size(self) -> int:
-        return 100_000
 
 
 class NoPipes(PipePool):
@@ -102,7 +95,7 @@ class Line:
                 self.sender.shutdown(socket.SHUT_WR)
                 ended = True
             if self.pump.waits != OVER:
-                self.pump.turn()
+                self.pump.turn(LARGEST_TURN)
                 assert self.pump.held <= PIPE_BYTES
             chunk = self.receive(MIB)
             if chunk == b"":
@@ -123,7 +116,7 @@ def fill(line: Line) -> None:
     while calm < 3:
         sent = line.send(bytes(MIB))
         moved = line.pump.moved
-        line.pump.turn()
+        line.pump.turn(LARGEST_TURN)
         calm = calm + 1 if sent == 0 and moved == line.pump.moved else 0
 
 
@@ -146,7 +139,7 @@ def test_a_receiver_that_does_not_read_stops_the_sender(line: Line) -> None:
     assert 0 < line.pump.held <= (PIPE_BYTES if line.pump.splices else COPY_BYTES)
     waiting = unread(line.pump.source)
     assert waiting > 0
-    line.pump.turn()
+    line.pump.turn(LARGEST_TURN)
     assert unread(line.pump.source) == waiting, "nothing is read while anything rests in the pump"
     assert line.send(b"more") == 0
 
@@ -159,14 +152,14 @@ def test_a_receiver_that_reads_on_gets_everything(line: Line) -> None:
     while (chunk := line.receive(MIB)) != b"":
         received += len(chunk or b"")
         if line.pump.waits != OVER:
-            line.pump.turn()
+            line.pump.turn(LARGEST_TURN)
     assert received >= expected
     assert received == line.pump.moved
 
 
 @pytest.mark.parametrize("splices", [True, False], ids=["spliced", "copied"])
 def test_a_turn_moves_no_more_than_its_share(splices: bool) -> None:
-    with contextlib.closing(Line(splices, turns=SmallTurns())) as line:
+    with contextlib.closing(Line(splices)) as line:
         line.receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MIB)
         sent = 0
         while sent < 250_000:
@@ -174,7 +167,7 @@ def test_a_turn_moves_no_more_than_its_share(splices: bool) -> None:
         steps = []
         while line.pump.moved < sent:
             before = line.pump.moved
-            line.pump.turn()
+            line.pump.turn(100_000)
             steps.append(line.pump.moved - before)
         assert max(steps) <= 100_000
         assert line.pump.waits == INPUT or line.pump.waits == TURN
@@ -185,7 +178,7 @@ def test_a_pipe_is_borrowed_only_while_bytes_are_in_it() -> None:
     with contextlib.closing(Line(splices=True, pipes=PipePool(spare=0))) as line:
         sockets_only = open_fds(os.getpid())
         assert line.send(b"hello") == 5
-        line.pump.turn()
+        line.pump.turn(LARGEST_TURN)
         assert open_fds(os.getpid()) == sockets_only
         fill(line)
         assert open_fds(os.getpid()) == sockets_only + 2
@@ -198,7 +191,7 @@ def test_a_source_that_is_reset_is_an_error(line: Line) -> None:
     line.sender.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     line.sender.close()
     with pytest.raises(ConnectionResetError):
-        line.pump.turn()
+        line.pump.turn(LARGEST_TURN)
 
 
 def test_where_the_kernel_cannot_splice_it_copies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +260,7 @@ class Flow(RuleBasedStateMachine):
             while (chunk := self.line.receive(MIB)) != b"":
                 self.received += chunk or b""
                 if self.line.pump.waits != OVER:
-                    self.line.pump.turn()
+                    self.line.pump.turn(LARGEST_TURN)
             assert self.received == self.sent
             assert self.line.pump.moved == len(self.sent)
         finally:
@@ -298,7 +291,7 @@ class Flow(RuleBasedStateMachine):
         """One after another, whether there is something to do or not."""
         for _ in range(turns):
             if self.line.pump.waits != OVER:
-                self.line.pump.turn()
+                self.line.pump.turn(LARGEST_TURN)
 
     @invariant()
     def little_rests_in_it(self) -> None:
