@@ -24,7 +24,6 @@ from tests.harness import (
     new_token,
     pss,
     read_exactly,
-    relay_options,
     wait_until,
 )
 
@@ -67,8 +66,6 @@ def service(request: pytest.FixtureRequest, tmp_path: Path, room_for_clients: No
         with Relay(tmp_path, recording=True, nofile=NOFILE) as relay:
             yield relay
         return
-    if "--run-dir" not in relay_options():
-        pytest.skip("this version of the relay has no --run-dir")
     with Workers(tmp_path, count=2, nofile=NOFILE) as workers:
         yield workers
 

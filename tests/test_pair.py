@@ -33,7 +33,6 @@ from tests.harness import (
     pss,
     read_exactly,
     read_to_end,
-    relay_options,
     wait_until,
 )
 from tests.kernel_view import bytes_in_pipes, largest_pipe, relays_end, unacknowledged, unread
@@ -52,8 +51,6 @@ def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         with Relay(folder, recording=True) as relay:
             yield relay
         return
-    if "--run-dir" not in relay_options():
-        pytest.skip("this version of the relay has no --run-dir")
     with Workers(folder, count=2) as workers:
         yield workers
 

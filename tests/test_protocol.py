@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import signal
 import socket
 import struct
 import time
@@ -31,7 +32,6 @@ from tests.harness import (
     new_token,
     read_exactly,
     read_to_end,
-    relay_options,
     wait_until,
 )
 from tests.kernel_view import relays_end, unread
@@ -53,8 +53,6 @@ def running(setting: tuple[str, int | None], folder: Path, *options: str) -> Ite
         with Relay(folder, *options, recording=True) as relay:
             yield relay
         return
-    if "--run-dir" not in relay_options():
-        pytest.skip("this version of the relay has no --run-dir")
     with Workers(folder, *options, count=2) as workers:
         yield workers
 
@@ -273,6 +271,49 @@ def test_when_the_relay_stops_those_who_wait_read_end_of_stream(
                     client.close()
                 assert stopped.result() == 0
         ledger.expect(Ended("lonely"), Ended("lonely"), Ended("errory"))
+
+
+@pytest.mark.parametrize("how", ["leaves", "speaks"])
+@pytest.mark.parametrize("before", [False, True], ids=["right-after", "right-before"])
+def test_one_that_leaves_or_speaks_as_its_partners_handshake_comes_is_not_matched(
+    ledger: Ledger, call: Call, how: str, before: bool
+) -> None:
+    token = new_token()
+    going = call(handshake(token, new_side()))
+    staying = call(handshake(token, new_side())[:-1])
+    wait_until_read(ledger, going)
+    wait_until_read(ledger, staying)
+    with all_paused(ledger.service):  # so that the relay finds both at once
+        if not before:
+            staying.sendall(b"\n")
+        if how == "leaves":
+            going.shutdown(socket.SHUT_WR)
+        else:
+            going.sendall(b"hello?")
+        if before:
+            staying.sendall(b"\n")
+    assert read_to_end(going) == (b"" if how == "leaves" else b"impatient\n")
+    going.close()
+    partner = call(handshake(token))
+    assert read_exactly(partner, 3) == read_exactly(staying, 3) == b"ok\n"
+    partner.close()
+    assert read_to_end(staying) == b""
+    staying.close()
+    ledger.expect(Ended("lonely" if how == "leaves" else "errory"), Ended("happy"))
+
+
+@contextlib.contextmanager
+def all_paused(service: Service) -> Iterator[None]:
+    """Let no worker do anything meanwhile."""
+    pids = service.pids
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: ") T " in Path(f"/proc/{pid}/stat").read_text(), what="the worker is paused")  # noqa: B023
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
 
 # Spares: several connections of one side.
