@@ -86,6 +86,7 @@ class Relay:
         self._on_readable = self._listen_to  # bound once, and not for every client
         self._current_greenlet: gevent.Greenlet | None = None
         self._grace_ends: float | None = None
+        self._given_up = False
         self._changed = Event()
         self._ended = Event()
 
@@ -160,19 +161,23 @@ class Relay:
             for pair in list(self.pairs):
                 self._hand_on_pair(pair)
             return
-        if self.siblings is not None and self.siblings.expected:
-            return  # in a moment there will be other hands
-        assert self._door is not None
-        self._door.close()
+        for pair in self.pairs:
+            if pair.greenlet is None:
+                pair.start()  # it was to be handed on, and there is nobody to hand it to
         if self._grace_ends is None:
             self._grace_ends = time.monotonic() + self.options.grace
             logger.info("stopping: %d transfers have %g seconds to finish", len(self.pairs), self.options.grace)
-            for client in list(self._deadlines):
-                if client.stage is not Stage.LEAVING:  # its refusal may still be on its way
-                    self._overdue(client)
-        for pair in self.pairs:
-            if pair.greenlet is None:
-                pair.start()  # it was to be handed on, and there is nobody left to hand it to
+        if not self._given_up and (self.siblings is None or not self.siblings.hopes):
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Nobody will take over: close the port, and send those away who have no partner."""
+        self._given_up = True
+        assert self._door is not None
+        self._door.close()
+        for client in list(self._deadlines):
+            if client.stage is not Stage.LEAVING:  # its refusal may still be on its way
+                self._overdue(client)
 
     def _is_cleared_out(self) -> bool:
         return self._open == 0 and (self.siblings is None or self.siblings.left)
@@ -191,6 +196,8 @@ class Relay:
             pair.close()
             self._pair_over(pair)
         for client in list(self._deadlines):
+            if client.stage is not Stage.LEAVING:
+                self._finish(client, "lonely" if client.token else "errory")
             self._close(client)
         self._pipes.close()
         self._epoll.close()
@@ -301,7 +308,7 @@ class Relay:
         self._wait(client)
 
     def _wait(self, client: Client) -> None:
-        if self._grace_ends is not None:
+        if self._given_up:
             self._finish(client, "lonely")  # the relay stops, nobody will come any more
             self._send_away(client)
             return
@@ -458,7 +465,7 @@ class Relay:
             self._admit(client)
         elif self.stopping and self.siblings is not None and not self.siblings.alone:
             self._hand_on(client, self.siblings.any_home())
-        elif self._grace_ends is not None:
+        elif self._given_up:
             self._overdue(client)
         else:
             self._deadlines.set(client, client.arrived + self.options.handshake_timeout)

@@ -375,9 +375,10 @@ class Siblings:
         self._change()
 
     @property
-    def expected(self) -> bool:
-        """Whether a newcomer has greeted us and is about to be ready."""
-        return any(not (link.ready or link.leaving or link.silent) for link in self._greeted())
+    def hopes(self) -> bool:
+        """Whether there may soon be somebody to hand things to: a newcomer is about to be ready, or a silent one may
+        wake."""
+        return any(not link.leaving and not link.live for link in self._greeted())
 
     @property
     def left(self) -> bool:
