@@ -90,7 +90,7 @@ class Pump:
                     self.waits = TURN
                     return
                 else:
-                    got = self._fill(left)
+                    got = self._fill(left, first=left == most)
                     if got == 0:
                         self._end()
                         return
@@ -108,12 +108,12 @@ class Pump:
             self.discards = True
             self.waits = INPUT
         finally:
-            if self._pipe is not None and not self.held:
+            if self._pipe is not None and (self._rest or not self.held):
                 self._pipes.give_back(self._pipe)
                 self._pipe = None
 
-    def _fill(self, most: int) -> int:
-        """Read up to `most` bytes from the source; 0 means that it has ended its stream."""
+    def _fill(self, most: int, *, first: bool) -> int:
+        """Read up to `most` bytes from the source, `first` in this turn; 0 means that it has ended its stream."""
         if self.discards:
             return len(self.source.recv(min(most, COPY_BYTES)))
         if self.splices and self._pipe is None:
@@ -121,12 +121,17 @@ class Pump:
         if self.splices and self._pipe is not None:
             try:
                 self.held = os.splice(self.source.fileno(), self._pipe.inlet, most, flags=_FLAGS)
+            except BlockingIOError:
+                if not first:
+                    raise
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
                 self.splices = False
-            else:
+            if self.held:
                 return self.held
+            # Splicing stops at urgent data (tcp_read_sock() in net/ipv4/tcp.c) for good, and says that nothing is there
+            # or that the stream has ended. Receiving steps over it, as the copying relays do.
         self._rest = self.source.recv(min(most, COPY_BYTES))
         self.held = len(self._rest)
         return self.held
