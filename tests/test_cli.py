@@ -385,6 +385,7 @@ def test_a_lone_relay_that_stops_lets_a_transfer_finish_and_takes_no_new_clients
         sender, receiver = met(stack, relay)
         waiting = stack.enter_context(connect(relay.port))
         waiting.sendall(handshake(new_token()))
+        wait_until(lambda: relay.rows("current")[0]["waiting"] == 1, what="it waits")
         relay.process.send_signal(signal.SIGTERM)
         assert read_to_end(waiting) == b""
         waiting.close()
