@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from relay import __version__
-from relay.cli import read_options
+from relay.cli import main, read_options
 from tests.harness import (
     CHECKOUT,
     Relay,
@@ -101,13 +101,37 @@ def test_a_wrong_blur_is_a_mistake(value: str) -> None:
     assert complaint(f"--blur-usage={value}").startswith("--blur-usage ")
 
 
-@pytest.mark.parametrize("option", ["--grace", "--handshake-timeout", "--wait-timeout"])
+@pytest.mark.parametrize("option", ["--grace", "--handshake-timeout", "--wait-timeout", "--idle-timeout"])
 @pytest.mark.parametrize("value", ["", "-1", "soon", "nan", "inf", "1e400", "1,5"])
 def test_wrong_seconds_are_a_mistake(option: str, value: str) -> None:
     assert complaint(f"{option}={value}").startswith(f"{option} ")
 
 
-@pytest.mark.parametrize("option", ["--handshake-timeout", "--wait-timeout"])
+@pytest.mark.parametrize("value", ["", "0", "-1", "1.5", "all"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--max-handshakes",
+        "--max-waiting",
+        "--max-waiting-per-token",
+        "--max-per-source",
+        "--max-new-per-source",
+        "--max-pair-bytes",
+        "--pair-rate",
+        "--relay-rate",
+    ],
+)
+def test_a_wrong_bound_is_a_mistake(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    # All go the same way as those above: no process is needed for each.
+    with pytest.raises(SystemExit) as ended:
+        main(["--port", "0", "--interface", "127.0.0.1", f"{option}={value}"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"relay-gevent: error: {option} ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--handshake-timeout", "--wait-timeout", "--idle-timeout"])
 def test_no_time_at_all_is_a_mistake(option: str) -> None:
     assert complaint(option, "0").startswith(f"{option} 0: ")
 

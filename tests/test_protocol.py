@@ -357,17 +357,21 @@ def test_a_spare_that_comes_after_the_match_waits_and_ends_lonely(ledger: Ledger
     ledger.expect(Ended("happy"), Ended("lonely"))
 
 
-def test_all_who_wait_for_one_token_are_dealt_with_once(ledger: Ledger, call: Call) -> None:
+def test_one_too_many_for_a_token_is_sent_away_and_the_others_wait_on(ledger: Ledger, call: Call) -> None:
     token, side = new_token(), new_side()
     crowd = [call(handshake(token, side)) for _ in range(Options().max_waiting_per_token)]
     wait_until_waiting(ledger, *crowd)
+    ledger.wait_for_current(connected=0, waiting=len(crowd))
+    newest = call(handshake(token, side))
+    assert read_to_end(newest) == b""
+    newest.close()
     other = call(handshake(token))
     assert read_exactly(other, 3) == b"ok\n"
     other.close()
     assert sorted(read_to_end(client) for client in crowd) == [b""] * (len(crowd) - 1) + [b"ok\n"]
     for client in crowd:
         client.close()
-    ledger.expect(Ended("happy"), *[Ended("lonely")] * (len(crowd) - 1))
+    ledger.expect(Ended("happy"), *[Ended("lonely")] * len(crowd))
 
 
 # Bytes that can no longer become a handshake.
@@ -521,6 +525,8 @@ def test_the_docs_name_the_times_and_limits_that_are_kept() -> None:
         f"the partner's | {options.wait_timeout / 3600:g} h |",
         f"told to stop | {options.grace:g} s |",
         f"a transfer, silent | {pair.HALF_CLOSED_SECONDS:g} s |",
+        f"nothing moves | {options.idle_timeout / 3600:g} h |",
+        f"with one token | {options.max_waiting_per_token} |",
         f"sends nothing for {pair.HALF_CLOSED_SECONDS:g} seconds",
         f"about {server.LINGER_SECONDS:g} seconds or {server.LINGER_BYTES >> 20} MiB",
         f"at most {pipes.PIPE_BYTES >> 20} MiB in each direction",
