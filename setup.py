@@ -8,7 +8,7 @@ from pathlib import Path
 from setuptools import setup
 
 SHARE = "share/relay-gevent"
-SHARED = ("etc", "var", "misc/munin", "misc/rolling-restart")
+SHARED = ("etc", "var", "misc/munin", "misc/rolling-restart", "misc/import-twisted-usage")
 # A checkout that is in use keeps its logs and its database in var/: only the file that explains them is shipped.
 SHIPPED_FROM_VAR = {"README"}
 

@@ -142,8 +142,10 @@ def test_sizes_are_in_powers_of_ten(count: int, text: str) -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0, "0.00 s"),
-        (0.214, "0.21 s"),
+        (0, "0 s"),
+        (0.00014, "0.14 ms"),
+        (0.2144, "214 ms"),
+        (0.9997, "1.00 s"),
         (1, "1 s"),
         (46.78, "46.8 s"),
         (59.96, "1m00s"),

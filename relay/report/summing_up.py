@@ -52,7 +52,11 @@ def sum_up(tallies: Mapping[Day, Tally], span: Span, last: int | None, today: Da
         tallies: by day, their values sorted.
         last: how many, up to the one that `today` is in, the empty ones too; None for all that have a connection.
         today: in the zone in which the days were counted.
+
+    Where nothing was counted there is nothing to tell of.
     """
+    if not tallies:
+        return []
     by_first: dict[Day, list[Tally]] = {}
     for day, tally in tallies.items():
         by_first.setdefault(first_day(day, span), []).append(tally)

@@ -13,9 +13,11 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time of two parts at most: 0.21 s, 46.8 s, 3m05s, 1h02m, 2d03h."""
-    if seconds < 0.995:
-        return f"{max(seconds, 0):.2f} s"
+    """Return a time of two parts at most: 0.14 ms, 214 ms, 46.8 s, 3m05s, 1h02m, 2d03h."""
+    if seconds <= 0:
+        return "0 s"
+    if seconds < 0.9995:
+        return f"{three_digits(seconds * 1000)} ms"
     if seconds < 59.95:
         return f"{three_digits(seconds)} s"
     minutes, rest = divmod(round(seconds), 60)
