@@ -26,6 +26,7 @@ class Bound(enum.Enum):
     IDLE = "--idle-timeout: ended transfers in which nothing moved"
     PAIR_BYTES = "--max-pair-bytes: ended transfers that were too large"
     CONNECTIONS = "--max-connections: let new connections wait to be accepted"
+    CROWDED = "--max-connections: turned away the client that had waited longest, for one that a sibling handed on"
     EXHAUSTED = "no file descriptor or memory was left: let new connections wait to be accepted"
 
 
@@ -71,6 +72,10 @@ class Sources:
     def add(self, source: bytes) -> None:
         """Another connection from `source` is here."""
         self._here[source] += 1
+
+    def has_too_many(self, source: bytes) -> bool:
+        """Whether more connections from `source` are here than may be; siblings may have handed them on."""
+        return self._here[source] > self._most
 
     def remove(self, source: bytes) -> None:
         """A connection from `source` is here no longer."""

@@ -14,16 +14,21 @@ LEAST_BYTES = 512
 """Nobody reserves less, however slow the pace; system calls for single bytes would be a waste."""
 
 
+ROUND = 0.5
+"""Seconds in which everybody who shares a pace has had a portion, as far as `LEAST_BYTES` allows that."""
+
+
 class Pace:
-    """A rate in bytes a second, which several may share."""
+    """A rate in bytes a second, which `sharers` share."""
 
     def __init__(self, rate: float) -> None:
         self.rate = rate
+        self.sharers = 1
         self._free_at = 0.0
 
     def portion(self) -> int:
         """How many bytes to reserve at a time."""
-        return max(LEAST_BYTES, int(self.rate * MOMENT))
+        return max(LEAST_BYTES, int(self.rate * min(MOMENT, ROUND / self.sharers)))
 
     def reserve(self, size: int, now: float) -> float:
         """Reserve `size` bytes; returns the seconds to wait before they may be moved."""

@@ -85,6 +85,7 @@ class Pair:
 
     __slots__ = (
         "_idle_since",
+        "_moved_a_second_ago",
         "_moved_then",
         "_pace",
         "arrived",
@@ -127,6 +128,7 @@ class Pair:
         self.cut_by: Bound | None = None
         self._pace = None if limits is None or limits.pair_rate is None else Pace(limits.pair_rate)
         self._moved_then = 0
+        self._moved_a_second_ago = 0
         self._idle_since = 0.0
         self.pumps = (Pump(first, second, pipes, turns), Pump(second, first, pipes, turns))
         self.greenlet: gevent.Greenlet | None = None
@@ -148,6 +150,11 @@ class Pair:
         if self.greenlet is not None:
             self.greenlet.kill(Detached)
             self.greenlet = None
+
+    def was_busy(self) -> bool:
+        """Whether anything has moved since this was last asked."""
+        before, self._moved_a_second_ago = self._moved_a_second_ago, self.moved
+        return self.moved != before
 
     def cut_if_idle(self, now: float, seconds: float) -> None:
         """End the pair if nothing has moved for so long; to be asked regularly, `now` being monotonic seconds."""
@@ -234,7 +241,9 @@ class Pair:
         if limits.pair_bytes is not None:
             most = min(most, limits.pair_bytes - self.moved - sum(pump.held for pump in self.pumps))
             if most <= 0 and not pump.held:
-                raise Cut(Bound.PAIR_BYTES)
+                if _has_more(pump.source):
+                    raise Cut(Bound.PAIR_BYTES)
+                most = 1  # it was exactly what is allowed, and its end is no byte
         now = time.monotonic()
         delay = max((pace.reserve(most, now) for pace in paces), default=0.0)
         if delay > 0:
@@ -301,6 +310,14 @@ class Pair:
             with contextlib.suppress(OSError):
                 if pump.waits != OVER:
                     pump.turn(self.turns.size())
+
+
+def _has_more(sock: socket.socket) -> bool:
+    """Whether bytes have come over `sock` that nobody has read; False at the end of its stream."""
+    try:
+        return bool(sock.recv(1, socket.MSG_PEEK))
+    except BlockingIOError:
+        return False
 
 
 def _silence(sock: socket.socket) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import select
 import socket
@@ -50,6 +51,9 @@ TICK_SECONDS = 1.0
 
 MOST_HOPS = 8
 """A client that has been handed on so often stays where it is until the siblings agree about who is there."""
+
+ROOM_FOR_HANDED_ON = 9 / 8
+"""How many times --max-connections a worker may hold when siblings hand it what they have: they may be leaving."""
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +191,8 @@ class Relay:
         if self._door is not None:
             self._door.close()
         self._tick.stop()
+        for line in self._bounds_met.lines(math.inf):
+            logger.warning("%s", line)
         if self._current_greenlet is not None:
             gevent.kill(self._current_greenlet)
         if self.siblings is not None:
@@ -342,11 +348,13 @@ class Relay:
 
     def _interrupted(self, client: Client) -> None:
         """A waiting client has left, or has said something before it was told ``ok``."""
-        self._room.leave(client)
         try:
             spoke = bool(client.sock.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            return  # a false alarm
         except OSError:
             spoke = False
+        self._room.leave(client)
         if spoke:
             self._refuse(client, Refusal.IMPATIENT, left=False)
         else:
@@ -451,6 +459,10 @@ class Relay:
         """A sibling has handed `client` on."""
         self._open += 1
         client.source = self._source_of_peer(client.sock)
+        if self._has_no_room_for(client):
+            self._finish(client, "lonely" if client.token else "errory")
+            self._send_away(client)
+            return
         if self._late_spares.is_late(client.token, client.arrived):
             self._finish(client, "lonely")
             self._send_away(client)
@@ -458,6 +470,19 @@ class Relay:
             self._meet(client)
         else:
             self.take_back(client)
+
+    def _has_no_room_for(self, client: Client) -> bool:
+        """Whether `client`, just handed on, meets a bound here: a source can choose tokens that all live with us."""
+        if client.source is not None and self._sources.has_too_many(client.source):
+            self._bounds_met.note(Bound.PER_SOURCE)
+            return True
+        if self._open <= ROOM_FOR_HANDED_ON * self.options.max_connections:
+            return False
+        self._bounds_met.note(Bound.CROWDED)
+        if not self._room:
+            return True
+        self._overdue(self._room.oldest())
+        return False
 
     def take_back(self, client: Client) -> None:
         """A client is here anew."""
@@ -605,17 +630,27 @@ class Relay:
         self._late_spares.forget(now)
         self._sources.next_second()
         self._cut_idle_pairs(now)
+        busy = self._share_the_rate()
         if self.siblings is not None:
-            self.siblings.every_second(len(self.pairs))
+            self.siblings.every_second(busy)
             self._look_at_the_door()
-            if self._relay_pace is not None and self.options.relay_rate is not None:
-                self._relay_pace.rate = self.options.relay_rate * self.siblings.share(len(self.pairs))
         for line in self._bounds_met.lines(now):
             logger.warning("%s", line)
         connected_and_waiting = (len(self.pairs), len(self._room))
         if connected_and_waiting != self._told:
             self._told = connected_and_waiting
             self._refresh_current()
+
+    def _share_the_rate(self) -> int:
+        """Take what is ours of --relay-rate, by how many of the relay's transfers want to move something; returns how
+        many of those are ours."""
+        if self._relay_pace is None or self.options.relay_rate is None:
+            return 0
+        busy = sum(pair.was_busy() for pair in self.pairs)
+        share = 1.0 if self.siblings is None else self.siblings.share(busy)
+        self._relay_pace.rate = self.options.relay_rate * share
+        self._relay_pace.sharers = max(1, busy)
+        return busy
 
     def _cut_idle_pairs(self, now: float) -> None:
         if now < self._next_idle_check:
