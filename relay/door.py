@@ -6,11 +6,9 @@ it (tcp(7), socket(7)), which saves the system calls on each.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
-import select
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -102,12 +100,10 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
     """Accepts connections and gives each to `admit`, in the hub: `admit` must not wait.
 
     At `is_full` it stops accepting, so that new connections wait in the kernel's listen queue; `reopen` is to be
-    called whenever there may be room again. A `shared` listening socket is one that other workers accept from, too;
-    then `look` is to be called every second.
+    called whenever there may be room again.
     """
 
     max_accept = ACCEPTS_PER_WAKE
-    _soon: Any
     _timer: Any
     _watcher: Any
 
@@ -117,40 +113,11 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
         admit: Callable[[socket.socket, tuple[Any, ...]], None],
         is_full: Callable[[], bool],
         note: Callable[[Bound], None],
-        *,
-        shared: bool,
     ) -> None:
         super().__init__(listener, handle=admit, spawn=None)
         self._is_full = is_full
         self._note = note
-        self._is_shared = shared
         self._is_retired = False
-
-    def start(self) -> None:
-        """Begin to accept."""
-        super().start()
-        if self._is_shared:
-            self._soon = self.loop.timer(0.0)  # by then libev has told its epoll of the listening socket
-            self._soon.start(self._wake_alone)
-
-    def _wake_alone(self) -> None:
-        from relay.wake_one import wake_one  # ctypes takes a megabyte, which a single worker need not spend
-
-        self._soon.close()
-        if self._watcher is not None:
-            wake_one(self.loop.fileno(), self.socket.fileno())
-
-    def look(self) -> None:
-        """Accept what waits, whether or not we were told of it: the worker that was told may have died of it."""
-        if self._watcher is not None:
-            self._do_read()
-
-    def stop_accepting(self) -> None:
-        """Rest, and have nobody told in our stead; gevent calls it, too."""
-        if self._is_shared and self._watcher is not None:
-            with contextlib.suppress(OSError), select.epoll.fromfd(os.dup(self.loop.fileno())) as epoll:
-                epoll.unregister(self.socket)
-        super().stop_accepting()
 
     def retire(self) -> None:
         """Stop accepting for good; the listening socket stays open."""

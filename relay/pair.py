@@ -24,6 +24,7 @@ import termios
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import gevent
 from gevent.select import poll
@@ -46,15 +47,20 @@ DEAD_SECONDS = 300.0
 """A side that has not acknowledged anything for so long while it was owed bytes is gone. A living one that does not
 read answers the kernel's zero-window probes, at least every two minutes (TCP_RTO_MAX)."""
 
-DEAD_CHECK_SECONDS = 60.0
-"""How often a pair that nothing happens to looks whether a side that is owed bytes is dead. Keepalive does not: it is
-silent while anything is unacknowledged, and TCP itself tries for a quarter of an hour (tcp_retries2)."""
+QUIET_SECONDS = 1.0
+"""When nothing has happened to a pair for so long, it does without its greenlet, unless a side is still owed bytes.
+Then it looks, each time again, whether that side is dead: keepalive does not, being silent while anything is
+unacknowledged, and TCP itself tries for a quarter of an hour (tcp_retries2)."""
 
 _TCP_INFO_LAST_ACK_RECV = 56  # offset of tcpi_last_ack_recv, milliseconds, in struct tcp_info of linux/tcp.h
 
 
 class Detached(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types
     """Thrown into a pair's greenlet to make it let go of the pair, as it is, between two turns."""
+
+
+class Quiet(Exception):
+    """There is nothing to wait for but that either side says something."""
 
 
 class Cut(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types
@@ -88,6 +94,7 @@ class Pair:
         "_moved_a_second_ago",
         "_moved_then",
         "_pace",
+        "_watchers",
         "arrived",
         "cut_by",
         "first",
@@ -132,6 +139,12 @@ class Pair:
         self._idle_since = 0.0
         self.pumps = (Pump(first, second, pipes, turns), Pump(second, first, pipes, turns))
         self.greenlet: gevent.Greenlet | None = None
+        self._watchers: list[Any] = []
+
+    @property
+    def started_pumping(self) -> bool:
+        """Whether the pair looks after itself, with a greenlet or, while it is quiet, without."""
+        return self.greenlet is not None or bool(self._watchers)
 
     @property
     def moved(self) -> int:
@@ -141,12 +154,14 @@ class Pair:
 
     def start(self) -> None:
         """Begin to pump, or go on, in a greenlet of its own."""
+        self._stop_listening()
         for pump in self.pumps:
             pump.resume()
         self.greenlet = gevent.spawn(self._pump_until_over)
 
     def detach(self) -> None:
         """Make the pair's greenlet let go of it, between two turns; to be called from another greenlet."""
+        self._stop_listening()
         if self.greenlet is not None:
             self.greenlet.kill(Detached)
             self.greenlet = None
@@ -161,8 +176,12 @@ class Pair:
         moved = self.moved
         if moved != self._moved_then or not self._idle_since:
             self._moved_then, self._idle_since = moved, now
-        elif now - self._idle_since > seconds and self.greenlet is not None:
-            self.greenlet.kill(Cut(Bound.IDLE), block=False)
+        elif now - self._idle_since > seconds:
+            if self._watchers:
+                self.cut_by = Bound.IDLE
+                self._end()
+            elif self.greenlet is not None:
+                self.greenlet.kill(Cut(Bound.IDLE), block=False)
 
     def pack(self) -> tuple[PairState, list[int]]:
         """This pair as it is, for another process, and the file descriptors that go with it; after `detach`."""
@@ -191,6 +210,10 @@ class Pair:
                 self._deliver_what_fits()
         except Detached:
             return
+        except Quiet:
+            self.greenlet = None
+            self._listen()
+            return
         except Cut as cut:
             self.cut_by = cut.bound
         except BaseException:
@@ -198,7 +221,22 @@ class Pair:
             raise
         self._end()
 
+    def _listen(self) -> None:
+        """Do without a greenlet until either side says something again. It costs ten times what is left of an idle
+        pair without it, and pairs may be idle for hours."""
+        io = gevent.get_hub().loop.io
+        self._watchers = [io(sock.fileno(), 1) for sock in (self.first, self.second)]
+        for watcher in self._watchers:
+            watcher.start(self.start)
+
+    def _stop_listening(self) -> None:
+        for watcher in self._watchers:
+            watcher.stop()
+            watcher.close()
+        self._watchers = []
+
     def _end(self) -> None:
+        self._stop_listening()
         self.close()
         self.on_over(self)
 
@@ -223,6 +261,8 @@ class Pair:
                 if has_everything:
                     return
                 self._look_for_the_dead()
+                if self._is_quiet():
+                    raise Quiet
             for pump in self.pumps:
                 waits_at = pump.sink if pump.waits == ROOM else pump.source
                 if pump.waits > 0 and ready.get(waits_at.fileno(), 0) & pump.waits:
@@ -273,7 +313,7 @@ class Pair:
             return int(STALL_CHECK_SECONDS * 1000)
         if self._is_half_closed():
             return int(HALF_CLOSED_SECONDS * 1000)
-        return int(DEAD_CHECK_SECONDS * 1000)
+        return int(QUIET_SECONDS * 1000)
 
     def _is_over(self) -> bool:
         """Whether nothing can be delivered any more, in either direction."""
@@ -286,6 +326,10 @@ class Pair:
         """Whether one stream is over, and of the other everything that came was delivered."""
         there, back = self.pumps
         return {there.waits, back.waits} == {OVER, INPUT}
+
+    def _is_quiet(self) -> bool:
+        """Whether neither stream is over, nothing is on its way in either, and so nothing can happen but input."""
+        return all(pump.waits == INPUT and not pump.discards and not _unacknowledged(pump.sink) for pump in self.pumps)
 
     def _owes(self) -> bool:
         """Whether the end of a stream that is over, or something before it, is still on its way."""

@@ -119,9 +119,7 @@ class Relay:
     def start(self, listener: socket.socket, recorder: Recorder) -> None:
         """Begin to accept from `listener`, and to record with `recorder`."""
         self._recorder = recorder
-        self._door = Door(
-            listener, self._accepted, self._is_full, self._bounds_met.note, shared=self.siblings is not None
-        )
+        self._door = Door(listener, self._accepted, self._is_full, self._bounds_met.note)
         self._tick.start(self._every_second)
         self._current_greenlet = gevent.spawn(self._keep_current_fresh)
         self._door.start()
@@ -166,7 +164,7 @@ class Relay:
                 self._hand_on_pair(pair)
             return
         for pair in self.pairs:
-            if pair.greenlet is None:
+            if not pair.started_pumping:
                 pair.start()  # it was to be handed on, and there is nobody to hand it to
         if self._grace_ends is None:
             self._grace_ends = time.monotonic() + self.options.grace
@@ -212,10 +210,6 @@ class Relay:
 
     def _is_full(self) -> bool:
         return self._open >= self.options.max_connections
-
-    def _look_at_the_door(self) -> None:
-        if self._door is not None:
-            self._door.look()
 
     def _accepted(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
         source = self._source_of(address[0])
@@ -539,7 +533,6 @@ class Relay:
     def sibling_gone(self) -> None:
         """Write down at once what the relay is without it."""
         self._refresh_current()
-        self._look_at_the_door()
         self._told = None  # and once more when it is sure to be gone: a process outlives its links by a little
         self._changed.set()
 
@@ -633,7 +626,6 @@ class Relay:
         busy = self._share_the_rate()
         if self.siblings is not None:
             self.siblings.every_second(busy)
-            self._look_at_the_door()
         for line in self._bounds_met.lines(now):
             logger.warning("%s", line)
         connected_and_waiting = (len(self.pairs), len(self._room))

@@ -353,7 +353,7 @@ def hosts(folder: Path, **constants: float) -> Iterator[tuple[Hosts, Relay]]:
 
 
 KEEPALIVE = {"door__KEEPALIVE_IDLE_SECONDS": 1, "door__KEEPALIVE_PROBES": 2, "door__KEEPALIVE_PROBE_SECONDS": 1}
-DEAD = {"pair__DEAD_SECONDS": 3, "pair__DEAD_CHECK_SECONDS": 1}
+DEAD = {"pair__DEAD_SECONDS": 3}
 
 
 def test_a_dead_peer_of_a_silent_pair_is_noticed(tmp_path: Path) -> None:
