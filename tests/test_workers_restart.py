@@ -119,6 +119,9 @@ def test_three_rounds_of_restarts_harm_no_transfer_and_no_client_that_waits(tmp_
         crowd.end(everybody)
         assert_one_row_each(workers, everybody)
         wait_until(lambda: tuple(workers.rows("current")[0]) == (0, 0, 0), 3, "nobody is left")
+        # The service has not stopped once: what it counts since its start goes on through all restarts.
+        (since,) = workers.rows("since_reboot")
+        assert tuple(since) == (sum(transfer.moved for transfer in everybody), len(everybody), len(everybody), 0, 0)
 
 
 COPYING = "import os; del os.splice  # as where the kernel refuses to splice\n"
