@@ -11,7 +11,7 @@ export RELAY_PORT
 # Stamps older than these files are made anew.
 DISTRIBUTION := setup.py setup.cfg pyproject.toml relay/__init__.py
 
-.PHONY: run foreground stop rolling-restart status test lint types check bench dist clean
+.PHONY: run foreground stop rolling-restart status test lint types check bench soak dist clean
 .DEFAULT_GOAL := run
 
 $(BIN)/python:
@@ -73,6 +73,11 @@ bench: $(VENV)/.bench
 $(VENV)/.bench: $(DISTRIBUTION) | $(BIN)/python
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	touch $@ $(VENV)/.relay
+
+# Honest and hostile clients, restarts and kills:   make soak MINUTES=30
+MINUTES ?= 30
+soak: $(VENV)/.test
+	$(BIN)/python misc/soak.py --minutes $(MINUTES)
 
 dist: $(VENV)/.test
 	$(BIN)/python -m build

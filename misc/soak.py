@@ -1,0 +1,632 @@
+#!/usr/bin/env python3
+"""Honest and hostile clients together, for as many minutes as wanted, over workers that are restarted and killed.
+
+    make soak MINUTES=30
+
+What is checked: every honest transfer arrives whole, by the SHA-256 of both directions; every connection is on record
+once, in the database and in the JSON lines; and the worker that lives through all of it has as many file descriptors,
+greenlets and threads, and as much memory, at the end as after a short beginning. A worker that is killed (SIGKILL) may
+take with it what it held, and the records of its last moment: those transfers are counted apart. Exit status 1 when
+anything is wrong.
+
+The load is a moderate one, a few MB/s: this is about things that go wrong rarely, not about speed (see misc/bench).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.crowd import Crowd, Transfer
+from tests.harness import CHECKOUT, Workers, handshake, new_side, new_token, open_fds, pss, wait_until
+
+WORKERS = 4
+WARM_UP_SECONDS = 45.0
+RESTART_SECONDS = (8.0, 25.0)
+KILLS = 1 / 3
+"""How many of the restarts are a SIGKILL."""
+
+HONEST_AT_A_TIME = 30
+HOSTILE_A_SECOND = 12.0
+HANDSHAKE_TIMEOUT = 3.0
+MOMENT = 1.5
+"""Seconds before a kill in which what has ended may be without a record."""
+
+OPTIONS = (
+    *("--handshake-timeout", f"{HANDSHAKE_TIMEOUT:g}"),
+    *("--wait-timeout", "30"),
+    *("--max-handshakes", "60"),
+    *("--max-waiting-per-token", "8"),
+    *("--max-per-source", "300"),
+    *("--max-new-per-source", "100"),
+)
+
+INSIDE = '''
+"""Tells on SIGUSR1 how many greenlets and threads there are."""
+import os, signal
+
+def tell(*_):
+    import gc, threading
+    import greenlet
+    gc.collect()
+    alive = sum(isinstance(thing, greenlet.greenlet) and not thing.dead for thing in gc.get_objects())
+    with open(os.path.join({folder!r}, f"inside-{{os.getpid()}}.new"), "w") as told:
+        told.write(f"{{alive}} {{threading.active_count()}}")
+    os.rename(told.name, told.name[:-4])
+
+signal.signal(signal.SIGUSR1, tell)
+'''
+
+_GARBAGE = random.Random(6).randbytes(1 << 16)
+
+
+# Hostile clients
+
+
+class Hostile:
+    """One or several connections of one intention; `step` is called often, until `over`.
+
+    `records` are how many connections it has made that have to be on record, `pairs` how many of its transfers.
+    """
+
+    def __init__(self, port: int, source: str) -> None:
+        self.port = port
+        self.source = source
+        self.began = time.monotonic()
+        self.over = False
+        self.records = 0
+        self.pairs = 0
+        self.socks: list[socket.socket] = []
+
+    def dial(self) -> socket.socket:
+        """Connect from this client's address."""
+        sock = socket.socket()
+        sock.bind((self.source, 0))
+        sock.settimeout(5)
+        sock.connect(("127.0.0.1", self.port))
+        sock.setblocking(False)
+        self.socks.append(sock)
+        self.records += 1
+        return sock
+
+    @property
+    def age(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self.began
+
+    def step(self) -> None:
+        """Do what is to be done now."""
+        raise NotImplementedError
+
+    def hang_up(self, *, reset: bool = False) -> None:
+        """Close everything."""
+        for sock in self.socks:
+            if reset:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()
+        self.socks = []
+        self.over = True
+
+
+def heard(sock: socket.socket) -> bytes | None:
+    """What has come: None for nothing, empty for an end of any kind."""
+    try:
+        return sock.recv(1 << 16)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
+
+
+def say(sock: socket.socket, words: bytes) -> bool:
+    """Send what fits; False when the connection is over."""
+    try:
+        sock.send(words)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+class Dribbler(Hostile):
+    """Says a good handshake, too slowly; or nothing at all."""
+
+    def __init__(self, port: int, source: str, *, silent: bool) -> None:
+        super().__init__(port, source)
+        self.sock = self.dial()
+        self.line = b"" if silent else handshake(new_token(), new_side())
+        self.said = 0
+
+    def step(self) -> None:
+        if heard(self.sock) == b"":
+            self.hang_up()
+        elif self.age > 0.3 * self.said and self.said < len(self.line):
+            say(self.sock, self.line[self.said : self.said + 1])
+            self.said += 1
+
+
+class GarbageSender(Hostile):
+    """Sends noise as fast as it is taken, until it is cut off."""
+
+    def __init__(self, port: int, source: str) -> None:
+        super().__init__(port, source)
+        self.sock = self.dial()
+
+    def step(self) -> None:
+        if not say(self.sock, _GARBAGE) or self.age > 10:
+            self.hang_up()
+
+
+class Impatient(Hostile):
+    """Speaks before it was told ok."""
+
+    def __init__(self, port: int, source: str) -> None:
+        super().__init__(port, source)
+        self.sock = self.dial()
+        say(self.sock, handshake(new_token(), new_side()) + b"hello?")
+
+    def step(self) -> None:
+        if heard(self.sock) == b"":
+            self.hang_up()
+
+
+class Quitter(Hostile):
+    """Leaves, at any stage before it has met anybody, with an end of stream, a half-closed stream or a reset."""
+
+    def __init__(self, port: int, source: str) -> None:
+        super().__init__(port, source)
+        self.sock = self.dial()
+        line = handshake(new_token(), new_side())
+        say(self.sock, line[: random.randint(0, len(line))])
+        self.leaves_at = random.uniform(0, 1)
+        self.way = random.choice(["close", "reset", "half"])
+        self.half = False
+
+    def step(self) -> None:
+        if self.half:
+            if heard(self.sock) == b"":
+                self.hang_up()
+        elif self.age > self.leaves_at:
+            if self.way == "half":
+                self.half = True
+                try:
+                    self.sock.shutdown(socket.SHUT_WR)
+                except OSError:
+                    self.hang_up()
+            else:
+                self.hang_up(reset=self.way == "reset")
+
+
+class TokenFlood(Hostile):
+    """More connections with one token and one side than may wait."""
+
+    def __init__(self, port: int, source: str) -> None:
+        super().__init__(port, source)
+        line = handshake(new_token(), new_side())
+        for _ in range(12):
+            say(self.dial(), line)
+
+    def step(self) -> None:
+        if self.age > 2:
+            self.hang_up(reset=random.random() < 0.5)
+
+
+class Burst(Hostile):
+    """More new connections at once than one address may make; who is turned away at the door is not on record."""
+
+    def __init__(self, port: int, source: str) -> None:
+        super().__init__(port, source)
+        self.left = [self.dial() for _ in range(150)]
+        self.records = 0
+
+    def step(self) -> None:
+        for sock in list(self.left):
+            words = heard(sock)
+            if words is not None:
+                self.left.remove(sock)
+                self.records += words == b"bad handshake\n"
+        if not self.left or self.age > 15:
+            self.hang_up()
+
+
+class BadPartner(Hostile):
+    """Two that meet, and of whom one never reads, or sends urgent data; and then both are gone."""
+
+    def __init__(self, port: int, source: str) -> None:
+        super().__init__(port, source)
+        token = new_token()
+        self.left, self.right = self.dial(), self.dial()
+        for sock in (self.left, self.right):
+            say(sock, handshake(token, new_side()))
+        self.answers = {self.left: b"", self.right: b""}
+        self.met = False
+        self.urgent = random.random() < 0.3
+
+    def step(self) -> None:
+        if not self.met:
+            for sock, answer in self.answers.items():
+                if len(answer) < 3:
+                    self.answers[sock] += heard(sock) or b""
+            self.met = all(answer == b"ok\n" for answer in self.answers.values())
+            if self.met:
+                self.records, self.pairs = 0, 1
+        elif self.urgent:
+            try:
+                self.left.send(b"!", socket.MSG_OOB)
+            except OSError:
+                self.hang_up()
+        else:
+            say(self.left, _GARBAGE)
+        if not self.over and self.age > 4:
+            self.hang_up(reset=random.random() < 0.7)
+
+
+def new_hostile(port: int) -> Hostile:
+    """One of the above, from an address that is not that of the honest ones."""
+    source = f"127.1.0.{random.randint(1, 4)}"
+    kind = random.random()
+    if kind < 0.35:
+        return Dribbler(port, source, silent=kind < 0.1)
+    if kind < 0.5:
+        return GarbageSender(port, source)
+    if kind < 0.65:
+        return Impatient(port, source)
+    if kind < 0.85:
+        return Quitter(port, source)
+    if kind < 0.92:
+        return BadPartner(port, source)
+    if kind < 0.99:
+        return TokenFlood(port, source)
+    return Burst(port, source)
+
+
+# Honest clients
+
+
+@dataclass
+class Honest:
+    """A transfer: the second side comes a while after the first; both end their streams by themselves."""
+
+    left: int
+    right: int
+    token: str
+    second_at: float
+    transfer: Transfer
+    began: float = field(default_factory=time.monotonic)
+    called: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes in both directions, when all goes well."""
+        return self.left + self.right
+
+
+# What one soak is made of
+
+
+@dataclass
+class Measure:
+    """What a quiet worker uses."""
+
+    fds: int
+    memory: int
+    greenlets: int
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.fds} fds, {self.memory / 1e6:.2f} MB, {self.greenlets} greenlets, {self.threads} threads"
+
+
+class Soak:
+    """The load, the restarts and the books; `folder` takes what the relay writes."""
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self.folder = folder
+        self.seconds = seconds
+        (folder / "inside").mkdir()
+        (folder / "inside" / "sitecustomize.py").write_text(INSIDE.format(folder=str(folder)))
+        self.workers = Workers(
+            folder, *OPTIONS, count=WORKERS, env={"PYTHONPATH": f"{folder}/inside:{CHECKOUT}", "MALLOC_ARENA_MAX": "2"}
+        )
+        self.honest: list[Honest] = []
+        self.hostile: list[Hostile] = []
+        self.whole: dict[int, float] = {}  # by the bytes they moved, which no two share: when each ended
+        self.cut = 0
+        self._lately: list[tuple[float, Hostile]] = []
+        self.wrong: list[str] = []
+        self.kills: list[float] = []
+        self.restarts = 0
+        self.sure_records = self.doubtful_records = 0
+        self.sure_pairs = self.doubtful_pairs = 0
+        self.intentions: Counter[str] = Counter()
+        self._sizes: set[int] = set()
+        self._next_hostile = 0.0
+        self._beside = ThreadPoolExecutor(1)
+        self._restarting: Future[None] | None = None
+        self.apart = self.other_pairs = self.others = self.lost_to_kills = 0
+        self.lost: list[int] = []
+        self.doubled: list[int] = []
+        self.warnings: Counter[str] = Counter()
+
+    def run(self) -> bool:
+        """Do it all; returns whether all was well."""
+        with self.workers, Crowd(self.workers.port) as crowd:
+            self.crowd = crowd
+            crowd.every_tick = self._tick_hostile
+            self._load(WARM_UP_SECONDS, restarting=False)
+            self._drain()
+            before = self._measure()
+            self._load(self.seconds, restarting=True)
+            self._drain()
+            after = self._measure()
+            rows = [(row["result"], row["bytes"]) for row in self.workers.rows("usage")]
+            lines = [(record["mood"], record["total_bytes"]) for record in self.workers.records()]
+            sums = tuple(self.workers.rows("all_time")[0])
+            self._check_records(rows, lines, sums)
+            self._check_measures(before, after)
+        self._check_log()
+        self._tell(before, after, len(rows))
+        return not self.wrong
+
+    # The load
+
+    def _load(self, seconds: float, *, restarting: bool) -> None:
+        until = time.monotonic() + seconds
+        next_restart = time.monotonic() + random.uniform(*RESTART_SECONDS)
+        told = time.monotonic()
+        while (now := time.monotonic()) < until:
+            self.crowd.step()
+            self._tick_honest(now, more=True)
+            self._make_hostile(now)
+            if restarting and now > next_restart and (self._restarting is None or self._restarting.done()):
+                self._restart()
+                next_restart = now + random.uniform(*RESTART_SECONDS)
+            if now - told > 60:
+                told = now
+                print(f"{len(self.whole)} whole, {self.cut} cut, {self.restarts} restarts, {self.wrong[:3]}")
+        if self._restarting is not None:
+            self.crowd.run_until(self._restarting.done, 30, "the restart ends")
+            self._restarting.result()
+
+    def _tick_honest(self, now: float, *, more: bool) -> None:
+        while more and len(self.honest) < HONEST_AT_A_TIME:
+            self.honest.append(self._new_honest())
+        for one in list(self.honest):
+            transfer = one.transfer
+            if not one.called and now > one.second_at and not transfer.left.closed:
+                one.called = True
+                rate = random.uniform(20_000, 500_000)
+                transfer.right = self.crowd.call(one.token, new_side(), rate=rate, quota=one.right)
+            if transfer.left.closed and (transfer.right.closed or not one.called):
+                self._honest_over(one, now)
+            elif now - one.began > 90:
+                self.wrong.append(f"a transfer hangs: {transfer.left.answer!r} {transfer.right.answer!r}")
+                self._let_go(one)
+
+    def _new_honest(self) -> Honest:
+        left = int(10 ** random.uniform(0, 6.3))
+        right = int(10 ** random.uniform(0, 5)) if random.random() < 0.5 else 0
+        while left + right in self._sizes:
+            left += 1
+        self._sizes.add(left + right)
+        token = new_token()
+        caller = self.crowd.call(token, new_side(), rate=random.uniform(50_000, 1_500_000), quota=left)
+        return Honest(left, right, token, time.monotonic() + random.choice([0, 0, 0.5, 3]), Transfer(caller, caller))
+
+    def _honest_over(self, one: Honest, now: float) -> None:
+        transfer = one.transfer
+        try:
+            assert one.called
+            assert transfer.met
+            transfer.assert_intact()
+            assert transfer.moved == one.size
+        except AssertionError as error:
+            self.cut += 1
+            if not self._was_killed(one.began, now):
+                answers = f"{transfer.left.answer!r} {transfer.right.answer!r}"
+                self.wrong.append(f"no worker was killed, but: {answers} {error}")
+        else:
+            self.whole[one.size] = now
+        self._let_go(one)
+
+    def _let_go(self, one: Honest) -> None:
+        self.honest.remove(one)
+        for caller in {one.transfer.left, one.transfer.right}:
+            caller.hang_up()
+            self.crowd.callers.remove(caller)
+
+    def _make_hostile(self, now: float) -> None:
+        if now > self._next_hostile:
+            self._next_hostile = now + random.expovariate(HOSTILE_A_SECOND)
+            try:
+                one = new_hostile(self.workers.port)
+            except OSError as error:
+                self.wrong.append(f"a hostile client could not connect: {error}")
+                return
+            self.intentions[type(one).__name__] += 1
+            self.hostile.append(one)
+
+    def _tick_hostile(self) -> None:
+        now = time.monotonic()
+        for one in list(self.hostile):
+            one.step()
+            if not one.over:
+                continue
+            self.hostile.remove(one)
+            if self._was_killed(one.began, now):
+                self.doubtful_records += one.records
+                self.doubtful_pairs += one.pairs
+            else:
+                self.sure_records += one.records
+                self.sure_pairs += one.pairs
+                self._count_again_if_killed(one, now)
+
+    def _count_again_if_killed(self, one: Hostile, now: float) -> None:
+        """What ended a moment before a kill turns doubtful then."""
+        self._lately = [entry for entry in self._lately if now - entry[0] < 2 * MOMENT]
+        self._lately.append((now, one))
+
+    def _was_killed(self, since: float, until: float) -> bool:
+        return any(since - MOMENT <= kill <= until + MOMENT for kill in self.kills)
+
+    def _restart(self) -> None:
+        victims = [number for number, worker in enumerate(self.workers.workers) if worker.pids and number > 0]
+        victim = random.choice(victims)
+        self.restarts += 1
+        if random.random() < KILLS:
+            now = time.monotonic()
+            self.kills.append(now)
+            for when, one in self._lately:
+                if now - when <= MOMENT:
+                    self.sure_records -= one.records
+                    self.doubtful_records += one.records
+                    self.sure_pairs -= one.pairs
+                    self.doubtful_pairs += one.pairs
+            self._lately = []
+            self.workers.kill_one(victim)
+            self._restarting = self._beside.submit(self._start_one)
+        else:
+            self._restarting = self._beside.submit(self._replace, victim)
+
+    def _replace(self, number: int) -> None:
+        started_first = random.random() < 0.5
+        if started_first:
+            self._start_one()
+        status = self.workers.stop_one(number, 30)
+        if status != 0:
+            self.wrong.append(f"a worker ended with {status}")
+        if not started_first:
+            self._start_one()
+
+    def _start_one(self) -> None:
+        self.workers.start_one()
+
+    def _drain(self) -> None:
+        """Let everybody come to an end, and the relay be quiet."""
+        until = time.monotonic() + 100
+        while (self.honest or self.hostile) and time.monotonic() < until:
+            self.crowd.step()
+            self._tick_honest(time.monotonic(), more=False)
+        if self.honest or self.hostile:
+            self.wrong.append(f"{len(self.honest)} honest and {len(self.hostile)} hostile clients do not end")
+        wait_until(lambda: tuple(self.workers.rows("current")[0]) == (0, 0, 0), 30, "the relay is quiet")
+        self.crowd.run_for(3)
+
+    # The books
+
+    def _check_records(
+        self, rows: list[tuple[str, int]], lines: list[tuple[str, int]], sums: tuple[int, ...]
+    ) -> None:
+        apart = Counter(rows)
+        apart.subtract(Counter(lines))
+        self.apart = sum(map(abs, apart.values()))
+        if self.apart > 30 * len(self.kills):
+            self.wrong.append(f"{self.apart} records are in the database only, or in the lines only")
+        moods = Counter(mood for mood, _ in rows)
+        total = sum(size for _, size in rows)
+        if sums != (total, len(rows), moods["happy"], moods["lonely"], moods["errory"]):
+            self.wrong.append(f"all_time says {sums}, its rows {total, len(rows), moods}")
+        happy = Counter(size for mood, size in rows if mood == "happy")
+        honest = self.whole
+        self.lost = [size for size, ended in honest.items() if not happy[size] and not self._was_killed(ended, ended)]
+        self.lost_to_kills = sum(not happy[size] for size in honest) - len(self.lost)
+        self.doubled = [size for size in honest if happy[size] > 1]
+        if self.lost:
+            self.wrong.append(f"{len(self.lost)} whole transfers are not on record")
+        if self.doubled:
+            self.wrong.append(f"on record more than once: {self.doubled[:10]}")
+        self.other_pairs = sum(count for size, count in happy.items() if size not in honest)
+        most = self.sure_pairs + self.doubtful_pairs + self.cut
+        if not self.sure_pairs <= self.other_pairs <= most:
+            self.wrong.append(f"{self.other_pairs} other transfers on record, expected {self.sure_pairs} to {most}")
+        self.others = moods["lonely"] + moods["errory"]
+        most = self.sure_records + self.doubtful_records + 2 * self.cut
+        if not self.sure_records <= self.others <= most:
+            self.wrong.append(f"{self.others} lonely or errory on record, expected {self.sure_records} to {most}")
+
+    def _measure(self) -> Measure:
+        """What worker 0 uses, which is never restarted."""
+        pid = self.workers.workers[0].pid
+        told = self.folder / f"inside-{pid}"
+        told.unlink(missing_ok=True)
+        self.workers.workers[0].process.send_signal(signal.SIGUSR1)
+        wait_until(told.exists, 10, "the worker tells of its greenlets")
+        greenlets, threads = map(int, told.read_text().split())
+        return Measure(open_fds(pid), pss(pid), greenlets, threads)
+
+    def _check_measures(self, before: Measure, after: Measure) -> None:
+        for name in ("fds", "memory", "greenlets", "threads"):
+            was, now = getattr(before, name), getattr(after, name)
+            if now > was * 1.05:
+                self.wrong.append(f"{name}: {was} before, {now} after")
+
+    def _check_log(self) -> None:
+        log = self.workers.log_text()
+        if "Traceback" in log:
+            self.wrong.append("there is a traceback in the log")
+        said = (line.partition("] ")[2] for line in log.splitlines())
+        self.warnings = Counter(words.partition(":")[0] for words in said if words.startswith("--"))
+
+    def _tell(self, before: Measure, after: Measure, rows: int) -> None:
+        print(
+            json.dumps(
+                {
+                    "minutes": round(self.seconds / 60, 1),
+                    "workers": WORKERS,
+                    "restarts": self.restarts - len(self.kills),
+                    "kills": len(self.kills),
+                    "honest transfers whole": len(self.whole),
+                    "their bytes": sum(self.whole),
+                    "cut by a kill": self.cut,
+                    "hostile": dict(self.intentions),
+                    "records": rows,
+                    "lost": len(self.lost),
+                    "doubled": len(self.doubled),
+                    "whole, but killed within a moment, and not on record": self.lost_to_kills,
+                    "hostile transfers on record, of": [
+                        self.other_pairs, self.sure_pairs, self.sure_pairs + self.doubtful_pairs
+                    ],
+                    "lonely and errory on record, of": [
+                        self.others, self.sure_records, self.sure_records + self.doubtful_records
+                    ],
+                    "in database or lines only": self.apart,
+                    "bounds in the log": dict(self.warnings),
+                    "worker 0 before": str(before),
+                    "worker 0 after": str(after),
+                    "wrong": self.wrong,
+                },
+                indent=2,
+            )
+        )
+
+
+def main() -> int:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--seed", type=int, default=None, help="of what the clients do")
+    parser.add_argument("--folder", type=Path, default=None, help="keep what the relay writes here")
+    arguments = parser.parse_args()
+    random.seed(arguments.seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        return 0 if Soak(folder, arguments.minutes * 60).run() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
