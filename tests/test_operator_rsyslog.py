@@ -6,6 +6,7 @@ What is changed of the shipped files are the paths, nothing else. rsyslogd needs
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import re
@@ -206,9 +207,10 @@ def test_every_record_arrives_once_through_a_restart_and_a_rotation(tmp_path: Pa
 
 
 def arrived(folder: Path) -> list[Key]:
-    """Return the records in what rsyslogd wrote; its own file is rotated too."""
-    lines = [line for path in folder.glob("relay-gevent.log*") for line in path.read_text().splitlines()]
-    return [key_of_line(line) for line in lines]
+    """Return the records in what rsyslogd wrote; its own file is rotated, and at its second rotation compressed."""
+    written = [path.read_bytes() for path in folder.glob("relay-gevent.log*")]
+    texts = [gzip.decompress(text) if text.startswith(b"\x1f\x8b") else text for text in written]
+    return [key_of_line(line) for text in texts for line in text.decode().splitlines()]
 
 
 class Writers:

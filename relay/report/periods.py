@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from datetime import date, timedelta
-from typing import Literal, TypeGuard, get_args
+from typing import Literal, get_args
 
 Span = Literal["day", "week", "month"]
 SPANS: tuple[Span, ...] = get_args(Span)
@@ -26,6 +26,7 @@ DAY = 86400  # seconds
 # What lies outside (a broken clock, other hands) is counted on the first or last of these days.
 EARLIEST = 0  # seconds since the epoch
 LATEST = 4102444800  # the year 2100
+FIRST_DAY, LAST_DAY = EPOCH_DAY, EPOCH_DAY + LATEST // DAY
 # No zone has changed its clock and changed it back within so short a time.
 STEP = 7 * DAY
 
@@ -38,9 +39,19 @@ class Offset:
     seconds: int
 
 
-def is_moment(value: object) -> TypeGuard[float]:
-    """Return whether the value, as a database gave it, is a time that days are counted for."""
-    return isinstance(value, int | float) and EARLIEST <= value <= LATEST
+def confined(moment: object) -> int:
+    """Return the moment, as a database gave it, within the years for which days are counted."""
+    return int(min(max(moment, EARLIEST), LATEST)) if isinstance(moment, int | float) else EARLIEST
+
+
+def confined_day(day: float) -> Day:
+    """Return the day within those years."""
+    return int(min(max(day, FIRST_DAY), LAST_DAY))
+
+
+def is_utc() -> bool:
+    """Return whether the local time zone has never been anything but UTC."""
+    return time.tzname == ("UTC", "UTC")
 
 
 def offset_at(moment: int, utc: bool) -> int:
@@ -74,8 +85,8 @@ def _change(low: int, high: int) -> Offset:
 
 def day_of(moment: float, utc: bool) -> Day:
     """Return the day of a moment in seconds since the epoch."""
-    moment = int(min(max(moment, EARLIEST), LATEST))
-    return EPOCH_DAY + (moment + offset_at(moment, utc)) // DAY
+    known = confined(moment)
+    return EPOCH_DAY + (known + offset_at(known, utc)) // DAY
 
 
 def first_day(day: Day, span: Span) -> Day:

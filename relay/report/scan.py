@@ -15,15 +15,16 @@ from functools import partial
 from itertools import chain
 
 from relay.report.database import Database
-from relay.report.periods import DAY, EARLIEST, EPOCH_DAY, LATEST, Day, is_moment, offsets
-from relay.report.tally import Tally
+from relay.report.periods import DAY, EPOCH_DAY, Day, Offset, confined, confined_day, is_utc, offsets
+from relay.report.tally import Tally, Values
 
 BLOCK = 262144  # rows; bounds the memory that a block's values take on their way from one process to another
 WORTH_A_PROCESS = BLOCK  # rows; starting processes takes longer than counting fewer
 
+TOGETHER = 256  # rows; so many in a row are mostly of one day, and then need not be told apart
+
 # A null is nothing that the relay writes, save as the waiting time of those who waited in vain.
 STARTED = "coalesce(started, 0)"
-STARTED_CONFINED = f"min(max(CAST({STARTED} AS REAL), {EARLIEST}), {LATEST})"
 SIZE = "CAST(coalesce(bytes, 0) AS INTEGER)"
 
 MOODS = ("other", "lonely", "errory")  # of the connections that were no transfers, by MOOD
@@ -47,55 +48,62 @@ UNPAIRED_WITH_BYTES = f"""
 
 Tallies = dict[Day, Tally]
 Block = tuple[int, int]  # row numbers, both included
-Take = tuple[Callable[[int], None], Callable[[float], None], Callable[[float], None]]
 
 
-class _Takes(dict[Day, Take]):
-    """From a day to where the values of its transfers go: size, waiting time, total time."""
+class _ValuesByDay(dict[float, Values]):
+    """From a day to where the values of its transfers go."""
 
-    def __init__(self, tallies: Tallies) -> None:
-        super().__init__()
-        self._tallies = tallies
-
-    def __missing__(self, day: Day) -> Take:
-        values = self._tallies.setdefault(day, Tally()).values
-        self[day] = (values.sizes.append, values.waits.append, values.totals.append)
+    def __missing__(self, day: float) -> Values:
+        self[day] = Values()
         return self[day]
 
 
-def day_in_sql(first: object, last: object, utc: bool) -> str:
-    """Return the SQL expression for a row's day, for rows that started between `first` and `last`."""
-    started = STARTED
-    if not (is_moment(first) and is_moment(last)):
-        started, first, last = STARTED_CONFINED, EARLIEST, LATEST
-    changes = offsets(int(first), int(last), utc)
+def day_in_sql(changes: list[Offset]) -> str:
+    """Return the SQL expression for a row's day, in a time zone with these offsets from UTC.
+
+    The result is to be confined: it is some number for whatever `started` may be.
+    """
     cases = "".join(f"WHEN started >= {change.since} THEN {change.seconds} " for change in reversed(changes[1:]))
     east = f"CASE {cases}ELSE {changes[0].seconds} END" if cases else str(changes[0].seconds)
-    return f"CAST(({started} + {east}) / {DAY} AS INTEGER) + {EPOCH_DAY}"
+    return f"CAST(({STARTED} + {east}) / {DAY} AS INTEGER) + {EPOCH_DAY}"
 
 
 def count_block(database: Database, utc: bool, block: Block) -> Tallies:
     """Return the tallies of the rows of a block, by day, their values sorted."""
     tallies: Tallies = {}
     with database.connection() as connection:
-        first, last = connection.execute(EXTENT, block).fetchone()
-        if first is not None:
-            day = day_in_sql(first, last, utc)
-            _count_transfers(connection, day, block, tallies)
-            _count_unpaired(connection, day, block, tallies)
+        first, last = (0, 0) if utc else connection.execute(EXTENT, block).fetchone()
+        day = day_in_sql(offsets(confined(first), confined(last), utc))
+        _count_transfers(connection, day, block, tallies)
+        _count_unpaired(connection, day, block, tallies)
     return tallies
 
 
 def _count_transfers(connection: sqlite3.Connection, day_sql: str, block: Block, tallies: Tallies) -> None:
-    takes = _Takes(tallies)
-    for day, size, wait, total in connection.execute(TRANSFERS.format(day=day_sql), block):
-        take_size, take_wait, take_total = takes[day]
-        take_size(size)
-        take_total(total)
-        if wait is not None:
-            take_wait(wait)
+    by_day = _ValuesByDay()
+    rows = connection.execute(TRANSFERS.format(day=day_sql), block)
+    while some := rows.fetchmany(TOGETHER):
+        days, sizes, waits, totals = zip(*some, strict=True)
+        if days.count(days[0]) == len(days) and None not in waits:
+            values = by_day[days[0]]
+            values.sizes.extend(sizes)
+            values.waits.extend(waits)
+            values.totals.extend(totals)
+            continue
+        for day, size, wait, total in some:
+            values = by_day[day]
+            values.sizes.append(size)
+            values.totals.append(total)
+            if wait is not None:
+                values.waits.append(wait)
+    for day, values in by_day.items():
+        _tally(tallies, day).values.extend(values)
     for tally in tallies.values():
         tally.settle()
+
+
+def _tally(tallies: Tallies, day: float) -> Tally:
+    return tallies.setdefault(confined_day(day), Tally())
 
 
 def _count_unpaired(connection: sqlite3.Connection, day_sql: str, block: Block, tallies: Tallies) -> None:
@@ -103,9 +111,9 @@ def _count_unpaired(connection: sqlite3.Connection, day_sql: str, block: Block, 
     counted = Counter(chain.from_iterable(rows))
     if counted.pop(None, 0):
         for day, mood, size in connection.execute(UNPAIRED_WITH_BYTES.format(day=day_sql), block):
-            tallies.setdefault(day, Tally()).add_unpaired(MOODS[mood], 1, size)
+            _tally(tallies, day).add_unpaired(MOODS[mood], 1, size)
     for key, connections in counted.items():
-        tallies.setdefault(key // 4, Tally()).add_unpaired(MOODS[key % 4], connections, 0)
+        _tally(tallies, key // 4).add_unpaired(MOODS[int(key % 4)], connections, 0)
 
 
 def count(database: Database, first: int, last: int, utc: bool) -> Tallies:
@@ -116,7 +124,7 @@ def count(database: Database, first: int, last: int, utc: bool) -> Tallies:
     """
     tallies: Tallies = {}
     blocks = [(start, min(start + BLOCK - 1, last)) for start in range(first, last + 1, BLOCK)]
-    for counted in _counted(partial(count_block, database, utc), blocks, last - first + 1):
+    for counted in _counted(partial(count_block, database, utc or is_utc()), blocks, last - first + 1):
         for day, tally in counted.items():
             if day in tallies:
                 tallies[day].extend(tally)
