@@ -155,6 +155,7 @@ class Pair:
     def start(self) -> None:
         """Begin to pump, or go on, in a greenlet of its own."""
         self._stop_listening()
+        self._idle_since = 0.0  # so that it is not cut before its greenlet runs: that would never record it
         for pump in self.pumps:
             pump.resume()
         self.greenlet = gevent.spawn(self._pump_until_over)
@@ -162,9 +163,13 @@ class Pair:
     def detach(self) -> None:
         """Make the pair's greenlet let go of it, between two turns; to be called from another greenlet."""
         self._stop_listening()
-        if self.greenlet is not None:
-            self.greenlet.kill(Detached)
-            self.greenlet = None
+        while self.greenlet is not None:
+            # The greenlet may fall quiet before this reaches it, and the pair even begin anew.
+            greenlet = self.greenlet
+            greenlet.kill(Detached)
+            if self.greenlet is greenlet:
+                self.greenlet = None
+            self._stop_listening()
 
     def was_busy(self) -> bool:
         """Whether anything has moved since this was last asked."""
