@@ -648,7 +648,7 @@ class Relay:
         if now < self._next_idle_check:
             return
         self._next_idle_check = now + min(60.0, self.options.idle_timeout / 10)
-        for pair in self.pairs:
+        for pair in list(self.pairs):
             pair.cut_if_idle(now, self.options.idle_timeout)
 
     def _overdue(self, client: Client) -> None:
