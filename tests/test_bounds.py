@@ -1,0 +1,127 @@
+"""The bookkeeping of the bounds, without a socket."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.bounds import LOG_SECONDS, Bound, BoundsMet, Sources, is_loopback, source_of
+
+ADDRESSES = st.ip_addresses().map(str)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("192.0.2.7", "::ffff:192.0.2.7"),
+        ("2001:db8:1:2::1", "2001:db8:1:2:ffff:ffff:ffff:ffff"),
+        ("fe80::1%eth0", "fe80::2%lo"),
+    ],
+)
+def test_addresses_of_one_source(one: str, other: str) -> None:
+    assert source_of(one) == source_of(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("192.0.2.7", "192.0.2.8"),
+        ("2001:db8:1:2::1", "2001:db8:1:3::1"),
+        ("192.0.2.7", "c000:207::"),
+        ("::1", "0.0.0.1"),
+    ],
+)
+def test_addresses_of_two_sources(one: str, other: str) -> None:
+    assert source_of(one) != source_of(other)
+
+
+@given(ADDRESSES)
+def test_a_source_is_an_ipv4_address_or_the_first_half_of_an_ipv6_one(address: str) -> None:
+    assert len(source_of(address)) == (8 if ":" in address and not address.startswith("::ffff:") else 4)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1"])
+def test_this_machines_own_addresses(address: str) -> None:
+    assert is_loopback(address)
+
+
+@given(ADDRESSES)
+def test_nobody_elses_address_is_this_machines_own(address: str) -> None:
+    assert is_loopback(address) == (address.startswith(("127.", "::ffff:127.")) or address == "::1")
+
+
+@given(
+    most=st.integers(1, 4),
+    most_new=st.integers(1, 6),
+    events=st.lists(st.tuples(st.sampled_from(["come", "come", "go", "second"]), st.sampled_from([b"a", b"b"]))),
+)
+def test_a_source_has_at_most_its_share_and_is_forgotten_when_it_has_gone(
+    most: int, most_new: int, events: list[tuple[str, bytes]]
+) -> None:
+    sources = Sources(most, most_new)
+    here: Counter[bytes] = Counter()
+    came: Counter[bytes] = Counter()
+    for event, source in events:
+        if event == "come":
+            came[source] += 1
+            bound = sources.refuses(source)
+            if came[source] > most_new:
+                assert bound is Bound.NEW_PER_SOURCE
+            elif here[source] >= most:
+                assert bound is Bound.PER_SOURCE
+            else:
+                assert bound is None
+                sources.add(source)
+                here[source] += 1
+        elif event == "go" and here[source]:
+            sources.remove(source)
+            here[source] -= 1
+        elif event == "second":
+            sources.next_second()
+            came.clear()
+        assert len(sources) == len({source for source in b"ab" if here[bytes([source])] or came[bytes([source])]})
+    for source, count in here.items():
+        for _ in range(count):
+            sources.remove(source)
+    sources.next_second()
+    assert len(sources) == 0
+
+
+def test_a_source_whose_connections_siblings_hand_on_may_come_to_have_too_many() -> None:
+    sources = Sources(2, 100)
+    for expected in (False, False, True):
+        sources.add(b"a")
+        assert sources.has_too_many(b"a") is expected
+    sources.remove(b"a")
+    assert not sources.has_too_many(b"a")
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.sampled_from(list(Bound)), st.integers(1, 1000))))
+def test_the_log_says_each_bound_at_most_once_a_minute_and_forgets_no_time_it_was_met(
+    events: list[tuple[float, Bound, int]],
+) -> None:
+    met = BoundsMet()
+    noted: Counter[str] = Counter()
+    said: Counter[str] = Counter()
+    told_at: dict[str, float] = {}
+    now = 0
+    for passed, bound, times in [*events, (int(LOG_SECONDS), Bound.WAITING, 1)]:
+        now += passed
+        met.note(bound, times)
+        noted[bound.value] += times
+        for line in met.lines(now):
+            words, count = re.fullmatch(r"(.*) \((\d+) since this was last said\)", line).groups()  # type: ignore[union-attr]
+            assert now - told_at.get(words, -LOG_SECONDS) >= LOG_SECONDS
+            told_at[words] = now
+            said[words] += int(count)
+    assert said == noted
+    assert met.lines(now + LOG_SECONDS) == []
+
+
+def test_every_bound_says_which_option_it_is_or_what_was_used_up() -> None:
+    for bound in Bound:
+        assert bound.value.startswith("--") or bound is Bound.EXHAUSTED
