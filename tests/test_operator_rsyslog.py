@@ -350,6 +350,55 @@ def test_a_line_that_is_not_json_is_kept_apart(tmp_path: Path, writers: Writers)
         assert rsyslog.unparsed.read_text() == "somebody's echo\n"
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of a quarter of a megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("takes root, to mount a small disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_what_a_full_disk_takes_from_rsyslogd_is_still_in_the_json_lines(
+    tmp_path: Path, small_disk: Path, writers: Writers
+) -> None:
+    rsyslog = Rsyslog(tmp_path, {f"{tmp_path}/relay-gevent.log": f"{small_disk}/relay-gevent.log"})
+    rsyslog.output = small_disk / "relay-gevent.log"
+    (small_disk / "something else").write_bytes(b"x" * 240_000)
+    with running(rsyslog):
+        writers.write(500)
+        wait_until(lambda: "No space left" in rsyslog.log.read_text(errors="replace"), PATIENCE, "a full disk")
+        (small_disk / "something else").unlink()
+        writers.write(1)
+        wait_until(
+            lambda: any(" total=500 " in line or " total=500.0 " in line for line in rsyslog.lines()),
+            PATIENCE,
+            "a line that has room again",
+        )
+        rsyslog.stop()
+        # As the docs say: forget how far it had read, and read it all again.
+        rsyslog.output.unlink()
+        for state in (tmp_path / "spool").glob("imfile-state:*"):
+            state.unlink()
+        rsyslog.start()
+        assert_all_arrived(rsyslog, writers)
+
+
+def test_lines_wait_while_the_output_cannot_be_opened(tmp_path: Path, writers: Writers) -> None:
+    rsyslog = Rsyslog(tmp_path)
+    rsyslog.output.mkdir()
+    with running(rsyslog):
+        writers.write(500)
+        wait_until(lambda: "relay-gevent.log" in rsyslog.log.read_text(errors="replace"), PATIENCE, "a complaint")
+        rsyslog.output.rmdir()
+        # It tries again every ten seconds.
+        wait_until(rsyslog.output.exists, 60, "rsyslogd's file")
+        assert_all_arrived(rsyslog, writers)
+
+
 UNCOMMENTED = re.compile(r"^#(action\(type=\"omfwd\".*?)^#\)", re.MULTILINE | re.DOTALL)
 
 
@@ -409,7 +458,7 @@ def test_the_forward_works_when_uncommented_and_waits_for_its_host(tmp_path: Pat
         rsyslog.start()
         host = CentralHost(port)
         writers.write(200)
-        # A host that was away is tried again after 30 seconds.
+        # A host that was away is tried again, at first every ten seconds.
         wait_until(lambda: len(host.messages()) >= writers.written, 50, "all records at the central host")
         host.close()
     found = [RFC5424.fullmatch(message) for message in host.messages()]
