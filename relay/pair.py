@@ -55,6 +55,10 @@ unacknowledged, and TCP itself tries for a quarter of an hour (tcp_retries2)."""
 _TCP_INFO_LAST_ACK_RECV = 56  # offset of tcpi_last_ack_recv, milliseconds, in struct tcp_info of linux/tcp.h
 
 
+LOOK_BACK_TURNS = 4
+"""While one direction has turn after turn, poll(2) is not asked about the other; every so many turns it is tried."""
+
+
 class Detached(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types
     """Thrown into a pair's greenlet to make it let go of the pair, as it is, between two turns."""
 
@@ -250,11 +254,13 @@ class Pair:
         there, back = self.pumps
         poller = poll()
         watched: tuple[int, int] | None = None
+        turns = 0
         while not self._is_over():
             if there.waits == TURN or back.waits == TURN:
                 self.turns.wait()
+                turns += 1
                 for pump in self.pumps:
-                    if pump.waits != OVER:
+                    if pump.waits == TURN or (pump.waits != OVER and turns % LOOK_BACK_TURNS == 0):
                         self._turn(pump)
                 continue
             if watched != (there.waits, back.waits):

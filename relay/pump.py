@@ -97,6 +97,8 @@ class Pump:
                     left -= got
                     self._drain()
                     if got < FEW_BYTES and not self.held:
+                        if left + got == most:
+                            self._turns.moved_little()
                         self.waits = INPUT
                         return
         except BlockingIOError:
