@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.harness import connect, handshake, new_side, new_token, read_exactly
+from tests.harness import handshake, new_side, new_token, read_exactly
 
 NOISE = random.Random(1).randbytes(1 << 18)
 ATTACKER = "127.1.0.1"

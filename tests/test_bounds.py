@@ -102,12 +102,12 @@ def test_a_source_whose_connections_siblings_hand_on_may_come_to_have_too_many()
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.sampled_from(list(Bound)), st.integers(1, 1000))))
 def test_the_log_says_each_bound_at_most_once_a_minute_and_forgets_no_time_it_was_met(
-    events: list[tuple[float, Bound, int]],
+    events: list[tuple[int, Bound, int]],
 ) -> None:
     met = BoundsMet()
     noted: Counter[str] = Counter()
     said: Counter[str] = Counter()
-    told_at: dict[str, float] = {}
+    told_at: dict[str, int] = {}
     now = 0
     for passed, bound, times in [*events, (int(LOG_SECONDS), Bound.WAITING, 1)]:
         now += passed
