@@ -241,6 +241,27 @@ def test_an_import_into_a_running_relay_s_database_disturbs_nothing(tmp_path: Pa
         assert "locked" not in relay.log_text()
 
 
+WRITER = """
+import sys
+from relay.usage.schema import open_database
+database = open_database(sys.argv[1])
+database.execute("PRAGMA wal_autocheckpoint = 20")
+while True:
+    database.execute("BEGIN IMMEDIATE")
+    database.executemany("INSERT INTO usage VALUES (1, 2, 3, 4, 'happy')", [()] * 400)
+    database.execute("COMMIT")
+"""
+
+
+def test_a_database_that_a_relay_is_just_checkpointing_is_not_taken_for_a_damaged_one(tmp_path: Path) -> None:
+    ours = tmp_path / "ours.sqlite"
+    open_database(str(ours)).close()
+    with running([sys.executable, "-c", WRITER, str(ours)], tmp_path / "writer.log", cwd=CHECKOUT):
+        wait_until(lambda: len(rows(ours, "SELECT 1 FROM usage LIMIT 1")) == 1, what="a writer at work")
+        for _ in range(3000):
+            open_database(str(ours)).close()
+
+
 def twisted_database(path: Path, count: int, *, moods: tuple[str, ...] = ("happy",), seed: int = 0) -> None:
     """Make a database of the Twisted relay's schema version 1, with rows that no other seed has."""
     with closing(sqlite3.connect(path)) as database:

@@ -21,8 +21,9 @@ from relay.usage.trouble import LOCKED_PATIENCE, Trouble, UsageError
 APPLICATION_ID: Final = 0x52474556
 SCHEMA_VERSION: Final = 1
 _MAGIC: Final = b"SQLite format 3\0"
+_USER_VERSION_AT: Final = 60
 _APPLICATION_ID_AT: Final = 68
-"""Where the id stands in the file's first page; https://www.sqlite.org/fileformat2.html, "The Database Header"."""
+"""Where both stand in the file's first page; https://www.sqlite.org/fileformat2.html, "The Database Header"."""
 
 _LOOK_AGAIN: Final = 0.005
 
@@ -249,6 +250,13 @@ def _check_writable_folder(folder: str) -> None:
 
 
 def _has_no_tables(file: str) -> bool:
+    # Ours says so in its first bytes. SQLite must not be asked: without locks it may find the file in the middle of
+    # another process's checkpoint, shorter than its header says, and call it malformed.
+    with open(file, "rb") as opened:
+        beginning = opened.read(100)
+    if has_valid_header(beginning):
+        _check_version(int.from_bytes(beginning[_USER_VERSION_AT : _USER_VERSION_AT + 4], "big"))
+        return False
     # "immutable" makes SQLite read the bytes of the file and nothing else: no lock, no -wal, no -shm.
     look = sqlite3.connect(f"file:{quote(file)}?mode=ro&immutable=1", uri=True, isolation_level=None)
     with contextlib.closing(look):
@@ -260,9 +268,6 @@ def _has_no_tables(file: str) -> bool:
                 raise
             line = "it is not an SQLite database; give another file, or move this one away to have a new one made"
             raise Trouble(line, kind="damaged") from None
-        if application_id == APPLICATION_ID:
-            _check_version(version)
-            return False
         tables = {name for (name,) in look.execute("SELECT name FROM sqlite_master")}
     if {"version", "current", "usage"} <= tables:
         raise Trouble(
