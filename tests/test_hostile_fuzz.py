@@ -1,0 +1,32 @@
+"""Whatever clients do in whichever order, each reads what it must, and each is on record once.
+
+misc/fuzz.py does the same for as long as wanted.
+"""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.relay_model import Books, RelayModel
+
+
+def test_clients_at_random_read_and_leave_behind_what_the_model_says() -> None:
+    class Briefly(RelayModel):
+        books = Books()
+
+    try:
+        run_state_machine_as_test(  # type: ignore[no-untyped-call]
+            Briefly,
+            settings=settings(
+                max_examples=12,
+                stateful_step_count=25,
+                deadline=None,
+                database=None,
+                phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+    finally:
+        Briefly.books.close()
+    assert Briefly.books.clients > 20
