@@ -50,7 +50,8 @@ CURRENT_SECONDS = 300.0
 TICK_SECONDS = 1.0
 
 MOST_HOPS = 8
-"""A client that has been handed on so often stays where it is until the siblings agree about who is there."""
+"""A client that has been handed on so often stays where it is for a second, in which the siblings may find out who is
+there: they do not all learn of a change in the same moment."""
 
 ROOM_FOR_HANDED_ON = 9 / 8
 """How many times --max-connections a worker may hold when siblings hand it what they have: they may be leaving."""
@@ -91,6 +92,7 @@ class Relay:
         self._current_greenlet: gevent.Greenlet | None = None
         self._grace_ends: float | None = None
         self._given_up = False
+        self._has_strays = False
         self._changed = Event()
         self._ended = Event()
 
@@ -286,7 +288,10 @@ class Relay:
     def _admit(self, client: Client) -> None:
         """See a client whose handshake is whole to its token's home."""
         home = None if self.siblings is None else self.siblings.home(client.token)
-        if home is None or client.hops > MOST_HOPS:
+        if home is None:
+            self._meet(client)
+        elif client.hops > MOST_HOPS:
+            self._has_strays = True
             self._meet(client)
         else:
             self._hand_on(client, home)
@@ -626,6 +631,9 @@ class Relay:
         busy = self._share_the_rate()
         if self.siblings is not None:
             self.siblings.every_second(busy)
+            if self._has_strays:
+                self._has_strays = False
+                self.siblings_changed()
         for line in self._bounds_met.lines(now):
             logger.warning("%s", line)
         connected_and_waiting = (len(self.pairs), len(self._room))
