@@ -64,6 +64,8 @@ lint: $(VENV)/.lint
 
 types: $(VENV)/.lint
 	$(BIN)/mypy
+	$(BIN)/mypy misc/import-twisted-usage
+	$(BIN)/mypy misc/munin/relay_
 
 check: lint types test
 

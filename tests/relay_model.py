@@ -1,7 +1,7 @@
-"""A model of the relay that Hypothesis drives side by side with a real one: what each client must read and leave behind.
+"""A model of the relay that Hypothesis drives beside a real one: what each client must read and leave behind.
 
-The model follows from docs/protocol.md alone. What cannot be told apart from outside, such as which of several spares is
-matched, it leaves open. tests/test_hostile_fuzz.py drives it for seconds, misc/fuzz.py for as long as wanted.
+The model follows from docs/protocol.md alone. What cannot be told apart from outside, such as which of several spares
+is matched, it leaves open. tests/test_hostile_fuzz.py drives it for seconds, misc/fuzz.py for as long as wanted.
 """
 
 from __future__ import annotations
