@@ -32,7 +32,7 @@ def main() -> None:
     books = RelayModel.books
     try:
         while time.monotonic() < until:
-            run_state_machine_as_test(  # type: ignore[no-untyped-call]
+            run_state_machine_as_test(
                 RelayModel,
                 settings=settings(
                     max_examples=50,

@@ -298,7 +298,7 @@ class RelayModel(RuleBasedStateMachine):
 
     # The relay
 
-    @rule(number=st.integers(0, 1), wanted=st.integers(0, 5))
+    @rule(number=st.integers(0, 1), wanted=st.integers(0, 15))
     def replace_a_worker(self, number: int, wanted: int) -> None:
         """One worker goes, another one comes; now and then."""
         if wanted == 0:

@@ -16,7 +16,7 @@ def test_clients_at_random_read_and_leave_behind_what_the_model_says() -> None:
         books = Books()
 
     try:
-        run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        run_state_machine_as_test(
             Briefly,
             settings=settings(
                 max_examples=12,
