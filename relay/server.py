@@ -26,6 +26,7 @@ from relay.deadlines import Deadlines
 from relay.door import Door, is_at, open_port
 from relay.handshake import LONGEST, Handshake, Refusal, read_handshake
 from relay.late_spares import LateSpares
+from relay.link import Link
 from relay.mistakes import Mistake
 from relay.options import Options
 from relay.pace import Pace
@@ -33,7 +34,7 @@ from relay.pair import Limits, Pair
 from relay.pipes import Pipe, PipePool
 from relay.run_dir import RunDir
 from relay.sibling_language import PairState
-from relay.siblings import Link, Siblings
+from relay.siblings import Siblings
 from relay.turns import Turns
 from relay.usage.record import Current, Mood, Record
 from relay.usage.recorder import Recorder

@@ -1,0 +1,229 @@
+"""The connection of two workers of one relay: packets in order, sockets beside them, and what is not yet confirmed.
+
+It is a SEQPACKET connection in the run directory (unix(7)). Clients are handed on in batches: all that an iteration of
+the event loop brings for one sibling makes one packet. What the packets say is in `sibling_language`; what follows from
+them, whoever has the link decides (see `siblings`).
+"""
+
+from __future__ import annotations
+
+import array
+import socket
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+import gevent
+
+from relay.client import Client
+from relay.pair import Pair
+from relay.sibling_language import (
+    CLIENTS_PER_PACKET,
+    CONFIRMED,
+    LARGEST_PACKET,
+    Envelope,
+    Greeting,
+    encode_answer,
+    encode_clients,
+    encode_pair,
+)
+
+_ANCILLARY_BYTES = socket.CMSG_SPACE(CLIENTS_PER_PACKET * array.array("i").itemsize)
+
+_buffer = bytearray(LARGEST_PACKET)
+_view = memoryview(_buffer)
+
+
+class Correspondent(Protocol):
+    """Whoever has the link."""
+
+    def envelope(self) -> Envelope:
+        """What goes on the next parcel."""
+
+    def heard(self, link: Link, packet: bytes, fds: list[int]) -> None:
+        """A packet has come over `link`, with `fds` beside it."""
+
+    def lost(self, link: Link) -> None:
+        """A link has ended."""
+
+
+@dataclass(slots=True)
+class Parcel:
+    """What is handed on in one packet: clients, or one pair."""
+
+    clients: list[Client]
+    pair: Pair | None = None
+    sent: float = 0.0  # monotonic seconds
+
+
+class Link:
+    """The connection to one sibling.
+
+    It is known by its `greeting`, None until it has come. `ready` is whether it accepts connections, `leaving` whether
+    it is about to end, `silent` whether it has stopped answering.
+    """
+
+    def __init__(self, owner: Correspondent, sock: socket.socket, pid: int, *, opened_by_sibling: bool) -> None:
+        self.pid = pid
+        self.opened_by_sibling = opened_by_sibling
+        self.closed = False
+        self.greeting: Greeting | None = None
+        self.seed = 0
+        self.ready = False
+        self.leaving = False
+        self.silent = False
+        self.said_farewell = False
+        self.seconds_unheard = 0
+        self.unconfirmed: dict[int, Parcel] = {}
+        self.pairs = 0
+        self.handed_clients = 0
+        self.handed_pairs = 0
+        self._owner = owner
+        self._sock = sock
+        self._outbox: deque[Parcel | bytes] = deque()
+        self._next_clients: list[Client] = []
+        sock.setblocking(False)
+        loop = gevent.get_hub().loop
+        self._run_callback = loop.run_callback
+        self._reads = loop.io(sock.fileno(), 1)
+        self._reads.start(self.read)
+        self._writes = loop.io(sock.fileno(), 2)
+
+    @property
+    def live(self) -> bool:
+        """Whether this sibling can be home to tokens."""
+        return self.ready and not self.leaving and not self.silent
+
+    @property
+    def busy(self) -> bool:
+        """Whether something of ours is on its way and not yet confirmed."""
+        return bool(self.unconfirmed or self._outbox or self._next_clients)
+
+    # Saying
+
+    def hand_client(self, client: Client) -> None:
+        """Hand `client` on, with whatever else this iteration of the loop brings."""
+        if not self._next_clients:
+            self._run_callback(self._send_clients)
+        self._next_clients.append(client)
+
+    def hand_pair(self, pair: Pair) -> None:
+        """Hand `pair` on, whose greenlet has let go of it."""
+        self.say(Parcel([], pair))
+
+    def say(self, message: Parcel | bytes) -> None:
+        """Send a message, or queue it behind those that the sibling has not made room for."""
+        self._outbox.append(message)
+        if len(self._outbox) == 1:
+            self._send()
+
+    def _send_clients(self) -> None:
+        clients, self._next_clients = self._next_clients, []
+        for begin in range(0, len(clients), CLIENTS_PER_PACKET):
+            self.say(Parcel(clients[begin : begin + CLIENTS_PER_PACKET]))
+
+    def _send(self) -> None:
+        try:
+            while self._outbox:
+                message = self._outbox[0]
+                if isinstance(message, Parcel):
+                    self._send_parcel(message)
+                else:
+                    self._sock.send(message)
+                self._outbox.popleft()
+        except BlockingIOError:
+            if not self._writes.active:
+                self._writes.start(self._send)
+            return
+        except OSError:
+            return  # the link has ended, which reading finds out; or too many sockets are under way (ETOOMANYREFS)
+        self._writes.stop()
+
+    def _send_parcel(self, parcel: Parcel) -> None:
+        envelope = self._owner.envelope()
+        if parcel.pair is None:
+            packet = encode_clients(envelope, parcel.clients)
+            fds = [client.sock.fileno() for client in parcel.clients]
+        else:
+            state, fds = parcel.pair.pack()
+            packet = encode_pair(envelope, state)
+        self._sock.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+        parcel.sent = envelope.sent
+        self.unconfirmed[envelope.serial] = parcel
+
+    def send_again(self) -> None:
+        """Try once more what could not be sent."""
+        if self._outbox:
+            self._send()
+
+    # Hearing
+
+    def read(self) -> bool:
+        """Take in a packet that has come; when there are more, the event loop calls again. False if there was none."""
+        try:
+            size, ancillary, _, _ = self._sock.recvmsg_into([_buffer], _ANCILLARY_BYTES)
+        except BlockingIOError:
+            return False
+        except OSError:
+            size = 0
+        if size == 0:
+            self._owner.lost(self)
+            return False
+        self.seconds_unheard = 0
+        self._owner.heard(self, bytes(_view[:size]), _fds_in(ancillary))
+        return True
+
+    def read_all(self) -> None:
+        """Take in everything that has come."""
+        while not self.closed and self.read():
+            pass
+
+    def confirm(self, serial: int) -> bool:
+        """Send ``C``, past everything that is queued; False when that is not possible now."""
+        try:
+            self._sock.send(encode_answer(CONFIRMED, serial))
+        except OSError:
+            return False
+        return True
+
+    def welcome(self, greeting: Greeting, listener: socket.socket | None) -> None:
+        """Answer a newcomer's greeting, and give it the relay's listening socket."""
+        fds = [] if listener is None else [listener.fileno()]
+        try:
+            socket.send_fds(self._sock, [greeting.encode()], fds)
+        except OSError:
+            pass  # it has gone again, which reading finds out
+
+    # Ending
+
+    def take_back_unsent(self) -> list[Parcel]:
+        """Everything that was to be handed on and has not left yet; it is ours again."""
+        parcels = [message for message in self._outbox if isinstance(message, Parcel)]
+        self._outbox = deque(message for message in self._outbox if not isinstance(message, Parcel))
+        if self._next_clients:
+            parcels.append(Parcel(self._next_clients))
+            self._next_clients = []
+        return parcels
+
+    def take_back(self, older_than: float = 0.0) -> list[Parcel]:
+        """Everything that was sent more than `older_than` seconds ago and is not confirmed; it is ours again."""
+        before = time.monotonic() - older_than
+        late = [serial for serial, parcel in self.unconfirmed.items() if parcel.sent <= before]
+        return [self.unconfirmed.pop(serial) for serial in late]
+
+    def close(self) -> None:
+        """End the link."""
+        self.closed = True
+        for watcher in (self._reads, self._writes):
+            watcher.stop()
+            watcher.close()
+        self._sock.close()
+
+
+def _fds_in(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return fds.tolist()
