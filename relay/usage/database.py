@@ -162,7 +162,8 @@ class Database:
 
     def _disconnect(self) -> None:
         if self._connection is not None:
-            with contextlib.suppress(sqlite3.Error):
+            is_there = self._file.is_where_it_was() and self._file.has_its_wal()
+            with contextlib.suppress(sqlite3.Error), contextlib.nullcontext() if is_there else self._file.left_alone():
                 self._connection.close()
         self._connection = None
         self._signed_on = False

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,6 +14,10 @@ from relay.usage import schema
 from relay.usage.trouble import Trouble
 
 _HEADER_BYTES: Final = 100
+
+# Where SQLite's connections lock the file for reading (SHARED_FIRST and SHARED_SIZE of its os.h), as a struct flock.
+_FLOCK: Final = struct.Struct("hhqqi")
+_SHARED: Final = (os.SEEK_SET, 0x40000002, 510, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +31,9 @@ class Fate:
 class WatchedFile:
     """Holds the file open beside SQLite's own connection.
 
-    While it is held its inode number is not given to another file, so comparing numbers is safe. Closing any descriptor
-    of a file drops all locks that the process has on it (fcntl(2)), SQLite's too: so it is let go of only when there is
-    no connection to it.
+    While it is held its inode number is not given to another file, so comparing numbers is safe. The same goes for its
+    -wal, whose number a new one would otherwise get at once. Closing any descriptor of a file drops all locks that the
+    process has on it (fcntl(2)), SQLite's too: so it is let go of only when there is no connection to it.
 
     Args:
         path: as the operator gave it; it may be a symbolic link.
@@ -35,13 +43,13 @@ class WatchedFile:
         self._path = path
         self._fd: int | None = None
         self._wal_path = ""
-        self._wal: os.stat_result | None = None
+        self._wal_fd: int | None = None
 
     def former(self) -> schema.FormerFile | None:
         """Return which file and which -wal belong together, for when the path names another file."""
-        if self._fd is None or self._wal is None:
+        if self._fd is None or self._wal_fd is None:
             return None
-        return schema.FormerFile(os.fstat(self._fd), self._wal)
+        return schema.FormerFile(os.fstat(self._fd), os.fstat(self._wal_fd))
 
     def hold(self, status: os.stat_result) -> Fate | None:
         """Watch the file that was just opened, which had this `status`.
@@ -53,7 +61,7 @@ class WatchedFile:
             Trouble: someone put another file there in between.
         """
         if self._fd is not None and os.path.samestat(os.fstat(self._fd), status):
-            self._wal = None
+            self._forget_wal()
             return None
         fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         if not os.path.samestat(os.fstat(fd), status):
@@ -88,12 +96,31 @@ class WatchedFile:
 
     def has_its_wal(self) -> bool:
         """Tell whether the -wal that belongs to the held file is still there by its name."""
-        if self._wal is None:
+        if self._wal_fd is None:
             return True
         try:
-            return os.path.samestat(os.stat(self._wal_path), self._wal)
+            return os.path.samestat(os.stat(self._wal_path), os.fstat(self._wal_fd))
         except FileNotFoundError:
             return False
+
+    @contextlib.contextmanager
+    def left_alone(self) -> Iterator[None]:
+        """Meanwhile the last connection to the held file may be closed without more ado.
+
+        SQLite would remove the -wal and the -shm with it, by their names; these may be those of a new file, in which
+        another worker has begun to record. It does not when it finds the file in use: a lock of the open file
+        description's (fcntl_locking(2)) counts as somebody else's even here.
+        """
+        if self._fd is None:
+            yield
+            return
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, *_SHARED))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, *_SHARED))
 
     def check_header(self) -> None:
         """Raise Trouble when the beginning of the held file was overwritten; SQLite may not notice for a long time."""
@@ -103,14 +130,18 @@ class WatchedFile:
     def note_wal(self) -> None:
         """Remember which -wal belongs to the held file."""
         self._wal_path = os.path.realpath(self._path) + "-wal"
-        try:
-            self._wal = os.stat(self._wal_path)
-        except FileNotFoundError:
-            self._wal = None
+        self._forget_wal()
+        with contextlib.suppress(FileNotFoundError):
+            self._wal_fd = os.open(self._wal_path, os.O_RDONLY | os.O_CLOEXEC)
 
     def forget(self) -> None:
         """Let go of the file; there must be no connection to it."""
         if self._fd is not None:
             os.close(self._fd)
         self._fd = None
-        self._wal = None
+        self._forget_wal()
+
+    def _forget_wal(self) -> None:
+        if self._wal_fd is not None:
+            os.close(self._wal_fd)  # SQLite has no locks on a -wal that this would drop
+        self._wal_fd = None
