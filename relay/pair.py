@@ -157,11 +157,17 @@ class Pair:
         return there.moved + back.moved
 
     def start(self) -> None:
-        """Begin to pump, or go on, in a greenlet of its own."""
-        self._stop_listening()
-        self._idle_since = 0.0  # so that it is not cut before its greenlet runs: that would never record it
+        """Begin to pump, or go on: with a greenlet as soon as there is something to move or to end."""
         for pump in self.pumps:
             pump.resume()
+        if all(pump.waits == INPUT for pump in self.pumps):
+            self._listen()
+        else:
+            self._wake()
+
+    def _wake(self) -> None:
+        self._stop_listening()
+        self._idle_since = 0.0  # so that it is not cut before its greenlet runs: that would never record it
         self.greenlet = gevent.spawn(self._pump_until_over)
 
     def detach(self) -> None:
@@ -236,7 +242,7 @@ class Pair:
         io = gevent.get_hub().loop.io
         self._watchers = [io(sock.fileno(), 1) for sock in (self.first, self.second)]
         for watcher in self._watchers:
-            watcher.start(self.start)
+            watcher.start(self._wake)
 
     def _stop_listening(self) -> None:
         for watcher in self._watchers:
