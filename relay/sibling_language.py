@@ -112,7 +112,7 @@ class HandedClient:
     hops: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: there are thousands a second, and freezing makes each three times as dear
 class Envelope:
     """What is on every parcel: its serial number, when it was sent (seconds of CLOCK_MONOTONIC), and a fingerprint of
     whom the sender takes to be alive, 64 bits. A receiver with the same fingerprint agrees about every home."""
