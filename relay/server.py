@@ -78,6 +78,7 @@ class Relay:
         self._late_spares = LateSpares()
         self._deadlines: Deadlines[Client] = Deadlines()
         self._shaking: dict[Client, None] = {}  # in the order in which they came
+        self._muted: list[Client] = []  # turned away, and not to be read from before the next second
         self._sources = Sources(options.max_per_source, options.max_new_per_source)
         self._bounds_met = BoundsMet()
         self._relay_pace = None if options.relay_rate is None else Pace(options.relay_rate)
@@ -545,8 +546,10 @@ class Relay:
     def _stop_watching(self, sock: socket.socket) -> None:
         """Make the event loop's epoll forget a socket that lives on in another process. It would go on to report it
         when we close ours, since what it watches is the open connection and not our number for it: epoll(7)."""
-        with contextlib.suppress(OSError):  # it was never watched
+        try:
             self._epoll.unregister(sock)
+        except OSError:
+            pass  # it was never watched
 
     # Ways to go
 
@@ -594,6 +597,17 @@ class Relay:
         client.discarded += count
         if count == 0 or client.discarded > LINGER_BYTES:
             self._close(client)
+        elif count == len(_scrap):
+            # Whoever sends as fast as it can would be back as fast as it can. Let it stand in its own backlog for a
+            # while, which costs nothing; the reply has left.
+            client.watcher.stop()
+            self._muted.append(client)
+
+    def _hear_the_muted(self) -> None:
+        muted, self._muted = self._muted, []
+        for client in muted:
+            if client.watcher is not None:
+                client.watcher.start(self._on_readable, client)
 
     def _forget(self, client: Client) -> None:
         """Let go of a client, but not of its socket."""
@@ -626,6 +640,7 @@ class Relay:
         now = time.monotonic()
         for client in self._deadlines.take_due(now):
             self._overdue(client)
+        self._hear_the_muted()
         self._late_spares.forget(now)
         self._sources.next_second()
         self._cut_idle_pairs(now)
