@@ -322,5 +322,7 @@ def _tune(connection: sqlite3.Connection) -> None:
         raise Trouble("its file system cannot share a WAL between processes; give a file on a local disk")
     # Under WAL this costs no fsync for a transaction. A power cut may take back the last ones, kill -9 takes none.
     connection.execute("PRAGMA synchronous = NORMAL")
+    # What is written goes to the ends of the tables: a cache that grows with them would only keep what nobody reads.
+    connection.execute("PRAGMA cache_size = -256")  # KiB
     # A reader that stays for long makes the WAL grow; this gives the disk back afterwards. In bytes.
     connection.execute("PRAGMA journal_size_limit = 16777216")
