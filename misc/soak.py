@@ -528,9 +528,7 @@ class Soak:
 
     # The books
 
-    def _check_records(
-        self, rows: list[tuple[str, int]], lines: list[tuple[str, int]], sums: tuple[int, ...]
-    ) -> None:
+    def _check_records(self, rows: list[tuple[str, int]], lines: list[tuple[str, int]], sums: tuple[int, ...]) -> None:
         apart = Counter(rows)
         apart.subtract(Counter(lines))
         self.apart = sum(map(abs, apart.values()))
@@ -598,10 +596,14 @@ class Soak:
                     "doubled": len(self.doubled),
                     "whole, but killed within a moment, and not on record": self.lost_to_kills,
                     "hostile transfers on record, of": [
-                        self.other_pairs, self.sure_pairs, self.sure_pairs + self.doubtful_pairs
+                        self.other_pairs,
+                        self.sure_pairs,
+                        self.sure_pairs + self.doubtful_pairs,
                     ],
                     "lonely and errory on record, of": [
-                        self.others, self.sure_records, self.sure_records + self.doubtful_records
+                        self.others,
+                        self.sure_records,
+                        self.sure_records + self.doubtful_records,
                     ],
                     "in database or lines only": self.apart,
                     "bounds in the log": dict(self.warnings),
