@@ -45,6 +45,9 @@ LINGER_BYTES = 1 << 20
 """How long, and for how many bytes, the relay goes on reading from a client it has turned away. Closing a socket with
 unread input resets the connection, and that can overtake and destroy the reply."""
 
+MUTED_AFTER_BYTES = 256 << 10
+"""Of these, how many in a second."""
+
 CURRENT_SECONDS = 300.0
 """How often the `current` table is refreshed when nothing else does it."""
 
@@ -597,7 +600,7 @@ class Relay:
         client.discarded += count
         if count == 0 or client.discarded > LINGER_BYTES:
             self._close(client)
-        elif count == len(_scrap):
+        elif client.discarded // MUTED_AFTER_BYTES != (client.discarded - count) // MUTED_AFTER_BYTES:
             # Whoever sends as fast as it can would be back as fast as it can. Let it stand in its own backlog for a
             # while, which costs nothing; the reply has left.
             client.watcher.stop()
