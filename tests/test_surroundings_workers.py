@@ -39,9 +39,9 @@ def test_while_a_worker_is_stopped_the_others_go_on_and_then_its_own_transfers_d
             load = Load(workers.port)
             with beside(load.run):
                 crowd.run_for(STOPPED_SECONDS)
+                crowd.run_until(lambda: len(load.sizes) > STOPPED_SECONDS, 20, "the others go on")
         finally:
             stopped.process.send_signal(signal.SIGCONT)
-        assert len(load.sizes) > STOPPED_SECONDS
         later = [crowd.call(caller.token, new_side(), head=b"here") for caller in waiting]
         crowd.run_until(lambda: all(caller.met for caller in [*waiting, *later]), 10, "those who waited meet")
         crowd.end(held)
