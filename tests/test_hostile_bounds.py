@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import re
+import resource
 import select
 import socket
 import threading
@@ -18,8 +19,10 @@ from pathlib import Path
 
 import pytest
 
+from relay.cli import read_options
 from tests import namespaces
 from tests.harness import (
+    CHECKOUT,
     Relay,
     Service,
     Workers,
@@ -420,3 +423,22 @@ def any_service(request: pytest.FixtureRequest, tmp_path: Path, stack: contextli
         return stack.enter_context(Workers(tmp_path, *options, count=2))
 
     return start
+
+
+def test_the_page_about_security_names_tests_that_exist_and_defaults_that_are_so() -> None:
+    page = (CHECKOUT / "docs" / "security.md").read_text()
+    file = ""
+    for test_file, test in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?`", page):
+        file = test_file or file
+        assert (CHECKOUT / "tests" / file).exists(), file
+        if test:
+            assert f"def {test}(" in (CHECKOUT / "tests" / file).read_text(), f"{file}::{test}"
+    options = read_options([])
+    for option, default in re.findall(r"^\| `--([a-z-]+)` \| (\d+)", page, re.MULTILINE):
+        kept = getattr(options, option.replace("-", "_"))
+        assert kept in (int(default), int(default) * 3600), option
+    fds, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert options.max_connections == pytest.approx(fds * 4 / 5, rel=0.1 if fds > 1000 else 1)
+    assert options.max_waiting == options.max_connections * 3 // 4
+    assert options.max_per_source == options.max_connections // 2
+    assert options.max_new_per_source == 200

@@ -44,12 +44,11 @@ class Load:
 
 
 def in_database(path: Path) -> Counter[int]:
-    """The sizes of all transfers that a database has, each as often as it is there; none while it is just being made."""
+    """The sizes of all transfers that a database has, each as often as it is there; none while it is being made."""
     try:
         with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)) as database:
             return Counter(size for (size,) in database.execute("SELECT bytes FROM usage"))
-    except sqlite3.OperationalError as error:
-        assert re.search("no such table|unable to open", str(error)), error
+    except sqlite3.OperationalError:
         return Counter()
 
 
