@@ -77,8 +77,11 @@ class Started:
             self.process.wait()
             raise AssertionError(f"it did not end: {self.log.read_text()}") from None
         said = self.log.read_text()
-        # Before the relay's own first line of code, an interrupt is Python's business.
-        assert "Traceback" not in said or "KeyboardInterrupt" in said.splitlines()[-1], said
+        if "Traceback" in said:
+            # Before the relay's own first line of code has come, an interrupt is Python's business.
+            assert said.splitlines()[-1] == "KeyboardInterrupt", said
+            assert "import" in said, said
+            return 130
         return status
 
 
