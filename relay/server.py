@@ -41,12 +41,10 @@ from relay.usage.recorder import Recorder
 from relay.waiting_room import WaitingRoom
 
 LINGER_SECONDS = 2.0
-LINGER_BYTES = 1 << 20
-"""How long, and for how many bytes, the relay goes on reading from a client it has turned away. Closing a socket with
-unread input resets the connection, and that can overtake and destroy the reply."""
-
-MUTED_AFTER_BYTES = 256 << 10
-"""Of these, how many in a second."""
+LINGER_BYTES = 384 << 10
+"""How long the relay keeps the connection of a client it has turned away, and how many bytes it reads meanwhile. Closing
+a socket with unread input resets the connection, and that can overtake and destroy the reply. Whoever sends more has to
+wait in its own backlog until the time is over: it would only be back the sooner."""
 
 CURRENT_SECONDS = 300.0
 """How often the `current` table is refreshed when nothing else does it."""
@@ -81,7 +79,6 @@ class Relay:
         self._late_spares = LateSpares()
         self._deadlines: Deadlines[Client] = Deadlines()
         self._shaking: dict[Client, None] = {}  # in the order in which they came
-        self._muted: list[Client] = []  # turned away, and not to be read from before the next second
         self._sources = Sources(options.max_per_source, options.max_new_per_source)
         self._bounds_met = BoundsMet()
         self._relay_pace = None if options.relay_rate is None else Pace(options.relay_rate)
@@ -598,19 +595,10 @@ class Relay:
         except OSError:
             count = 0
         client.discarded += count
-        if count == 0 or client.discarded > LINGER_BYTES:
+        if count == 0:
             self._close(client)
-        elif client.discarded // MUTED_AFTER_BYTES != (client.discarded - count) // MUTED_AFTER_BYTES:
-            # Whoever sends as fast as it can would be back as fast as it can. Let it stand in its own backlog for a
-            # while, which costs nothing; the reply has left.
+        elif client.discarded > LINGER_BYTES:
             client.watcher.stop()
-            self._muted.append(client)
-
-    def _hear_the_muted(self) -> None:
-        muted, self._muted = self._muted, []
-        for client in muted:
-            if client.watcher is not None:
-                client.watcher.start(self._on_readable, client)
 
     def _forget(self, client: Client) -> None:
         """Let go of a client, but not of its socket."""
@@ -643,7 +631,6 @@ class Relay:
         now = time.monotonic()
         for client in self._deadlines.take_due(now):
             self._overdue(client)
-        self._hear_the_muted()
         self._late_spares.forget(now)
         self._sources.next_second()
         self._cut_idle_pairs(now)
