@@ -42,9 +42,9 @@ from relay.waiting_room import WaitingRoom
 
 LINGER_SECONDS = 2.0
 LINGER_BYTES = 384 << 10
-"""How long the relay keeps the connection of a client it has turned away, and how many bytes it reads meanwhile. Closing
-a socket with unread input resets the connection, and that can overtake and destroy the reply. Whoever sends more has to
-wait in its own backlog until the time is over: it would only be back the sooner."""
+"""How long the relay keeps the connection of a client it has turned away, and how many bytes it reads meanwhile.
+Closing a socket with unread input resets the connection, and that can overtake and destroy the reply. Whoever sends
+more has to wait in its own backlog until the time is over: it would only be back the sooner."""
 
 CURRENT_SECONDS = 300.0
 """How often the `current` table is refreshed when nothing else does it."""
