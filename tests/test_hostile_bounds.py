@@ -418,6 +418,7 @@ def any_service(request: pytest.FixtureRequest, tmp_path: Path, stack: contextli
     """A relay with the options of the call, as one worker and as two."""
 
     def start(*options: str) -> Service:
+        options = ("--grace", "0", *options)
         if request.param == "one-worker":
             return stack.enter_context(Relay(tmp_path, *options, recording=True))
         return stack.enter_context(Workers(tmp_path, *options, count=2))

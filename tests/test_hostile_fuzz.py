@@ -19,7 +19,7 @@ def test_clients_at_random_read_and_leave_behind_what_the_model_says() -> None:
         run_state_machine_as_test(
             Briefly,
             settings=settings(
-                max_examples=12,
+                max_examples=10,
                 stateful_step_count=25,
                 deadline=None,
                 database=None,

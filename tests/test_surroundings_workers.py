@@ -24,7 +24,7 @@ from tests.harness import CHECKOUT, Workers, free_port, new_side, new_token, wai
 from tests.hostile import beside, honest_transfer
 from tests.test_surroundings_usage import Load, in_lines
 
-STOPPED_SECONDS = float(os.environ.get("RELAY_TESTS_STOPPED_SECONDS", "5"))
+STOPPED_SECONDS = float(os.environ.get("RELAY_TESTS_STOPPED_SECONDS", "4"))
 
 
 def test_while_a_worker_is_stopped_the_others_go_on_and_then_its_own_transfers_do(tmp_path: Path) -> None:
