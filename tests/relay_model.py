@@ -301,7 +301,7 @@ class RelayModel(RuleBasedStateMachine):
     @rule(number=st.integers(0, 1), wanted=st.integers(0, 15))
     def replace_a_worker(self, number: int, wanted: int) -> None:
         """One worker goes, another one comes; now and then."""
-        if wanted == 0:
+        if wanted == 15:
             self.books.restart(number)
 
     @invariant()

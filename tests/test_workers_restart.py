@@ -81,7 +81,7 @@ def assert_one_row_each(workers: Workers, transfers: list[Transfer]) -> None:
         assert -0.05 <= row["started"] - transfer.left.called_at <= 1
         assert row["waiting_time"] == pytest.approx(transfer.right.called - transfer.left.called, abs=1)
         assert row["total_time"] == pytest.approx(lasted, abs=1)
-    assert len(workers.records()) == len(transfers)
+    assert len(workers.wait_for_records(len(transfers))) == len(transfers)
 
 
 def transfers_handed_on(workers: Workers) -> int:
