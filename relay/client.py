@@ -20,12 +20,13 @@ class Client:
     """A connection and what has to be known of it. There are thousands of these: no dict, nothing that is not needed.
 
     `started` is when it was accepted, in seconds since the epoch, for the record; `arrived` is the same moment on the
-    monotonic clock, for every duration. CLOCK_MONOTONIC is one clock for all processes of a machine, so both stay
-    true when the client is handed to another worker.
+    monotonic clock, for every duration; `asked` is when its handshake was whole. CLOCK_MONOTONIC is one clock for all
+    processes of a machine, so all stay true when the client is handed to another worker.
     """
 
     __slots__ = (
         "arrived",
+        "asked",
         "discarded",
         "due",
         "hops",
@@ -44,6 +45,7 @@ class Client:
         self.source: bytes | None = None
         self.started = time.time() if started is None else started
         self.arrived = time.monotonic() if arrived is None else arrived
+        self.asked = 0.0
         self.stage = Stage.SHAKING
         self.token = b""
         self.side: bytes | None = None

@@ -2,7 +2,7 @@
 
 When two sides are matched, the spare connections that wait for the same token are closed. With several workers one of
 these may be on its way to the token's home at that moment. So a home remembers for a while whom it has matched, and a
-client that comes from a sibling but had connected before that is a spare.
+client that comes from a sibling but had asked for its partner before that is a spare.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class LateSpares:
         """Remember that two sides have been matched for `token`."""
         self._matched[token] = now
 
-    def is_late(self, token: bytes, arrived: float) -> bool:
-        """Whether a match for `token` was made after somebody had `arrived`."""
+    def is_late(self, token: bytes, asked: float) -> bool:
+        """Whether a match for `token` was made after somebody had `asked` for it."""
         when = self._matched.get(token) or self._matched_before.get(token)
-        return when is not None and arrived < when
+        return when is not None and asked < when
 
     def forget(self, now: float) -> None:
         """Forget what is long past; to be called every now and then."""

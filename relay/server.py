@@ -274,6 +274,7 @@ class Relay:
             self._expect_more(client)
         elif isinstance(verdict, Handshake):
             client.token, client.side, client.received = verdict.token, verdict.side, b""
+            client.asked = time.monotonic()
             self._admit(client)
         else:
             self._refuse(client, verdict, left=not chunk)
@@ -464,7 +465,7 @@ class Relay:
             self._finish(client, "lonely" if client.token else "errory")
             self._send_away(client)
             return
-        if self._late_spares.is_late(client.token, client.arrived):
+        if self._late_spares.is_late(client.token, client.asked):
             self._finish(client, "lonely")
             self._send_away(client)
         elif at_home and not self.stopping:

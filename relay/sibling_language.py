@@ -47,7 +47,7 @@ LARGEST_PACKET = 192 << 10
 
 _ENVELOPE = struct.Struct("!cQdQ")  # kind, serial number, when it was sent, who the sender thinks is there
 _ANSWER = struct.Struct("!cQ")  # kind, serial number
-_CLIENT = struct.Struct("!ddBBBB")  # started, arrived, hops, length of token, of side, of what it has sent so far
+_CLIENT = struct.Struct("!dddBBBB")  # started, arrived, asked, hops, length of token, of side, of what it has sent
 _COUNT = struct.Struct("!I")
 _PAIR = struct.Struct("!ddd")  # started, arrived, waiting time
 _PUMP = struct.Struct("!QI??I")  # moved, held, over, splices, length of what rests in it
@@ -89,11 +89,13 @@ class Greeting:
 
 class ClientState(Protocol):
     """A client without a partner, but for its socket. Before its handshake is whole, `token` is empty and `received`
-    holds what it has sent. `started` is in seconds since the epoch, `arrived` in seconds of CLOCK_MONOTONIC, which all
-    processes of a machine share; `hops` counts how often it was handed on."""
+    holds what it has sent. `started` is in seconds since the epoch, `arrived` and `asked` (when its handshake was
+    whole) in seconds of CLOCK_MONOTONIC, which all processes of a machine share; `hops` counts how often it was handed
+    on."""
 
     started: float
     arrived: float
+    asked: float
     token: bytes
     side: bytes | None
     received: bytes
@@ -106,6 +108,7 @@ class HandedClient:
 
     started: float
     arrived: float
+    asked: float
     token: bytes
     side: bytes | None
     received: bytes
@@ -187,7 +190,7 @@ def encode_clients(envelope: Envelope, clients: Sequence[ClientState]) -> bytes:
         token, side, received = client.token, client.side or b"", client.received
         hops = min(client.hops + 1, 255)
         parts += (
-            _CLIENT.pack(client.started, client.arrived, hops, len(token), len(side), len(received)),
+            _CLIENT.pack(client.started, client.arrived, client.asked, hops, len(token), len(side), len(received)),
             token,
             side,
             received,
@@ -200,7 +203,7 @@ def decode_clients(packet: bytes) -> list[HandedClient]:
     clients = []
     at = _ENVELOPE.size
     while at < len(packet):
-        started, arrived, hops, token, side, received = _unpack(_CLIENT, packet, at)
+        started, arrived, asked, hops, token, side, received = _unpack(_CLIENT, packet, at)
         at += _CLIENT.size
         side_at = at + token
         received_at = side_at + side
@@ -211,6 +214,7 @@ def decode_clients(packet: bytes) -> list[HandedClient]:
             HandedClient(
                 started,
                 arrived,
+                asked,
                 packet[at:side_at],
                 packet[side_at:received_at] or None,
                 packet[received_at:end],

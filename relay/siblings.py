@@ -460,7 +460,7 @@ class Siblings:
 
 def _client_from(handed: HandedClient, sock: socket.socket) -> Client:
     client = Client(sock, handed.started, handed.arrived)
-    client.token, client.side = handed.token, handed.side
+    client.asked, client.token, client.side = handed.asked, handed.token, handed.side
     client.received, client.hops = handed.received, handed.hops
     return client
 

@@ -373,3 +373,24 @@ def test_a_host_that_vanishes_during_its_handshakes_is_forgotten_in_time(
     assert read_exactly(right, 10) == b"still here"
     assert moods(relay, 40) == {"errory": 40}
     wait_until(lambda: open_fds(relay.pid) <= fds - 30, 10, "their connections are closed, though nobody answers")
+
+
+def test_one_that_asks_after_others_have_met_is_no_spare_of_theirs(tmp_path: Path, stack: contextlib.ExitStack) -> None:
+    # It had connected before; with several workers it came to the token's home as a spare does that was under way.
+    with Workers(tmp_path, count=3) as workers:
+        for _ in range(12):
+            token = new_token()
+            line = line_of(token)
+            slow = [stack.enter_context(connect(workers.port)) for _ in range(2)]
+            for sock in slow:
+                sock.sendall(line[:50])
+            for sock in (quick := [stack.enter_context(connect(workers.port)) for _ in range(2)]):
+                sock.sendall(line_of(token))
+            for sock in quick:
+                assert read_exactly(sock, 3) == b"ok\n"
+            slow[0].sendall(line[50:])
+            time.sleep(0.05)
+            assert is_open(slow[0])
+            partner = stack.enter_context(connect(workers.port))
+            partner.sendall(line_of(token))
+            assert read_exactly(partner, 3) == read_exactly(slow[0], 3) == b"ok\n"
