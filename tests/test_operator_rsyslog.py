@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,17 +149,21 @@ def rotate(folder: Path) -> None:
     configuration.write_text(text)
     configuration.chmod(0o644)
     before = set(folder.glob("usage*.jsonl"))
-    # Two rotations within a second would get the same name.
-    wait_until(lambda: not folder.joinpath(f"usage-{now_as_logrotate_has_it()}.jsonl").exists(), what="a new second")
+    # Two rotations within a second would get the same name, and logrotate's clock, time(2), may be a little behind.
+    wait_until(
+        lambda: not any(folder.joinpath(f"usage-{second}.jsonl").exists() for second in seconds_of_logrotate()),
+        what="a new second",
+    )
     command = [LOGROTATE, "--force", "--state", str(folder / "logrotate.state"), str(configuration)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert result.returncode == 0, result.stderr
     assert len(set(folder.glob("usage-*.jsonl")) - before) == 1, result.stderr
 
 
-def now_as_logrotate_has_it() -> str:
-    """Return the present second in the form of the rotated files' names."""
-    return subprocess.run(["date", "+%Y%m%d-%H%M%S"], capture_output=True, text=True, check=True).stdout.strip()
+def seconds_of_logrotate() -> list[str]:
+    """Return the present second, and the one before, in the form of the rotated files' names."""
+    now = time.time()
+    return [time.strftime("%Y%m%d-%H%M%S", time.localtime(now - ago)) for ago in (0, 1)]
 
 
 def make_connections(relay: Service, transfers: int) -> int:
