@@ -29,7 +29,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -135,13 +134,6 @@ def pss(pid: int) -> int:
 def open_fds(pid: int) -> int:
     """Return how many file descriptors a process has open."""
     return len(os.listdir(f"/proc/{pid}/fd"))
-
-
-@lru_cache(maxsize=1)
-def relay_options() -> str:
-    """Return the relay's --help text, to tell which options this version has."""
-    command = [sys.executable, "-m", "relay", "--help"]
-    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=30, check=False).stdout
 
 
 class Service:
