@@ -15,7 +15,6 @@ import errno
 import fcntl
 import os
 import re
-import secrets
 import socket
 import stat
 import struct
@@ -38,7 +37,7 @@ class RunDir:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.own_name = f"worker-{os.getpid()}-{secrets.token_hex(4)}"
+        self.own_name = f"worker-{os.getpid()}-{os.urandom(4).hex()}"
         self._fd = self._open()
         self._lock_fd = -1
 

@@ -1,4 +1,4 @@
-"""Thousands at a time: what a waiting client costs, and that idle pairs do not disturb the others.
+"""What a relay costs by itself, and thousands at a time: a waiting client, and idle pairs, which disturb nobody.
 
 The figures are properties of the tests (`pytest --junit-xml=…`) and shown by `pytest -rP`.
 """
@@ -107,6 +107,13 @@ def seconds_for_a_transfer(port: int) -> float:
                 assert read_exactly(receiver, 1 << 18) == PATTERN[start : start + (1 << 18)]
         best = min(best, time.perf_counter() - began)
     return best
+
+
+def test_a_relay_without_a_database_does_without_sqlite(tmp_path: Path) -> None:
+    with Relay(tmp_path) as relay, contextlib.ExitStack() as stack:
+        meet(stack, relay.port)
+        (pid,) = relay.pids
+        assert "sqlite" not in Path(f"/proc/{pid}/maps").read_text()
 
 
 def test_eight_thousand_waiting_clients_cost_little(service: Service, note: Note) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from relay.usage.database import Database
 from relay.usage.json_log import JsonLog, check_log_fd
 from relay.usage.record import Current, Record
 from relay.usage.trouble import UsageError
@@ -88,6 +87,8 @@ def open_recorder(
         check_log_fd(log_fd)
         log = Writer(JsonLog(log_fd, blur_seconds, warn), warn)
     if usage_db is not None:
+        from relay.usage.database import Database  # not before: SQLite takes 1.5 MB
+
         database = Writer(Database(usage_db, blur_seconds, current, warn), warn)
         database.start()
     if log is not None:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import quote
 
 from relay.usage.trouble import LOCKED_PATIENCE, Trouble, UsageError
 
@@ -97,8 +96,7 @@ def connect(path: str, former: FormerFile | None = None) -> tuple[sqlite3.Connec
         elif former is not None and not _is_same(file, former.file) and _is_same(file + "-wal", former.wal):
             _remove_beside(file)
         status = os.stat(file)
-        uri = f"file:{quote(file)}?mode=rw"
-        connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=BUSY_SECONDS)
+        connection = sqlite3.connect(_uri(file, "mode=rw"), uri=True, isolation_level=None, timeout=BUSY_SECONDS)
         try:
             # Also when a kill in the middle of making it left a file that SQLite has just taken back.
             if blank or not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
@@ -122,6 +120,12 @@ def put_away_if_empty(path: str, held: os.stat_result) -> None:
     with _alone_in(os.path.dirname(file)):
         if _is_same(file, held) and os.path.getsize(file) == 0:
             os.unlink(file)
+
+
+def _uri(file: str, parameters: str) -> str:
+    """Name the file as https://www.sqlite.org/uri.html has it; only these three characters mean something there."""
+    path = file.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    return f"file:{path}?{parameters}"
 
 
 def _is_same(path: str, status: os.stat_result) -> bool:
@@ -258,7 +262,7 @@ def _has_no_tables(file: str) -> bool:
         _check_version(int.from_bytes(beginning[_USER_VERSION_AT : _USER_VERSION_AT + 4], "big"))
         return False
     # "immutable" makes SQLite read the bytes of the file and nothing else: no lock, no -wal, no -shm.
-    look = sqlite3.connect(f"file:{quote(file)}?mode=ro&immutable=1", uri=True, isolation_level=None)
+    look = sqlite3.connect(_uri(file, "mode=ro&immutable=1"), uri=True, isolation_level=None)
     with contextlib.closing(look):
         try:
             (application_id,) = look.execute("PRAGMA application_id").fetchone()
