@@ -47,9 +47,9 @@ DEAD_SECONDS = 300.0
 """A side that has not acknowledged anything for so long while it was owed bytes is gone. A living one that does not
 read answers the kernel's zero-window probes, at least every two minutes (TCP_RTO_MAX)."""
 
-QUIET_SECONDS = 1.0
+QUIET_SECONDS = 0.1
 """When nothing has happened to a pair for so long, it does without its greenlet, unless a side is still owed bytes.
-Then it looks, each time again, whether that side is dead: keepalive does not, being silent while anything is
+Then it looks, once a second, whether that side is dead: keepalive does not, being silent while anything is
 unacknowledged, and TCP itself tries for a quarter of an hour (tcp_retries2)."""
 
 _TCP_INFO_LAST_ACK_RECV = 56  # offset of tcpi_last_ack_recv, milliseconds, in struct tcp_info of linux/tcp.h
@@ -260,6 +260,7 @@ class Pair:
         there, back = self.pumps
         poller = poll()
         watched: tuple[int, int] | None = None
+        ready: dict[int, int] = {}
         turns = 0
         while not self._is_over():
             if there.waits == TURN or back.waits == TURN:
@@ -273,7 +274,7 @@ class Pair:
                 watched = (there.waits, back.waits)
                 self._watch(poller)
             has_everything = self._is_half_closed() and not self._owes()
-            ready = dict(poller.poll(self._patience()))
+            ready = dict(poller.poll(self._patience(happened=bool(ready))))
             if not ready:
                 if has_everything:
                     return
@@ -324,13 +325,13 @@ class Pair:
                 with contextlib.suppress(KeyError):
                     poller.unregister(sock)
 
-    def _patience(self) -> int:
-        """How long to wait for the sockets, in milliseconds."""
+    def _patience(self, *, happened: bool) -> int:
+        """How long to wait for the sockets, in milliseconds; `happened` is whether the last time was not in vain."""
         if any(pump.waits == ROOM or pump.discards for pump in self.pumps):
             return int(STALL_CHECK_SECONDS * 1000)
         if self._is_half_closed():
             return int(HALF_CLOSED_SECONDS * 1000)
-        return int(QUIET_SECONDS * 1000)
+        return int((QUIET_SECONDS if happened else STALL_CHECK_SECONDS) * 1000)
 
     def _is_over(self) -> bool:
         """Whether nothing can be delivered any more, in either direction."""
