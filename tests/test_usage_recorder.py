@@ -44,6 +44,40 @@ def test_a_record_is_the_same_in_the_database_and_in_its_line(tmp_path: Path) ->
     assert rows(tmp_path / "db", "usage", "bytes") == [(number,) for number in range(100)]
 
 
+def test_a_log_that_stalls_for_too_long_loses_records_but_no_memory_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.usage.writer.MOST_KEPT", 300)
+    read_end, write_end = os.pipe()
+    fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096)
+    warnings: list[str] = []
+    recorder = recorder_of(tmp_path / "db", write_end, warnings)
+    for number in range(1000):
+        record_numbers(recorder, number)
+        if number % 100 == 99:
+            wait_for_rows(tmp_path / "db", number + 1)  # it has time; the log has nobody who reads
+    assert any("300 records are kept, there is no room for more" in warning for warning in warnings)
+    os.set_blocking(read_end, False)
+    with open(read_end, "rb", buffering=0) as reader:
+        lines = b""
+
+        def read_on() -> bytes:
+            nonlocal lines
+            lines += reader.read(65536) or b""
+            return lines
+
+        wait_until(lambda: read_on() and any("there was no room to keep them" in warning for warning in warnings))
+        record_numbers(recorder, 1000)
+        wait_until(lambda: read_on().endswith(b"\n") and numbers_of_lines(lines)[-1] == 1000, what="the last one")
+        assert recorder.close(5) == 0
+    os.close(write_end)
+    numbers = numbers_of_lines(lines)
+    lost = 1001 - len(numbers)
+    assert numbers == [*range(1000 - lost), 1000]
+    assert 300 < len(numbers) < 1000
+    assert any(f"{lost} records are lost, there was no room to keep them" in warning for warning in warnings)
+
+
 def test_a_stalled_log_does_not_hold_up_the_database(tmp_path: Path) -> None:
     read_end, write_end = os.pipe()
     fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096)

@@ -29,7 +29,7 @@ class Recorder:
 
     def __init__(self, database: Writer | None, log: Writer | None) -> None:
         self._writers = [writer for writer in (database, log) if writer is not None]
-        self._puts = [writer.put for writer in self._writers]
+        self._queues = [writer.record for writer in self._writers]
         self._database = database
 
     def record(self, record: Record) -> None:
@@ -37,13 +37,13 @@ class Recorder:
 
         Call it when the connection is out of what `current` counts: both are written together.
         """
-        for put in self._puts:
-            put(record)
+        for queue in self._queues:
+            queue(record)
 
     def refresh_current(self, *, tick: bool = False) -> None:
         """Queue a refresh of the `current` table; `tick` notes the time too, so no event of a client may cause it."""
         if self._database is not None:
-            self._database.put(Request.TICK if tick else Request.REFRESH)
+            self._database.request(Request.TICK if tick else Request.REFRESH)
 
     def close(self, timeout: float) -> int:
         """Write all that is queued, sign this process off from the database, and end the threads.

@@ -26,6 +26,9 @@ TURN_SECONDS: Final = 0.01
 FIRST_BACKOFF: Final = 0.05
 LONGEST_BACKOFF: Final = 1.0
 
+MOST_KEPT: Final = 500_000
+"""Records that are kept while a destination does not work, a hundred megabytes or so; further ones are lost to it."""
+
 START_PATIENCE: Final = 1.0
 """How long a start waits for a destination that is locked, before it goes on without; seconds."""
 
@@ -70,10 +73,12 @@ class Writer:
         self._destination = destination
         self._warn = warn
         self._queue: SimpleQueue[Record | Request] = SimpleQueue()
-        self.put = self._queue.put
+        self.request = self._queue.put
         self._kept: deque[Record] = deque()
         self._requests: set[Request] = {Request.REFRESH}
         self._outage = _Outage(destination.name, warn)
+        self._lost = 0  # for want of room, since the start; counted on the thread that records
+        self._told_lost = 0  # of these, what the log has been told; counted on the writer's thread
         self._backoff = FIRST_BACKOFF
         self._first_success = threading.Event()
         self._starting = True
@@ -98,6 +103,18 @@ class Writer:
             self._thread.join()
             raise UsageError(f"{self._destination.option}: {self._mistake.line}")
 
+    def record(self, record: Record) -> None:
+        """Queue a record, unless far too many wait already; never waits. To be called on one thread."""
+        if len(self._kept) + self._queue.qsize() < MOST_KEPT:
+            self._queue.put(record)
+            return
+        if self._lost == self._told_lost:
+            self._warn(
+                f"{self._destination.name}: {MOST_KEPT} records are kept, there is no room for more; "
+                "further ones are lost until it works again"
+            )
+        self._lost += 1
+
     def leave(self, deadline: float) -> None:
         """Have everything written that was queued, and the thread end, by `deadline` (of the monotonic clock)."""
         self._deadline = deadline
@@ -111,7 +128,7 @@ class Writer:
             how many records could not be written; the log says so too.
         """
         self._thread.join(max(0.0, self._deadline - time.monotonic()))
-        unwritten = len(self._kept) + self._records_queued()
+        unwritten = len(self._kept) + self._records_queued() + self._lost - self._told_lost
         if unwritten:
             reason = self._outage.reason or "there was not enough time"
             self._warn(f"{self._destination.name}: {unwritten} records are lost, the relay had to end before: {reason}")
@@ -155,11 +172,18 @@ class Writer:
         except Exception as error:  # a mistake in this program must not end the thread, and all records with it
             return self._in_trouble(Trouble(f"cannot be written: {error!r}", passing=True), before - len(self._kept))
         self._outage.over(before)
+        self._tell_what_was_lost()
         self._backoff = FIRST_BACKOFF
         self._ended = Request.LEAVE in self._requests
         self._requests.clear()
         self._first_success.set()
         return TURN_SECONDS
+
+    def _tell_what_was_lost(self) -> None:
+        lost = self._lost - self._told_lost
+        if lost:
+            self._told_lost += lost
+            self._warn(f"{self._destination.name}: {lost} records are lost, there was no room to keep them")
 
     def _in_trouble(self, trouble: Trouble, written: int) -> float:
         if self._ends_the_start(trouble):
