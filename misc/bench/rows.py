@@ -169,13 +169,16 @@ def _latency_case(pairs: int) -> Case:
 
 # ---- pairs a second ----
 
+AT_A_TIME = 16
+"""Pairs that are there at any moment, unless a case says otherwise."""
 
-def _measure_pairs(name: str) -> Callable[[Bench, Server], Values]:
+
+def _measure_pairs(name: str, concurrent: int) -> Callable[[Bench, Server], Values]:
     """Pairs a second count until the last of them is on disk, where the peer records them at all."""
 
     def measure(bench: Bench, server: Server) -> Values:
         recorded, cpu = server.recorded(), server.cpu()
-        result = bench.load.pairs(server, seconds=bench.scale.pairs_seconds)
+        result = bench.load.pairs(server, seconds=bench.scale.pairs_seconds, concurrent=concurrent)
         seconds = result.seconds
         if recorded is not None:
             seconds += server.wait_for_records(recorded + result.count)
@@ -188,12 +191,19 @@ def _measure_pairs(name: str) -> Callable[[Bench, Server], Values]:
     return measure
 
 
-def _pairs_case(name: str, what: str, rate: tuple[Goal, ...] = (), cpu: tuple[Goal, ...] = (), of: str = RELAY) -> Case:
+def _pairs_case(
+    name: str,
+    what: str,
+    rate: tuple[Goal, ...] = (),
+    cpu: tuple[Goal, ...] = (),
+    of: str = RELAY,
+    concurrent: int = AT_A_TIME,
+) -> Case:
     figures = (
         Figure(f"{name}-rate", f"pairs, {what}", "1/s", 0, rate, of),
         Figure(f"{name}-cpu", f"CPU of the relay for a pair, {what}", "µs", 0, cpu, of),
     )
-    return Case(name, figures, _measure_pairs(name))
+    return Case(name, figures, _measure_pairs(name, concurrent))
 
 
 # ---- clients that stay ----
@@ -288,7 +298,7 @@ def groups(checkouts: list[Path], scale: Scale) -> tuple[Group, ...]:
         Group("recorded", (_recorded_pairs_case(),), recorders),
         Group("waiting", (_waiting_case(scale),), pairing),
         Group("idle", (_idle_case(),), pairing),
-        Group("workers", (_workers_case(workers[-1].name),), workers),
+        Group("workers", tuple(_workers_case(concurrent) for concurrent in (1, 4, AT_A_TIME, 64)), workers),
     )
 
 
@@ -297,8 +307,15 @@ def _of_workers(peer: Peer, count: int) -> Peer:
     return Peer(name, "relay", peer.checkout, workers=count)
 
 
-def _workers_case(most: str) -> Case:
-    return _pairs_case("workers", "by number of workers", of=most)
+def _workers_case(concurrent: int) -> Case:
+    one, four = (_of_workers(Peer(RELAY, "relay"), count).name for count in (1, 4))
+    return _pairs_case(
+        f"workers-{concurrent}",
+        f"{concurrent} at a time",
+        cpu=(Goal("at most", 1.4, one),),
+        of=four,
+        concurrent=concurrent,
+    )
 
 
 def _content_case() -> Case:
