@@ -6,7 +6,7 @@ the relay glues the two connections together. The map, from the outside in:
 =====================  ================================================================================
 `cli`, `options`       the command line: docopt text to `Options`, and `main()`; `mistakes`, what it may complain of
 `server`               the relay of one process: accept, shake hands, wait, pair, stop
-`door`                 the TCP port
+`door`                 the TCP port, and whose turn it is to accept
 `client`               one connection that is not yet in a pair, and what it is doing
 `handshake`            pure: the bytes so far, and what they can still become
 `waiting_room`         pure: who waits for which token, a newcomer's match, and the spares
@@ -18,7 +18,8 @@ the relay glues the two connections together. The map, from the outside in:
 `siblings`, `link`     the other workers of this relay: who is there, what is handed on, and the connection to each
 `run_dir`              where workers find each other
 `sibling_language`     pure: what they say
-`homes`                pure: which worker a token lives with; `late_spares`, who comes too late to its own match
+`homes`                which worker a token lives with; `late_spares`, pure: who comes too late to its own match
+`balance`, `load`      pure: which transfers go to a worker with less to do; and how much this one has to do
 `usage`                what is recorded: the JSON lines, the database, and the blur over both
 `report`               `relay-usage`, which reads the database for a person
 =====================  ================================================================================

@@ -61,8 +61,8 @@ from relay import __version__
 from relay.mistakes import Mistake
 from relay.options import Options
 
-RESERVED_FDS = 64
-"""File descriptors that are not for clients: the database, the log, the listening socket, the siblings."""
+RESERVED_FDS = 96
+"""File descriptors that are not for clients: the database, the log, the listening socket, the siblings, the homes."""
 
 RECORDS_SECONDS = 10.0
 """How long the last thing a worker does, writing the records that are still queued, may take."""

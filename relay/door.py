@@ -2,6 +2,12 @@
 
 Everything that all connections have in common is set once on the listening socket; on Linux an accepted one inherits
 it (tcp(7), socket(7)), which saves the system calls on each.
+
+Several workers share the listening socket, and accept by turns. All could accept all the time, but then each connection
+wakes every worker that has nothing to do, and the two sides of a transfer, which often come one right after the other,
+arrive at different workers. So one worker has the door for a while and then passes it on, at once when it is busy
+moving bytes. Nobody keeps account of whose turn it is: a worker that cannot know accepts, a worker that finds somebody
+else to be quicker stops, and once a second each looks whether somebody stands at a door that nobody opens.
 """
 
 from __future__ import annotations
@@ -9,7 +15,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +36,11 @@ KEEPALIVE_PROBE_SECONDS = 20
 
 ACCEPTS_PER_WAKE = 64
 """Connections taken in a row before the pumps and everybody else get their turn."""
+
+TURN_CONNECTIONS = 64
+TURN_SECONDS = 0.25
+"""How many connections a worker accepts, and for how long from the first of them, before the next one's turn comes. So
+the two sides of a transfer arrive at the same worker as a rule, and transfers go to one after the other."""
 
 FULL_PAUSE_SECONDS = 1.0
 """How long accepting rests when the process or the machine has no file descriptor or memory for another connection,
@@ -71,7 +84,7 @@ def _resolve(interface: str, port: int) -> tuple[socket.AddressFamily, tuple[Any
     try:
         numeric = socket.AI_PASSIVE | socket.AI_NUMERICHOST
         found = socket.getaddrinfo(interface, port, type=socket.SOCK_STREAM, flags=numeric)
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):
         raise Mistake(f"--interface {interface}: not an IPv4 or IPv6 address of this machine") from None
     family, _, _, _, address = found[0]
     return family, address
@@ -100,7 +113,8 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
     """Accepts connections and gives each to `admit`, in the hub: `admit` must not wait.
 
     At `is_full` it stops accepting, so that new connections wait in the kernel's listen queue; `reopen` is to be
-    called whenever there may be room again.
+    called whenever there may be room again. While it is `shared` with other workers, it accepts by turns: at the end
+    of one, which `is_busy` makes an early one, it calls `pass_on`, and stops if that found somebody.
     """
 
     max_accept = ACCEPTS_PER_WAKE
@@ -112,12 +126,21 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
         listener: socket.socket,
         admit: Callable[[socket.socket, tuple[Any, ...]], None],
         is_full: Callable[[], bool],
+        is_busy: Callable[[], bool],
+        pass_on: Callable[[], bool],
         note: Callable[[Bound], None],
     ) -> None:
         super().__init__(listener, handle=admit, spawn=None)
+        self.shared = False
         self._is_full = is_full
+        self._is_busy = is_busy
+        self._pass_on = pass_on
         self._note = note
         self._is_retired = False
+        self._has_turn = True
+        self._accepted = 0  # in this turn
+        self._turn_ends = 0.0
+        self._found_nobody = False  # when we last looked
 
     def retire(self) -> None:
         """Stop accepting for good; the listening socket stays open."""
@@ -125,22 +148,52 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
         self.stop_accepting()
 
     def start_accepting(self) -> None:
-        """Accept whatever comes, unless this door was retired; gevent and `reopen` call it."""
-        if not self._is_retired:
+        """Accept whatever comes, unless this door was retired or it is not our turn; gevent and `reopen` call it."""
+        if self._has_turn and not self._is_retired:
             super().start_accepting()
+
+    def take_turn(self) -> None:
+        """It is our turn, or may be."""
+        self._accepted = 0
+        self._found_nobody = False
+        if not self._has_turn:
+            self._has_turn = True
+            self.reopen()
+
+    def look_after_it(self) -> None:
+        """Take the turn of a worker that does not use it; to be called every now and then."""
+        if self.started and not self._has_turn and self._is_awaited():
+            self.take_turn()
+
+    def _is_awaited(self) -> bool:
+        queue = select.poll()
+        queue.register(self.socket, select.POLLIN)
+        return bool(queue.poll(0))
+
+    def _end_turn(self) -> None:
+        self._has_turn = False
+        self.stop_accepting()
 
     def full(self) -> bool:
         """Whether no further connection is to be accepted now; asked by gevent before each."""
         if self._is_full():
             self._note(Bound.CONNECTIONS)
+            if self.shared and self._pass_on():
+                self._has_turn = False  # gevent stops accepting
             return True
         return False
 
     def do_read(self) -> tuple[socket.socket, object] | None:
-        """Accept one connection; None when there is none, or nothing to accept it with."""
+        """Accept one connection; None when there is none, or nothing to accept it with, or our turn is over."""
+        if self.shared and self._accepted and self._is_turn_over() and self._pass_on():
+            self._end_turn()
+            return None
         try:
-            return self.socket.accept()  # type: ignore[no-any-return]
+            connection = self.socket.accept()
         except BlockingIOError:
+            if self.shared and self._found_nobody:
+                self._end_turn()  # twice in a row, so somebody has woken us: another worker was quicker
+            self._found_nobody = True
             return None
         except ConnectionError:
             return None  # it was gone before it was accepted
@@ -149,6 +202,14 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
                 raise
             self._rest()
             return None
+        if not self._accepted:
+            self._turn_ends = time.monotonic() + TURN_SECONDS
+        self._accepted += 1
+        self._found_nobody = False
+        return connection  # type: ignore[no-any-return]
+
+    def _is_turn_over(self) -> bool:
+        return self._accepted >= TURN_CONNECTIONS or self._is_busy() or time.monotonic() > self._turn_ends
 
     def do_close(self, *_: object) -> None:
         """Nothing: an accepted connection lives on after `admit` has returned."""

@@ -1,51 +1,117 @@
-"""Which worker a token lives with: rendezvous hashing, pure.
+"""Which worker a token lives with: the one where its first client waits; the kernel keeps it in mind for all.
 
-Tokens fall into `SLOTS` slots by their first digits, which are as random as the rest. Every worker gives every slot a
-score, and the one that scores highest is home to its tokens. Workers that know of the same siblings agree without
-talking, and when one comes or goes only those slots move that it wins or loses.
-(Thaler and Ravishankar, "A Name-Based Mapping Scheme for Rendezvous", 1996.)
+The workers of a relay have a few files open together, in memory and without names. Each token stands for a byte
+in one of them, far beyond its end. Who lets a client wait locks the byte of its token (fcntl(2), advisory record
+locking), which only one process can do at a time; who finds it locked learns by whom. The kernel releases the locks of
+a process in the moment in which it ends, however that happens: there is no table to repair, and nothing to agree upon.
+
+A worker that stands still keeps its locks. So a token has several bytes: the first that is not held by somebody who is
+absent counts. A home with another byte than the first is one for the time being, and tries again (see `siblings`), so
+that when the sleeper wakes all who wait for a token come together again.
+
+Closing any file descriptor of a file releases all locks that the process has on it: so none is ever closed but by
+`close`, nor a second one of the same file.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from typing import Protocol, TypeVar
+import errno
+import fcntl
+import os
+import struct
+import time
+from collections.abc import Callable, Sequence
 
-SLOTS = 1 << 10
+FILES = 32
+"""The kernel keeps the locks of a file in a list, so this is by how much the way through them is cut short."""
 
-_MASK = (1 << 64) - 1
+BYTES_OF_A_TOKEN = 4
+"""How many workers may stand still at once, less one, without keeping the clients of a token apart."""
 
-
-class Housed(Protocol):
-    """A worker, as far as its tokens are concerned."""
-
-    @property
-    def seed(self) -> int:
-        """64 bits that this worker alone has; see `seed_of`."""
-
-
-H = TypeVar("H", bound=Housed)
-
-
-def seed_of(name: str) -> int:
-    """The seed of the worker called `name`: any 64 bits will do, if everybody derives the same."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+_PRIME = (1 << 61) - 1
+_HEAD = struct.Struct("=dQ")  # when they were made, key
+_FLOCK = struct.Struct("hhqqi")  # type, whence, start, length, pid: struct flock of fcntl(2), offsets of 64 bits
+_MFD_NOEXEC_SEAL = 0x8  # include/uapi/linux/memfd.h; vm.memfd_noexec in the kernel's sysctl documentation
+_EXCLUSIVE = fcntl.LOCK_EX | fcntl.LOCK_NB
 
 
-def slot_of(token: bytes) -> int:
-    """The slot of `token`, which begins with at least three hexadecimal digits."""
-    return int(token[:3], 16) >> 2
+class Homes:
+    """The homes of all tokens, as the worker with these `fds` sees them; they are its own from now on. `made` is when
+    the first worker of the relay made them, in seconds of CLOCK_MONOTONIC."""
+
+    def __init__(self, fds: Sequence[int]) -> None:
+        self.fds = tuple(fds)
+        self._pid = os.getpid()
+        # The key is secret, or somebody could choose tokens that all fall into one list.
+        self.made, self._key = _HEAD.unpack(os.pread(self.fds[0], _HEAD.size, 0))
+
+    @classmethod
+    def make(cls) -> Homes:
+        """New ones, for the first worker of a relay; raises OSError when there are no file descriptors for them."""
+        fds = [_memory_file() for _ in range(FILES)]
+        key = 1 + int.from_bytes(os.urandom(16), "big") % (_PRIME - 1)
+        os.pwrite(fds[0], _HEAD.pack(time.monotonic(), key), 0)
+        return cls(fds)
+
+    def settle(self, token: bytes, is_there: Callable[[int], bool]) -> tuple[int, bool]:
+        """Find the home of `token`, or become it.
+
+        Returns the process id of the home, and whether that is certain: if not, we are home for the time being, and
+        have to ask again. `is_there` says of a process id other than our own whether it is of a worker that can be
+        home.
+        """
+        fd, first = self._place_of(token)
+        for byte in range(first, first + BYTES_OF_A_TOKEN):
+            if _lock(fd, byte):
+                return self._pid, byte == first
+            holder = _holder(fd, byte, 1)
+            if holder is None and _lock(fd, byte):  # it was released just now
+                return self._pid, byte == first
+            if holder is not None and is_there(holder):
+                return holder, True
+        return self._pid, False
+
+    def holder(self, token: bytes) -> int | None:
+        """The process id of a worker that is home to `token`, unless it is this one; None if nobody is."""
+        fd, first = self._place_of(token)
+        return _holder(fd, first, BYTES_OF_A_TOKEN)
+
+    def give_up(self, token: bytes) -> None:
+        """Be home to `token` no longer; nothing happens if we are not."""
+        fd, first = self._place_of(token)
+        fcntl.lockf(fd, fcntl.LOCK_UN, BYTES_OF_A_TOKEN, first)
+
+    def close(self) -> None:
+        """Be home to nothing any more, and let go of the files."""
+        for fd in self.fds:
+            os.close(fd)
+
+    def _place_of(self, token: bytes) -> tuple[int, int]:
+        """The file, and the first byte in it, that stand for `token`: universal hashing (Carter and Wegman, 1979)."""
+        number = int.from_bytes(token, "big") * self._key % _PRIME
+        return self.fds[number % FILES], number * BYTES_OF_A_TOKEN
 
 
-def homes_among(workers: Sequence[H]) -> list[H]:
-    """For each slot, the worker of `workers`, which are not none, that is home to it."""
-    return [max(workers, key=lambda worker: _score(slot, worker.seed)) for slot in range(SLOTS)]
+def _memory_file() -> int:
+    """A new memfd_create(2) file, of the harmless kind where the kernel knows it: some machines allow no other."""
+    try:
+        return os.memfd_create("relay-homes", os.MFD_CLOEXEC | _MFD_NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # Linux before 6.3
+            raise
+        return os.memfd_create("relay-homes", os.MFD_CLOEXEC)
 
 
-def _score(slot: int, seed: int) -> int:
-    """Mix slot and seed well: the finalizer of splitmix64 (Steele, Lea and Flood, 2014)."""
-    bits = ((slot + 1) * 0x9E3779B97F4A7C15 ^ seed) & _MASK
-    bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & _MASK
-    return bits ^ (bits >> 31)
+def _lock(fd: int, byte: int) -> bool:
+    try:
+        fcntl.lockf(fd, _EXCLUSIVE, 1, byte)
+    except OSError:
+        return False  # somebody else has it; or, very rarely, the kernel has no memory for another (ENOLCK)
+    return True
+
+
+def _holder(fd: int, byte: int, length: int) -> int | None:
+    """The process that keeps us from locking any of these bytes, or None if we could."""
+    wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, length, 0)
+    kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, wanted))
+    return None if kind == fcntl.F_UNLCK else int(pid)

@@ -11,6 +11,7 @@ import array
 import socket
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,7 +62,7 @@ class Link:
     """The connection to one sibling.
 
     It is known by its `greeting`, None until it has come. `ready` is whether it accepts connections, `leaving` whether
-    it is about to end, `silent` whether it has stopped answering.
+    it is about to end, `silent` whether it has stopped answering; `pairs` and `load` are what it last said of itself.
     """
 
     def __init__(self, owner: Correspondent, sock: socket.socket, pid: int, *, opened_by_sibling: bool) -> None:
@@ -69,7 +70,6 @@ class Link:
         self.opened_by_sibling = opened_by_sibling
         self.closed = False
         self.greeting: Greeting | None = None
-        self.seed = 0
         self.ready = False
         self.leaving = False
         self.silent = False
@@ -77,6 +77,7 @@ class Link:
         self.seconds_unheard = 0
         self.unconfirmed: dict[int, Parcel] = {}
         self.pairs = 0
+        self.load = 1.0
         self.handed_clients = 0
         self.handed_pairs = 0
         self._owner = owner
@@ -93,7 +94,7 @@ class Link:
     @property
     def live(self) -> bool:
         """Whether this sibling can be home to tokens."""
-        return self.ready and not self.leaving and not self.silent
+        return self.ready and not self.leaving and not self.silent and not self.closed
 
     @property
     def busy(self) -> bool:
@@ -187,11 +188,10 @@ class Link:
             return False
         return True
 
-    def welcome(self, greeting: Greeting, listener: socket.socket | None) -> None:
-        """Answer a newcomer's greeting, and give it the relay's listening socket."""
-        fds = [] if listener is None else [listener.fileno()]
+    def welcome(self, greeting: Greeting, fds: Sequence[int]) -> None:
+        """Answer a newcomer's greeting, and give it these file descriptors."""
         try:
-            socket.send_fds(self._sock, [greeting.encode()], fds)
+            socket.send_fds(self._sock, [greeting.encode()], list(fds))
         except OSError:
             pass  # it has gone again, which reading finds out
 

@@ -20,6 +20,7 @@ from typing import Any
 import gevent
 from gevent.event import Event
 
+from relay.balance import Balance
 from relay.bounds import Bound, BoundsMet, Sources, is_loopback, source_of
 from relay.client import Client, Stage
 from relay.deadlines import Deadlines
@@ -27,6 +28,7 @@ from relay.door import Door, is_at, open_port
 from relay.handshake import LONGEST, Handshake, Refusal, read_handshake
 from relay.late_spares import LateSpares
 from relay.link import Link
+from relay.load import Load
 from relay.mistakes import Mistake
 from relay.options import Options
 from relay.pace import Pace
@@ -84,6 +86,8 @@ class Relay:
         self._relay_pace = None if options.relay_rate is None else Pace(options.relay_rate)
         self._limits = self._limits_of_pairs()
         self._next_idle_check = 0.0
+        self._balance: Balance[Pair] = Balance()
+        self._load = Load()
         self._pipes = PipePool()
         self._turns = Turns()
         self._told: tuple[int, int] | None = None
@@ -94,7 +98,6 @@ class Relay:
         self._current_greenlet: gevent.Greenlet | None = None
         self._grace_ends: float | None = None
         self._given_up = False
-        self._has_strays = False
         self._changed = Event()
         self._ended = Event()
 
@@ -111,7 +114,7 @@ class Relay:
         """
         listener = None if self.siblings is None else self.siblings.join()
         if listener is None:
-            return open_port(self.options.interface, self.options.port)
+            return self._open_port()
         if not is_at(listener, self.options.interface, self.options.port):
             address, port = listener.getsockname()[:2]
             raise Mistake(
@@ -120,10 +123,23 @@ class Relay:
             )
         return listener
 
+    def _open_port(self) -> socket.socket:
+        try:
+            return open_port(self.options.interface, self.options.port)
+        except Mistake as mistake:
+            if self.siblings is None or not self.siblings.unanswering:
+                raise
+            raise Mistake(
+                f"--run-dir {self.options.run_dir}: {self.siblings.unanswering} of its workers do not answer; "
+                f"wait until they run again, or end them ({mistake})"
+            ) from None
+
     def start(self, listener: socket.socket, recorder: Recorder) -> None:
         """Begin to accept from `listener`, and to record with `recorder`."""
         self._recorder = recorder
-        self._door = Door(listener, self._accepted, self._is_full, self._bounds_met.note)
+        self._door = Door(
+            listener, self._accepted, self._is_full, self._turns.busy, self._pass_the_door_on, self._bounds_met.note
+        )
         self._tick.start(self._every_second)
         self._current_greenlet = gevent.spawn(self._keep_current_fresh)
         self._door.start()
@@ -161,11 +177,7 @@ class Relay:
         """Give everything that is here into other hands, or, when there are none, begin to end it."""
         if self.siblings is not None and not self.siblings.alone:
             self._grace_ends = None
-            for client in list(self._deadlines):
-                if client.stage is not Stage.LEAVING:
-                    self._uproot(client)
-            for pair in list(self.pairs):
-                self._hand_on_pair(pair)
+            self._hand_everything_on(self.siblings)
             return
         for pair in self.pairs:
             if not pair.started_pumping:
@@ -175,6 +187,17 @@ class Relay:
             logger.info("stopping: %d transfers have %g seconds to finish", len(self.pairs), self.options.grace)
         if not self._given_up and (self.siblings is None or not self.siblings.hopes):
             self._give_up()
+
+    def _hand_everything_on(self, siblings: Siblings) -> None:
+        for client in list(self._deadlines):
+            if client.stage is Stage.WAITING:
+                self._uproot(client, siblings.home(client.token) or siblings.any_home())
+            elif client.stage is Stage.SHAKING:
+                self._hand_on(client, siblings.any_home())
+        for pair in list(self.pairs):
+            if siblings.alone:
+                return  # things have changed meanwhile
+            self._hand_on_pair(pair, siblings.any_home())
 
     def _give_up(self) -> None:
         """Nobody will take over: close the port, and send those away who have no partner."""
@@ -290,11 +313,13 @@ class Relay:
 
     def _admit(self, client: Client) -> None:
         """See a client whose handshake is whole to its token's home."""
-        home = None if self.siblings is None else self.siblings.home(client.token)
+        home = None
+        if self.siblings is not None and not self._room.waiting_for(client.token):
+            if client.hops <= MOST_HOPS:
+                home = self.siblings.home(client.token)
+            else:
+                self.siblings.ask_again()
         if home is None:
-            self._meet(client)
-        elif client.hops > MOST_HOPS:
-            self._has_strays = True
             self._meet(client)
         else:
             self._hand_on(client, home)
@@ -306,6 +331,7 @@ class Relay:
                 self._room.leave(partner)
                 spares = self._room.take_all(client.token)
                 if self.siblings is not None:
+                    self.siblings.give_up(client.token)
                     self._late_spares.matched(client.token, time.monotonic())
                 self._pair(partner, client)
                 for spare in spares:
@@ -313,6 +339,9 @@ class Relay:
                     self._send_away(spare)
                 return
             self._interrupted(partner)
+            if not self._room.waiting_for(client.token):
+                self._admit(client)  # nobody is home to it now
+                return
         self._wait(client)
 
     def _wait(self, client: Client) -> None:
@@ -338,6 +367,12 @@ class Relay:
             self._bounds_met.note(Bound.WAITING)
             self._overdue(self._room.oldest())
 
+    def _leave_room(self, client: Client) -> None:
+        """Take out of the waiting room somebody who is not matched."""
+        self._room.leave(client)
+        if self.siblings is not None and not self._room.waiting_for(client.token):
+            self.siblings.give_up(client.token)
+
     def _has_kept_quiet(self, client: Client) -> bool:
         """Whether a waiting client is still there and has sent nothing, as far as the kernel knows by now."""
         try:
@@ -356,7 +391,7 @@ class Relay:
             return  # a false alarm
         except OSError:
             spoke = False
-        self._room.leave(client)
+        self._leave_room(client)
         if spoke:
             self._refuse(client, Refusal.IMPATIENT, left=False)
         else:
@@ -434,30 +469,28 @@ class Relay:
         self._forget(client)
         home.hand_client(client)
 
-    def _hand_on_pair(self, pair: Pair) -> None:
-        """Give a pair in mid-transfer to a sibling; there is one."""
-        assert self.siblings is not None
+    def _hand_on_pair(self, pair: Pair, sibling: Link) -> None:
+        """Give a pair in mid-transfer to a sibling."""
         pair.detach()
-        if pair not in self.pairs or self.siblings.alone:
-            return  # things have changed meanwhile
+        if pair not in self.pairs:
+            return  # it has ended meanwhile, or somebody else has handed it on
+        if not sibling.live:
+            self._pump(pair)
+            return
         self.pairs.discard(pair)
         self._finished_bytes += pair.moved  # as far as this worker is concerned
         self._stop_watching(pair.first)
         self._stop_watching(pair.second)
-        self.siblings.any_home().hand_pair(pair)
+        sibling.hand_pair(pair)
 
-    def _uproot(self, client: Client) -> None:
-        """See a client that is here to where it belongs now; one that waits or has not even shaken hands."""
-        if client.stage is Stage.WAITING:
-            self._room.leave(client)
-            client.stage = Stage.SHAKING
-            client.hops = 0
-            self._admit(client)
-        elif self.stopping:
-            assert self.siblings is not None
-            self._hand_on(client, self.siblings.any_home())
+    def _uproot(self, client: Client, home: Link) -> None:
+        """Hand on a client that waits here and belongs elsewhere now."""
+        self._leave_room(client)
+        client.stage = Stage.SHAKING
+        client.hops = 0
+        self._hand_on(client, home)
 
-    def take_in(self, client: Client, *, at_home: bool) -> None:
+    def take_in(self, client: Client) -> None:
         """A sibling has handed `client` on."""
         self._open += 1
         client.source = self._source_of_peer(client.sock)
@@ -468,8 +501,6 @@ class Relay:
         if self._late_spares.is_late(client.token, client.asked):
             self._finish(client, "lonely")
             self._send_away(client)
-        elif at_home and not self.stopping:
-            self._meet(client)
         else:
             self.take_back(client)
 
@@ -532,11 +563,26 @@ class Relay:
 
     def siblings_changed(self) -> None:
         """Look again where everybody belongs."""
-        if self.siblings is not None and not self.stopping:
+        assert self.siblings is not None
+        if not self.stopping:
             for client in self._room:
-                if self.siblings.home(client.token) is not None:
-                    self._uproot(client)
+                home = self.siblings.home(client.token)
+                if home is not None:
+                    self._uproot(client, home)
+            if self._door is not None:
+                self._door.shared = not self.siblings.alone
+                self._door.take_turn()  # whose it is may be unclear now
         self._changed.set()
+
+    def turn_at_the_door(self, passed_by: int) -> None:
+        """A sibling has passed the door on to us."""
+        assert self._door is not None
+        if (self.stopping or self._is_full()) and self._pass_the_door_on(passed_by + 1):
+            return
+        self._door.take_turn()
+
+    def _pass_the_door_on(self, passed_by: int = 0) -> bool:
+        return self.siblings is not None and self.siblings.pass_the_door_on(passed_by)
 
     def sibling_gone(self) -> None:
         """Write down at once what the relay is without it."""
@@ -637,10 +683,11 @@ class Relay:
         self._cut_idle_pairs(now)
         busy = self._share_the_rate()
         if self.siblings is not None:
-            self.siblings.every_second(busy)
-            if self._has_strays:
-                self._has_strays = False
-                self.siblings_changed()
+            load = self._load.lately()
+            self.siblings.every_second(busy, load)
+            self._share_the_work(self.siblings, load)
+            assert self._door is not None
+            self._door.look_after_it()
         for line in self._bounds_met.lines(now):
             logger.warning("%s", line)
         connected_and_waiting = (len(self.pairs), len(self._room))
@@ -659,6 +706,18 @@ class Relay:
         self._relay_pace.sharers = max(1, busy)
         return busy
 
+    def _share_the_work(self, siblings: Siblings, load: float) -> None:
+        """Hand transfers on to a sibling that has less to do, if there is one."""
+        link = siblings.idlest()
+        if link is not None and not self.stopping:
+            surplus = self._balance.surplus(self.pairs, load, link.load)
+            if surplus:
+                gevent.spawn(self._hand_on_pairs, surplus, link)
+
+    def _hand_on_pairs(self, pairs: list[Pair], link: Link) -> None:
+        for pair in pairs:
+            self._hand_on_pair(pair, link)
+
     def _cut_idle_pairs(self, now: float) -> None:
         if now < self._next_idle_check:
             return
@@ -670,7 +729,7 @@ class Relay:
         if client.stage is Stage.SHAKING:
             self._refuse(client, Refusal.BAD_HANDSHAKE, left=False)
         elif client.stage is Stage.WAITING:
-            self._room.leave(client)
+            self._leave_room(client)
             self._finish(client, "lonely")
             self._send_away(client)
         else:

@@ -2,14 +2,15 @@
 
 A link begins with one JSON object from each end, `Hello` from the worker that connects and `Welcome` from the other.
 These two never change, so that workers of any two versions can find out whether they understand each other, and so
-that even those that do not can pass the listening socket on. Everything after them is of the language `LANGUAGE`, one
-message a packet:
+that even those that do not can pass the listening socket on, which comes last beside the `Welcome`. Everything else is
+of the language `LANGUAGE`: the files of `homes`, which come before the listening socket, and one message a packet:
 
 =========  ===========================================================================================
 ``R``      ready: I accept connections and am home to my share of the tokens
 ``L``      leaving: send me nothing more, I am handing on what I have
 ``F``      farewell, the answer to ``L``: nothing more will come from me
-``.``      still here, with so many transfers
+``.``      still here, with so many transfers, using such a part of a processor
+``D``      your turn at the door, which so many had no room to take (see `door`)
 ``H``      clients that have no partner yet, their sockets beside the packet
 ``P``      a pair in mid-transfer, its sockets and pipes beside the packet
 ``C``      confirmed: what came with that serial number is mine now
@@ -27,13 +28,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-LANGUAGE = 1
+LANGUAGE = 2
 """Raised whenever a message of before would be misunderstood."""
 
 READY = b"R"
 LEAVING = b"L"
 FAREWELL = b"F"
 STILL_HERE = b"."
+TURN_AT_THE_DOOR = b"D"
 HANDED_CLIENTS = b"H"
 HANDED_PAIR = b"P"
 CONFIRMED = b"C"
@@ -45,10 +47,11 @@ CLIENTS_PER_PACKET = 64
 LARGEST_PACKET = 192 << 10
 """Bytes; the two remainders of a pair that copies, and some more. The kernel's default send buffer takes it."""
 
-_ENVELOPE = struct.Struct("!cQdQ")  # kind, serial number, when it was sent, who the sender thinks is there
+_ENVELOPE = struct.Struct("!cQd")  # kind, serial number, when it was sent
 _ANSWER = struct.Struct("!cQ")  # kind, serial number
 _CLIENT = struct.Struct("!dddBBBB")  # started, arrived, asked, hops, length of token, of side, of what it has sent
-_COUNT = struct.Struct("!I")
+_STILL_HERE = struct.Struct("!cIf")  # kind, transfers, load
+_TURN = struct.Struct("!cI")  # kind, how many had no room
 _PAIR = struct.Struct("!ddd")  # started, arrived, waiting time
 _PUMP = struct.Struct("!QI??I")  # moved, held, over, splices, length of what rests in it
 
@@ -117,12 +120,10 @@ class HandedClient:
 
 @dataclass(slots=True)  # not frozen: there are thousands a second, and freezing makes each three times as dear
 class Envelope:
-    """What is on every parcel: its serial number, when it was sent (seconds of CLOCK_MONOTONIC), and a fingerprint of
-    whom the sender takes to be alive, 64 bits. A receiver with the same fingerprint agrees about every home."""
+    """What is on every parcel: its serial number, and when it was sent, in seconds of CLOCK_MONOTONIC."""
 
     serial: int
     sent: float
-    view: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,14 +158,25 @@ def kind_of(packet: bytes) -> bytes:
     return packet[:1]
 
 
-def encode_still_here(pairs: int) -> bytes:
-    """A ``.`` from a worker with `pairs` transfers."""
-    return STILL_HERE + _COUNT.pack(pairs)
+def encode_still_here(pairs: int, load: float) -> bytes:
+    """A ``.`` from a worker with `pairs` transfers that uses `load` of a processor."""
+    return _STILL_HERE.pack(STILL_HERE, pairs, load)
 
 
-def decode_still_here(packet: bytes) -> int:
-    """How many transfers the sender of a ``.`` has."""
-    return int(_unpack(_COUNT, packet, 1)[0])
+def decode_still_here(packet: bytes) -> tuple[int, float]:
+    """How many transfers the sender of a ``.`` has, and its load."""
+    _, pairs, load = _unpack(_STILL_HERE, packet, 0)
+    return int(pairs), float(load)
+
+
+def encode_turn(passed_by: int) -> bytes:
+    """A ``D`` that `passed_by` workers had no room to take."""
+    return _TURN.pack(TURN_AT_THE_DOOR, passed_by)
+
+
+def decode_turn(packet: bytes) -> int:
+    """How many workers had no room to take a ``D``."""
+    return int(_unpack(_TURN, packet, 0)[1])
 
 
 def encode_answer(kind: bytes, serial: int) -> bytes:
@@ -179,13 +191,13 @@ def decode_answer(packet: bytes) -> int:
 
 def decode_envelope(packet: bytes) -> Envelope:
     """The envelope of an ``H`` or ``P``; raises Misunderstood."""
-    _, serial, sent, view = _unpack(_ENVELOPE, packet, 0)
-    return Envelope(serial, sent, view)
+    _, serial, sent = _unpack(_ENVELOPE, packet, 0)
+    return Envelope(serial, sent)
 
 
 def encode_clients(envelope: Envelope, clients: Sequence[ClientState]) -> bytes:
     """An ``H`` with up to `CLIENTS_PER_PACKET` clients; their sockets go beside it in the same order."""
-    parts = [_ENVELOPE.pack(HANDED_CLIENTS, envelope.serial, envelope.sent, envelope.view)]
+    parts = [_ENVELOPE.pack(HANDED_CLIENTS, envelope.serial, envelope.sent)]
     for client in clients:
         token, side, received = client.token, client.side or b"", client.received
         hops = min(client.hops + 1, 255)
@@ -229,7 +241,7 @@ def encode_pair(envelope: Envelope, pair: PairState) -> bytes:
     """A ``P``. Beside it go the sockets of both sides, then inlet and outlet of each pump's pipe that holds bytes."""
     return b"".join(
         (
-            _ENVELOPE.pack(HANDED_PAIR, envelope.serial, envelope.sent, envelope.view),
+            _ENVELOPE.pack(HANDED_PAIR, envelope.serial, envelope.sent),
             _PAIR.pack(pair.started, pair.arrived, pair.waiting_time),
             *(
                 _PUMP.pack(pump.moved, pump.held, pump.over, pump.splices, len(pump.rest))

@@ -2,7 +2,8 @@
 
 Each pair of workers keeps one link, a SEQPACKET connection in the run directory, opened by the one that came later.
 A link that ends is a worker that has died, known at once. What is said is in `sibling_language`; who is home to a
-token, in `homes`; what becomes of a client that was handed here, or comes back, the `Household` decides (see `server`).
+token, in `homes`; whose turn it is to accept connections, in `door`; what becomes of a client that was handed here, or
+comes back, the `Household` decides (see `server`).
 
 Handing on never leaves a connection without an owner, nor with two:
 
@@ -15,9 +16,8 @@ Handing on never leaves a connection without an owner, nor with two:
 
 from __future__ import annotations
 
-import functools
+import errno
 import logging
-import operator
 import os
 import select
 import socket
@@ -29,7 +29,7 @@ import gevent
 
 from relay import __version__
 from relay.client import Client
-from relay.homes import homes_among, seed_of, slot_of
+from relay.homes import FILES, Homes
 from relay.link import Link, Parcel
 from relay.mistakes import Mistake
 from relay.pair import Pair
@@ -44,6 +44,7 @@ from relay.sibling_language import (
     READY,
     REFUSED,
     STILL_HERE,
+    TURN_AT_THE_DOOR,
     Envelope,
     Greeting,
     HandedClient,
@@ -54,8 +55,10 @@ from relay.sibling_language import (
     decode_envelope,
     decode_pair,
     decode_still_here,
+    decode_turn,
     encode_answer,
     encode_still_here,
+    encode_turn,
     kind_of,
 )
 
@@ -79,8 +82,8 @@ logger = logging.getLogger(__name__)
 class Household(Protocol):
     """What this worker does with what comes to it."""
 
-    def take_in(self, client: Client, *, at_home: bool) -> None:
-        """A sibling has handed this client on; it is ours now. `at_home` if we are surely home to its token."""
+    def take_in(self, client: Client) -> None:
+        """A sibling has handed this client on; it is ours now."""
 
     def take_back(self, client: Client) -> None:
         """A sibling could not take this client."""
@@ -98,18 +101,22 @@ class Household(Protocol):
         """The same for a pair."""
 
     def siblings_changed(self) -> None:
-        """Another worker is home to some tokens now. One has come, or gone, or fallen silent, or woken."""
+        """Those who wait may belong elsewhere now. Somebody has come, or gone, or fallen silent, or woken."""
+
+    def turn_at_the_door(self, passed_by: int) -> None:
+        """It is our turn to accept connections; so many in a row had no room for any."""
 
     def sibling_gone(self) -> None:
         """A link has ended."""
 
 
 class Siblings:
-    """All links of this worker, and who of those at their ends is home to what."""
+    """All links of this worker, and which of those at their ends is home to a token."""
 
     def __init__(self, run_dir: RunDir, household: Household) -> None:
         self.links: set[Link] = set()
-        self.seed = seed_of(run_dir.own_name)
+        self.unanswering = 0
+        """How many workers did not answer in time when we joined."""
         self.leaving = False
         self.alone = True
         """Whether there is nobody to hand anything to."""
@@ -117,8 +124,10 @@ class Siblings:
         self._household = household
         self._serial = 0
         self._port: socket.socket | None = None
-        self._home_of_slot: list[Link | Siblings] = []
-        self._view = self.seed
+        self._homes: Homes | None = None
+        self._unwanted_fds: list[int] = []
+        self._live: dict[int, Link] = {}  # those who can be home, by their process ids
+        self._unsettled = False
         self._refused: list[Parcel] = []
         self._turn = 0
         self._warned: set[str] = set()
@@ -151,6 +160,7 @@ class Siblings:
             for fd, _ in waiting.poll(left * 1000):
                 waiting.unregister(fd)
                 unanswered.pop(fd).read()
+        self.unanswering = len(unanswered)
         return self._port
 
     def _greet(self, sock: socket.socket) -> None:
@@ -163,8 +173,13 @@ class Siblings:
         return Greeting(self._run_dir.own_name, os.getpid(), __version__, LANGUAGE, self.leaving)
 
     def announce(self, listener: socket.socket) -> None:
-        """Take part: the relay's port is open here, and newcomers get `listener` from us too."""
+        """Take part: the relay's port is open here, and newcomers get `listener` from us too.
+
+        Raises Mistake.
+        """
         self._port = listener
+        if self._homes is None:
+            self._homes = self._make_homes()
         self._visit_from_now_on()
         for link in self._greeted():
             link.say(READY)
@@ -174,6 +189,15 @@ class Siblings:
             "joined the relay in %s: %s", self._run_dir.path, f"siblings {pids}" if pids else "the first worker"
         )
         self._change()
+
+    def _make_homes(self) -> Homes:
+        try:
+            if not self._greeted():
+                return Homes.make()
+            reason = errno.EMFILE  # those of a sibling did not all arrive
+        except OSError as error:
+            reason = error.errno or 0
+        raise Mistake(f"--run-dir {self._run_dir.path}: {os.strerror(reason)}; raise the limit (ulimit -n)")
 
     def _visit_from_now_on(self) -> None:
         assert self._own_socket is not None
@@ -226,33 +250,68 @@ class Siblings:
     # Homes
 
     def home(self, token: bytes) -> Link | None:
-        """The sibling that is home to `token`, or None when we are, or when nobody else could be."""
+        """The sibling that is home to `token`, or None when we are, or when nobody else could be.
+
+        Unless we leave, asking makes us its home when nobody is: until `give_up`.
+        """
         if self.alone:
             return None
-        home = self._home_of_slot[slot_of(token)]
-        return home if isinstance(home, Link) else None
+        assert self._homes is not None
+        if self.leaving:
+            holder = self._homes.holder(token)
+            return self._live[holder] if holder in self._live else self._heir(token)
+        pid, certain = self._homes.settle(token, self._live.__contains__)
+        if not certain:
+            self._unsettled = True
+        return self._live.get(pid)
+
+    def _heir(self, token: bytes) -> Link:
+        """The live sibling that gets those who wait for `token`: the same one for all of them."""
+        links = list(self._live.values())
+        return links[int(token[:8], 16) % len(links)]
+
+    def give_up(self, token: bytes) -> None:
+        """Be home to `token` no longer: nobody waits for it here."""
+        if self._homes is not None:
+            self._homes.give_up(token)
+
+    def ask_again(self) -> None:
+        """Somebody waits here who may belong elsewhere: look again within a second."""
+        self._unsettled = True
 
     def any_home(self) -> Link:
         """Some live sibling, another one each time; there is one (see `alone`)."""
-        links = [link for link in self.links if link.live]
+        links = list(self._live.values())
         self._turn += 1
         return links[self._turn % len(links)]
 
+    def idlest(self) -> Link | None:
+        """The live sibling that has the least to do, as far as we know; None if nobody is there."""
+        return min(self._live.values(), key=lambda link: link.load, default=None)
+
+    def pass_the_door_on(self, passed_by: int = 0) -> bool:
+        """Tell the next sibling that it is its turn to accept.
+
+        False when the turn has come round and nobody has room, or when nobody is there.
+        """
+        if not self._live or passed_by > len(self._live):
+            return False
+        later = [pid for pid in self._live if pid > os.getpid()]
+        self._live[min(later or self._live)].say(encode_turn(passed_by))
+        return True
+
     def _change(self) -> None:
-        """Somebody has come or gone: find out again who is home to what."""
+        """Somebody has come or gone: find out again who can be home."""
         unsent = [parcel for link in self.links for parcel in link.take_back_unsent()]
-        live: list[Link | Siblings] = [link for link in self.links if link.live]
-        self.alone = not live
-        homes = live if self.leaving else [*live, self]
-        self._home_of_slot = homes_among(homes) if live else []
-        self._view = functools.reduce(operator.xor, (worker.seed for worker in homes), 0)
+        self._live = {link.pid: link for link in self.links if link.live}
+        self.alone = not self._live
         self._household.siblings_changed()
         self._have_back(unsent)  # they were on their way to where they belonged before
 
     def share(self, pairs: int) -> float:
         """Which part of the relay's transfers are ours, if we have so many; of something that all workers share."""
         own = max(pairs, 1)
-        return own / (own + sum(link.pairs for link in self.links if link.live))
+        return own / (own + sum(link.pairs for link in self._live.values()))
 
     def _greeted(self) -> list[Link]:
         return [link for link in self.links if link.greeting is not None]
@@ -262,7 +321,7 @@ class Siblings:
     def envelope(self) -> Envelope:
         """What goes on the next parcel."""
         self._serial += 1
-        return Envelope(self._serial, time.monotonic(), self._view)
+        return Envelope(self._serial, time.monotonic())
 
     def _visited(self) -> None:
         assert self._own_socket is not None
@@ -297,9 +356,11 @@ class Siblings:
         newcomer = link.opened_by_sibling
         if fds and not newcomer and self._port is None:
             self._port = socket.socket(fileno=fds.pop())
+        if greeting.language == LANGUAGE and not newcomer:
+            self._hear_of_homes(fds)
         _close_all(fds)
         if newcomer:
-            link.welcome(self._greeting(), self._port)
+            link.welcome(self._greeting(), self._fds_for(greeting.language))
         if greeting.language != LANGUAGE:
             logger.warning(
                 "worker %d is relay-gevent %s, which speaks another language: each finishes what it holds by itself",
@@ -309,7 +370,6 @@ class Siblings:
             self.lost(link)
             return
         link.greeting = greeting
-        link.seed = seed_of(greeting.name)
         link.leaving = greeting.leaving
         link.ready = not newcomer
         if link.leaving:
@@ -317,6 +377,30 @@ class Siblings:
         if not newcomer and self._visits is not None:  # it was too slow for `join`: catch up with `announce`
             link.say(READY)
             self._change()
+
+    def _fds_for(self, language: int) -> list[int]:
+        """What a newcomer of that language gets."""
+        listener = [] if self._port is None else [self._port.fileno()]
+        homes = self._homes.fds if self._homes is not None and language == LANGUAGE else ()
+        return [*homes, *listener]
+
+    def _hear_of_homes(self, fds: list[int]) -> None:
+        """A sibling has given us the files of its homes, first among `fds`; they are to be ours, too."""
+        if len(fds) < FILES:  # no file descriptor was left for all of them
+            self._unwanted_fds += fds
+            fds.clear()
+            return
+        homes, fds[:] = Homes(fds[:FILES]), fds[FILES:]
+        if self._homes is None:
+            self._homes = homes
+        elif homes.made < self._homes.made:
+            # It was too slow for `join`, so that we took ourselves for the first.
+            self._homes.close()
+            self._homes = homes
+        elif self._visits is None:
+            homes.close()
+        else:
+            self._unwanted_fds += homes.fds  # to close them now would release our own locks
 
     def _heard_sibling(self, link: Link, packet: bytes, fds: list[int]) -> None:
         kind = kind_of(packet)
@@ -342,7 +426,9 @@ class Siblings:
             link.said_farewell = True
             self._household.sibling_gone()
         elif kind == STILL_HERE:
-            link.pairs = decode_still_here(packet)
+            link.pairs, link.load = decode_still_here(packet)
+        elif kind == TURN_AT_THE_DOOR:
+            self._household.turn_at_the_door(decode_turn(packet))
         else:
             raise Misunderstood(f"a message of the kind {kind!r}")
 
@@ -353,10 +439,9 @@ class Siblings:
             _close_all(fds)
             return
         assert self._port is not None
-        agreed = envelope.view == self._view
         for handed, fd in zip(clients, fds, strict=True):
             sock = socket.socket(self._port.family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=fd)
-            self._household.take_in(_client_from(handed, sock), at_home=agreed and bool(handed.token))
+            self._household.take_in(_client_from(handed, sock))
 
     def _take_pair(self, link: Link, packet: bytes, fds: list[int]) -> None:
         envelope = decode_envelope(packet)
@@ -408,8 +493,9 @@ class Siblings:
 
     # By the clock
 
-    def every_second(self, pairs: int) -> None:
-        """Say that we are here, with so many transfers, notice who is not, and try again what did not work."""
+    def every_second(self, pairs: int, load: float) -> None:
+        """Say that we are here, with so many transfers and such a load, notice who is not, and try again what did not
+        work."""
         for link in list(self.links):
             link.read_all()  # what has come counts, however late we are to read it
         for link in list(self.links):
@@ -421,10 +507,13 @@ class Siblings:
             if link.seconds_unheard > SILENT_SECONDS:
                 self._pass_over(link)
             elif not link.busy:
-                link.say(encode_still_here(pairs))
+                link.say(encode_still_here(pairs, load))
             link.send_again()
         refused, self._refused = self._refused, []
         self._have_back(refused)
+        if self._unsettled:
+            self._unsettled = False
+            self._household.siblings_changed()
         self._keep_to_be_found()
 
     def _pass_over(self, link: Link) -> None:

@@ -40,6 +40,10 @@ class Turns:
         self._queue: deque[Any] = deque()
         self._timer = self._hub.loop.timer(0.0)
 
+    def busy(self) -> bool:
+        """Whether a pump waits for its turn."""
+        return bool(self._queue)
+
     def size(self) -> int:
         """Bytes that a pump may move in the turn it is about to have."""
         if self._considerate:

@@ -47,9 +47,7 @@ class Stream:
         self.digest.update(chunk)
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Stream) and self.size == other.size and self.digest.digest() == other.digest.digest()
-        )
+        return isinstance(other, Stream) and self.size == other.size and self.digest.digest() == other.digest.digest()
 
     def __repr__(self) -> str:
         return f"Stream({self.size}, {self.digest.hexdigest()[:8]})"

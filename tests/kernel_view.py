@@ -20,6 +20,7 @@ import pytest
 
 from tests.harness import wait_until
 
+_LISTENING = "0A"  # TCP_LISTEN in /proc/net/tcp, see proc_net_tcp(5)
 _PIDFD_GETFD = 438  # the same number on every architecture, see pidfd_getfd(2)
 _SIOCOUTQ = 0x5411  # linux/sockios.h: bytes in the send queue that the peer has not acknowledged
 _F_GETPIPE_SZ = 1032
@@ -117,3 +118,46 @@ def _in_each_pipe(pid: int, question: Callable[[int], int]) -> list[int]:
         finally:
             os.close(duplicate)
     return list(answers.values())
+
+
+def listener_inode(port: int) -> int:
+    """The inode of the socket that listens on `port` of an IPv4 address, by which the kernel knows it everywhere."""
+    return int(_listener(port)[9])
+
+
+def in_listen_queue(port: int) -> int:
+    """How many connections wait at `port` of an IPv4 address until somebody accepts them."""
+    return int(_listener(port)[4].partition(":")[2], 16)
+
+
+def _listener(port: int) -> list[str]:
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == _LISTENING and int(fields[1].partition(":")[2], 16) == port:
+            return fields
+    raise AssertionError(f"nobody listens on port {port}")
+
+
+def watches(pid: int, inode: int) -> bool:
+    """Whether an epoll of a process watches the socket with that inode: epoll's ``tfd`` lines, see proc_pid_fdinfo(5).
+
+    libev takes a socket that it watches no longer out of epoll when that has something to say the next time.
+    """
+    return any(line.startswith("tfd:") and f" ino:{inode:x} " in line for line in _fdinfo(pid))
+
+
+def locks(pid: int, fd: int) -> int:
+    """How many ranges of the file behind a file descriptor of a process are locked by it: see proc_pid_fdinfo(5)."""
+    return sum(line.startswith("lock:") for line in _read_lines(Path(f"/proc/{pid}/fdinfo/{fd}")))
+
+
+def _fdinfo(pid: int) -> Iterator[str]:
+    for path in list(Path(f"/proc/{pid}/fdinfo").iterdir()):
+        yield from _read_lines(path)
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except FileNotFoundError:  # closed meanwhile
+        return []

@@ -192,9 +192,7 @@ class RelayModel(RuleBasedStateMachine):
 
     def _meet(self, client: Client) -> None:
         rivals = [other for other in self.waiting if other.token == client.token]
-        matches = [
-            other for other in rivals if other.side is None or client.side is None or other.side != client.side
-        ]
+        matches = [other for other in rivals if other.side is None or client.side is None or other.side != client.side]
         if not matches:
             self.waiting.append(client)
             time.sleep(BARRIER_SECONDS)

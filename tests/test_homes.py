@@ -1,79 +1,312 @@
-"""Rendezvous hashing: balanced, agreed upon, and steady."""
+"""A token lives with the worker where its first client waits, and the kernel tells all the others."""
 
 from __future__ import annotations
 
-import secrets
-from collections import Counter
-from dataclasses import dataclass
+import contextlib
+import errno
+import os
+import random
+from collections.abc import Callable, Iterator
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import pytest
 
-from relay.homes import SLOTS, homes_among, seed_of, slot_of
+from relay.homes import BYTES_OF_A_TOKEN, FILES, Homes
+from tests.harness import new_token, open_fds
+from tests.homes_worker import HomesWorker
+from tests.kernel_view import locks
 
-
-@dataclass(frozen=True)
-class Worker:
-    """A worker as `relay.homes` sees it."""
-
-    seed: int
-
-
-names = st.text(alphabet="0123456789abcdef-", min_size=1, max_size=24)
-workers = st.lists(names.map(lambda name: Worker(seed_of(name))), min_size=1, max_size=12, unique=True)
-tokens = st.binary(min_size=32, max_size=32).map(lambda some: some.hex().encode())
+Start = Callable[[int], list[HomesWorker]]
 
 
-@given(tokens)
-def test_every_token_has_a_slot(token: bytes) -> None:
-    assert 0 <= slot_of(token) < SLOTS
-    assert slot_of(token.upper()) == slot_of(token)
+@pytest.fixture
+def homes() -> Iterator[Homes]:
+    """Homes that this process has made, and is home to nothing in."""
+    made = Homes.make()
+    yield made
+    made.close()
 
 
-def test_random_tokens_fall_into_all_slots_alike() -> None:
-    found = Counter(slot_of(secrets.token_hex(32).encode()) for _ in range(100 * SLOTS))
-    assert len(found) == SLOTS
-    assert max(found.values()) < 200
+@pytest.fixture
+def start(homes: Homes) -> Iterator[Start]:
+    """Start so many processes that have `homes`; all end with the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda number: [stack.enter_context(HomesWorker(homes.fds)) for _ in range(number)]
 
 
-@given(workers, st.randoms())
-@settings(deadline=None, max_examples=30)
-def test_workers_agree_whatever_order_they_know_each_other_in(some: list[Worker], chance: st.DataObject) -> None:
-    shuffled = list(some)
-    chance.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert homes_among(some) == homes_among(shuffled)
+def all_locks(worker: HomesWorker, homes: Homes) -> int:
+    """How many ranges of bytes a process has locked in all files; it knows these by the same numbers as we do."""
+    return sum(locks(worker.pid, fd) for fd in homes.fds)
 
 
-@given(workers)
-@settings(deadline=None, max_examples=30)
-def test_only_the_slots_of_the_worker_that_goes_move(some: list[Worker]) -> None:
-    before = homes_among(some)
-    for gone in some[1:]:
-        after = homes_among([worker for worker in some if worker != gone])
-        assert all(old in (gone, new) for old, new in zip(before, after, strict=True))
-        assert gone not in after
+def test_who_settles_first_is_the_home_and_everybody_learns_that(start: Start) -> None:
+    first, second, third = start(3)
+    token = new_token()
+    assert first.settle(token) == (first.pid, True)
+    for other in (second, third, second):
+        assert other.settle(token) == (first.pid, True)
 
 
-@given(workers, names)
-@settings(deadline=None, max_examples=30)
-def test_only_the_slots_that_a_newcomer_wins_move(some: list[Worker], name: str) -> None:
-    newcomer = Worker(seed_of(name))
-    if newcomer in some:
-        return
-    before, after = homes_among(some), homes_among([*some, newcomer])
-    assert all(new in (old, newcomer) for old, new in zip(before, after, strict=True))
+def test_a_token_that_was_given_up_is_free_for_the_next(start: Start) -> None:
+    first, second = start(2)
+    token = new_token()
+    first.settle(token)
+    first.give_up(token)
+    assert second.holder(token) is None
+    assert second.settle(token) == (second.pid, True)
+    assert first.settle(token) == (second.pid, True)
 
 
-def test_each_worker_is_home_to_about_as_much_as_the_others() -> None:
-    for count in range(2, 17):
-        for _ in range(5):
-            some = [Worker(seed_of(f"worker-{pid}-{secrets.token_hex(4)}")) for pid in range(4000, 4000 + count)]
-            share = Counter(homes_among(some))
-            assert len(share) == count
-            assert min(share.values()) > 0.5 * SLOTS / count
-            assert max(share.values()) < 1.6 * SLOTS / count
+def test_to_settle_twice_is_to_settle_once(start: Start, homes: Homes) -> None:
+    first, second = start(2)
+    token = new_token()
+    for _ in range(3):
+        assert first.settle(token) == (first.pid, True)
+        assert second.settle(token) == (first.pid, True)
+    assert (all_locks(first, homes), all_locks(second, homes)) == (1, 0)
+    first.give_up(token)
+    assert all_locks(first, homes) == 0
+    assert second.settle(token) == (second.pid, True)
 
 
-def test_a_seed_depends_on_the_name_alone() -> None:
-    assert seed_of("worker-1-00000000") == seed_of("worker-1-00000000")
-    assert seed_of("worker-1-00000000") != seed_of("worker-1-00000001")
+def test_nobody_gives_up_what_another_is_home_to(start: Start) -> None:
+    first, second = start(2)
+    token, never_settled = new_token(), new_token()
+    first.settle(token)
+    second.give_up(token, never_settled)
+    assert second.settle(token) == (first.pid, True)
+
+
+def test_the_holder_is_another_worker_and_never_oneself(start: Start) -> None:
+    first, second = start(2)
+    token = new_token()
+    assert (first.holder(token), second.holder(token)) == (None, None)
+    first.settle(token)
+    assert (first.holder(token), second.holder(token)) == (None, first.pid)
+    # Also when it is home with a byte that is not the first.
+    second.absent(first.pid)
+    assert second.settle(token) == (second.pid, False)
+    assert (first.holder(token), second.holder(token)) == (second.pid, first.pid)
+    first.give_up(token)
+    assert (first.holder(token), second.holder(token)) == (second.pid, None)
+
+
+def test_to_ask_for_the_holder_makes_nobody_home(start: Start, homes: Homes) -> None:
+    first, second = start(2)
+    token = new_token()
+    assert first.holder(token) is None
+    assert all_locks(first, homes) == 0
+    assert second.settle(token) == (second.pid, True)
+
+
+def test_the_homes_of_a_worker_that_is_killed_are_free_at_once(start: Start) -> None:
+    killed, second, third = start(3)
+    tokens = [new_token() for _ in range(300)]
+    killed.ask("settle", *tokens)
+    second.start("settle", *tokens)
+    assert set(second.settled()) == {(killed.pid, True)}
+    killed.kill()
+    assert second.holder(tokens[0]) is None
+    second.start("settle", *tokens)
+    assert second.settled() == [(second.pid, True)] * 300
+    third.start("settle", *tokens)
+    assert third.settled() == [(second.pid, True)] * 300
+
+
+def test_a_token_whose_home_is_absent_has_another_for_the_time_being(start: Start) -> None:
+    absent, second, third = start(3)
+    token, of_its_own = new_token(), new_token()
+    absent.settle(token)
+    for present in (second, third):
+        present.absent(absent.pid)
+    assert second.settle(token) == (second.pid, False)
+    assert second.settle(token) == (second.pid, False)
+    assert third.settle(token) == (second.pid, True)
+    assert second.settle(of_its_own) == (second.pid, True)
+
+
+def test_when_the_absent_one_lets_go_the_home_for_the_time_being_becomes_certain(start: Start) -> None:
+    absent, second, third = start(3)
+    token = new_token()
+    absent.settle(token)
+    second.absent(absent.pid)
+    assert second.settle(token) == (second.pid, False)
+    absent.give_up(token)
+    assert second.settle(token) == (second.pid, True)
+    for other in (absent, third):
+        assert other.settle(token) == (second.pid, True)
+    second.give_up(token)  # all of its bytes
+    assert third.settle(token) == (third.pid, True)
+
+
+def test_when_the_absent_one_comes_back_it_is_the_home_again_for_everybody(start: Start) -> None:
+    absent, second, third = start(3)
+    token = new_token()
+    absent.settle(token)
+    for present in (second, third):
+        present.absent(absent.pid)
+        present.settle(token)
+    for present in (second, third):
+        present.absent()
+        assert present.settle(token) == (absent.pid, True)
+    second.give_up(token)
+    assert absent.settle(token) == (absent.pid, True)
+    assert third.settle(token) == (absent.pid, True)
+
+
+def test_a_token_outlasts_as_many_absent_homes_as_it_has_bytes(start: Start, homes: Homes) -> None:
+    *absent, second, third = start(BYTES_OF_A_TOKEN + 2)
+    token = new_token()
+    for number, worker in enumerate(absent):
+        worker.absent(*(other.pid for other in absent[:number]))
+        assert worker.settle(token) == (worker.pid, number == 0)
+    # All bytes are taken: whoever comes is home to it, and knows that others may be, too.
+    for worker in (second, third):
+        worker.absent(*(other.pid for other in absent))
+        assert worker.settle(token) == (worker.pid, False)
+        assert all_locks(worker, homes) == 0
+        assert worker.holder(token) in [other.pid for other in absent]
+    absent[2].give_up(token)
+    assert second.settle(token) == (second.pid, False)
+    assert third.settle(token) == (second.pid, True)
+    absent[0].kill()
+    assert third.settle(token) == (third.pid, True)
+    assert second.settle(token) == (third.pid, True)
+
+
+def test_tokens_that_differ_by_the_case_of_one_letter_are_different_tokens(start: Start) -> None:
+    first, second = start(2)
+    lower = "deadbeef" * 8
+    for at in range(len(lower)):
+        other = lower[:at] + lower[at].upper() + lower[at + 1 :]
+        assert first.settle(lower) == (first.pid, True)
+        assert second.settle(other) == (second.pid, True)
+        assert first.settle(other) == (second.pid, True)
+        first.give_up(lower)
+        assert first.settle(other) == (second.pid, True)
+        second.give_up(other)
+
+
+def test_whoever_has_the_files_has_the_same_homes(start: Start) -> None:
+    said = {worker.ask("made") for worker in start(3)}
+    assert len(said) == 1
+    (other,) = said
+    with contextlib.closing(Homes.make()) as later:
+        made, key = other.split()
+        assert float(made) < later.made
+        assert int(key) != later._key
+
+
+def test_homes_that_were_closed_are_no_longer_held(start: Start) -> None:
+    first, second = start(2)
+    tokens = [new_token() for _ in range(50)]
+    first.ask("settle", *tokens)
+    second.ask("settle", *tokens)
+    before = open_fds(first.pid)
+    first.ask("close")
+    assert open_fds(first.pid) == before - FILES
+    second.start("settle", *tokens)
+    assert second.settled() == [(second.pid, True)] * 50
+
+
+def test_homes_cannot_be_made_without_file_descriptors(start: Start) -> None:
+    (worker,) = start(1)
+    assert worker.ask("make-with-few-fds") == f"OSError {errno.EMFILE}"
+
+
+def test_three_that_settle_the_same_tokens_at_the_same_time_agree_on_one_home_for_each(start: Start) -> None:
+    workers = start(3)
+    tokens = [new_token() for _ in range(2000)]
+    orders = [random.sample(tokens, len(tokens)) for _ in workers]
+    for worker, order in zip(workers, orders, strict=True):
+        worker.start("settle", *order)
+    said = [dict(zip(order, worker.settled(), strict=True)) for worker, order in zip(workers, orders, strict=True)]
+    assert said[0] == said[1] == said[2]
+    assert {pid for pid, _ in said[0].values()} <= {worker.pid for worker in workers}
+    assert all(certain for _, certain in said[0].values())
+    # And once more: nobody has become home to anything that somebody else was home to.
+    for worker in workers:
+        worker.start("settle", *tokens)
+    assert all(worker.settled() == [said[0][token] for token in tokens] for worker in workers)
+
+
+class Kept:
+    """What the files should say of one token: for each of its bytes, who has it."""
+
+    def __init__(self) -> None:
+        self.bytes: list[int | None] = [None] * BYTES_OF_A_TOKEN
+
+    def settle(self, pid: int, absent: set[int]) -> tuple[int, bool]:
+        for number, owner in enumerate(self.bytes):
+            if owner in (None, pid):
+                self.bytes[number] = pid
+                return pid, number == 0
+            if owner not in absent:
+                assert owner is not None
+                return owner, True
+        return pid, False
+
+    def give_up(self, pid: int) -> None:
+        self.bytes = [None if owner == pid else owner for owner in self.bytes]
+
+
+def test_whatever_comes_and_goes_the_files_say_who_is_home(start: Start, homes: Homes) -> None:
+    seed = random.randrange(1 << 32)
+    chance = random.Random(seed)
+    workers = {worker.pid: worker for worker in start(3)}
+    absent: dict[int, set[int]] = {pid: set() for pid in workers}
+    kept = {new_token(): Kept() for _ in range(30)}
+    for step in range(6000):
+        what = f"seed {seed}, step {step}"
+        pid = chance.choice(list(workers))
+        token = chance.choice(list(kept))
+        action = chance.choices(["settle", "give up", "holder", "absent", "kill"], [50, 25, 15, 9, 0.2])[0]
+        if action == "settle":
+            assert workers[pid].settle(token) == kept[token].settle(pid, absent[pid]), what
+        elif action == "give up":
+            workers[pid].give_up(token)
+            kept[token].give_up(pid)
+        elif action == "holder":
+            assert workers[pid].holder(token) in (set(kept[token].bytes) - {pid, None} or {None}), what
+        elif action == "absent":
+            absent[pid] = {other for other in workers if other != pid and chance.random() < 0.3}
+            workers[pid].absent(*absent[pid])
+        else:
+            workers.pop(pid).kill()
+            del absent[pid]
+            for one in kept.values():
+                one.give_up(pid)
+            (newcomer,) = start(1)
+            workers[newcomer.pid], absent[newcomer.pid] = newcomer, set()
+    for pid, worker in workers.items():
+        held = [one.bytes.count(pid) for one in kept.values()]
+        worker.give_up(*(token for token, number in zip(kept, held, strict=True) if number))
+        assert all_locks(worker, homes) == 0
+
+
+def test_random_tokens_fall_into_all_files_alike(start: Start, homes: Homes) -> None:
+    (worker,) = start(1)
+    worker.ask("settle", *(new_token() for _ in range(100 * FILES)))
+    found = [locks(worker.pid, fd) for fd in homes.fds]
+    assert sum(found) == 100 * FILES
+    assert min(found) > 40  # six standard deviations
+    assert max(found) < 160
+
+
+def test_to_ask_for_many_tokens_costs_no_memory(start: Start, homes: Homes) -> None:
+    (worker,) = start(1)
+    worker.ask("busy", 1000)
+    sizes = [(status.st_size, status.st_blocks) for status in map(os.fstat, homes.fds)]
+    assert int(worker.ask("busy", 60_000)) < 1 << 20
+    assert [(status.st_size, status.st_blocks) for status in map(os.fstat, homes.fds)] == sizes
+    assert all_locks(worker, homes) == 0
+
+
+def test_a_home_holds_one_lock_for_a_token_and_none_for_one_that_was_given_up(start: Start, homes: Homes) -> None:
+    (worker,) = start(1)
+    tokens = [new_token() for _ in range(500)]
+    worker.ask("settle", *tokens)
+    assert all_locks(worker, homes) == 500
+    worker.give_up(*tokens[:200])
+    assert all_locks(worker, homes) == 300
+    worker.give_up(*tokens)
+    assert all_locks(worker, homes) == 0

@@ -139,16 +139,17 @@ def test_a_source_has_at_most_its_share_of_connections(
     assert times_said(relay, "--max-per-source") == 4
 
 
-def test_a_source_that_chooses_its_tokens_has_no_more_with_their_home(
+def test_a_source_that_comes_with_one_token_has_no_more_with_its_home(
     tmp_path: Path, stack: contextlib.ExitStack
 ) -> None:
-    # Each worker would let in twenty, and hand them on to the one that is home to all these tokens.
-    with Workers(tmp_path, "--max-per-source", "20", count=2) as workers:
+    # Each worker would let in twenty, and hand them on to the one where the first of them waits.
+    with Workers(tmp_path, "--max-per-source", "20", "--max-waiting-per-token", "200", count=2) as workers:
         crowd = []
+        token, side = new_token(), new_side()
         for _ in range(120):
             sock = stack.enter_context(dial(workers.port))
             with contextlib.suppress(ConnectionError):
-                sock.sendall(handshake("0" * 8 + new_token()[8:], new_side()))
+                sock.sendall(handshake(token, side))
             crowd.append(sock)
             time.sleep(0.002)
         wait_until(lambda: len([sock for sock in crowd if is_open(sock)]) <= 20, 5, "the rest was turned away")

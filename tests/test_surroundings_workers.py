@@ -136,3 +136,22 @@ def test_workers_started_all_at_once_and_stopped_in_any_order_are_one_relay_all_
             load.wait_for_more()
         everything = Counter([*[10_006] * 10, *load.sizes])
         wait_until(lambda: in_lines(workers.json_lines.read_text()) == everything, 10, "each is on record once")
+
+
+def test_a_worker_whose_siblings_all_stand_still_says_so_and_the_next_one_is_taken_in(tmp_path: Path) -> None:
+    with Workers(tmp_path, count=2) as workers:
+        for worker in workers.workers:
+            worker.process.send_signal(signal.SIGSTOP)
+        try:
+            one = Started(workers, tmp_path / "one.log")
+            assert one.end() == 2
+        finally:
+            for worker in workers.workers:
+                worker.process.send_signal(signal.SIGCONT)
+        assert one.log.read_text() == (
+            f"relay-gevent: error: --run-dir {workers.run_dir}: 2 of its workers do not answer; wait until they run "
+            f"again, or end them (--port {workers.port}: another program listens there already; stop it or choose "
+            "another port)\n"
+        )
+        workers.start_one()
+        honest_transfer(workers.port, 10_000)

@@ -40,20 +40,19 @@ def stopped(*workers: Relay) -> Iterator[None]:
 
 def test_the_death_of_one_worker_ends_its_own_transfers_and_nothing_else(tmp_path: Path) -> None:
     with Workers(tmp_path, count=4) as workers, Crowd(workers.port) as crowd:
-        transfers = [crowd.transfer(500_000, 200_000) for _ in range(80)]
-        waiting = [crowd.call(new_token(), new_side()) for _ in range(80)]
+        transfers = [crowd.transfer(500_000, 200_000) for _ in range(160)]
+        waiting = [crowd.call(new_token(), new_side()) for _ in range(160)]
         crowd.begin(transfers)
-        wait_until(lambda: current(workers) == (80, 80), 3, "80 pairs and 80 who wait")
-        killed = workers.workers[1]
+        wait_until(lambda: current(workers) == (160, 160), 3, "160 pairs and 160 who wait")
+        number, killed = max(enumerate(workers.workers), key=lambda one: min(share(workers, one[1])))
         pairs, waited = share(workers, killed)
         assert pairs > 0
         assert waited > 0
-        workers.kill_one(1)
+        workers.kill_one(number)
         died = time.monotonic()
-        # Tokens at random: one in four was at home with the dead one.
         newcomers = [crowd.transfer(head=b"at once", answer=b"yes") for _ in range(80)]
         crowd.begin(newcomers, 1)
-        crowd.run_until(lambda: current(workers) == (160 - pairs, 80 - waited), 2, "`current` is right again")
+        crowd.run_until(lambda: current(workers) == (240 - pairs, 160 - waited), 2, "`current` is right again")
         assert time.monotonic() - died < 1
         cut = [transfer for transfer in transfers if transfer.cut]
         assert len(cut) == pairs

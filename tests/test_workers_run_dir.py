@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import json
+import random
 import shutil
 import socket
 import subprocess
@@ -16,8 +17,10 @@ from pathlib import Path
 import pytest
 
 from relay.sibling_language import LANGUAGE, Greeting
-from tests.crowd import Crowd, Transfer
+from tests.crowd import Caller, Crowd, Transfer
 from tests.harness import CHECKOUT, Relay, Workers, free_port, new_side, new_token, wait_until
+from tests.test_workers_crash import current, share, stopped
+from tests.test_workers_meeting import assert_each_met_its_own_partner, call_in_random_order
 
 FOREIGN = Greeting("worker-1-0badcafe", 1, "9.9.9", language=LANGUAGE + 1)
 
@@ -62,7 +65,7 @@ def test_strangers_in_the_run_directory_do_no_harm(tmp_path: Path) -> None:
             garbage.send(Greeting("worker-9-00000009", 9, "1.0.0").encode())
             assert json.loads(garbage.recv(1000))["relay-gevent"]["language"] == LANGUAGE
             for words in (b"H", b"P" + bytes(200), b"C", b"?"):
-                with contextlib.suppress(BrokenPipeError):
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     garbage.send(words)
             links.append(garbage)
         began = time.monotonic()
@@ -215,3 +218,54 @@ def test_workers_of_two_languages_share_the_port_and_each_gives_its_own_transfer
         crowd.begin([later])
         assert_the_relay_works(crowd)
         crowd.end([later])
+
+
+@pytest.mark.parametrize("newcomers", [1, 2])
+def test_workers_that_took_themselves_for_the_first_adopt_the_homes_of_one_that_slept_while_they_joined(
+    tmp_path: Path, newcomers: int
+) -> None:
+    workers = Workers(tmp_path, count=0)
+    with contextlib.ExitStack() as stack:
+        door, port = stack.enter_context(foreign_worker(workers.run_dir, FOREIGN))
+        stack.enter_context(workers)
+        workers.port = port.getsockname()[1]
+        crowd = stack.enter_context(Crowd(workers.port))
+
+        def start_one_that_gets_the_port() -> Relay:
+            starting = crowd._aside.submit(workers.start_one)
+            welcome(door, port, FOREIGN)
+            return starting.result()
+
+        def call_partners_of(callers: list[Caller]) -> list[Transfer]:
+            order = random.sample(callers, len(callers))
+            return [Transfer(caller, crowd.call(caller.token, new_side())) for caller in order]
+
+        sleeper = start_one_that_gets_the_port()
+        before = [crowd.call(new_token(), new_side()) for _ in range(60)]
+        wait_until(lambda: share(workers, sleeper) == (0, 60), 3, "60 wait at the one that is about to sleep")
+        with stopped(sleeper):
+            joined = [start_one_that_gets_the_port() for _ in range(newcomers)]
+            assert "the first worker" in joined[0].log_text()
+            assert_the_relay_works(crowd)
+            meanwhile = [crowd.call(new_token(), new_side()) for _ in range(60)]
+            met = call_partners_of(before[:20])
+            wait_until(lambda: current(workers) == (0, 140), 3, "140 wait, of whom 20 should have met")
+        met += call_partners_of(before[20:40] + meanwhile[:30])  # before they all know, or just then
+        at_once = {new_token(): (new_side(), new_side()) for _ in range(100)}
+        callers = call_in_random_order(crowd, at_once)
+        for worker in joined:
+            said = f"worker {worker.pid} has joined"
+            crowd.run_until(lambda said=said: said in sleeper.log_text(), 5, said)  # type: ignore[misc]
+        met += call_partners_of(before[40:] + meanwhile[30:])
+        later = {new_token(): (new_side(), new_side()) for _ in range(300)}
+        callers += call_in_random_order(crowd, later, among=lambda: crowd.run_for(0.04))
+        crowd.begin(met)
+        crowd.run_until(lambda: all(caller.first_words for caller in callers), 10, "everybody has met somebody")
+        assert_each_met_its_own_partner(callers, at_once | later)
+        wait_until(lambda: current(workers) == (len(met) + 400, 0), 3, "nobody waits any more")
+        assert all(share(workers, worker)[0] > 0 for worker in workers.workers)
+        for caller in callers:
+            caller.finish()
+        crowd.run_until(lambda: all(caller.closed for caller in callers), 10, "they part")
+        crowd.end(met)
+        assert {row["result"] for row in workers.wait_for_rows("usage", len(met) + 430)} == {"happy"}
