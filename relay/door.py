@@ -158,7 +158,12 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
         self._found_nobody = False
         if not self._has_turn:
             self._has_turn = True
-            self.reopen()
+            if not self._rests():
+                self.reopen()
+
+    def has_room(self) -> bool:
+        """Whether another connection could be accepted, as far as we know."""
+        return not self._is_full() and not self._rests()
 
     def look_after_it(self) -> None:
         """Take the turn of a worker that does not use it; to be called every now and then."""
@@ -176,12 +181,13 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
 
     def full(self) -> bool:
         """Whether no further connection is to be accepted now; asked by gevent before each."""
-        if self._is_full():
+        if not self._is_full():
+            return False
+        if self.shared and self._pass_on():
+            self._has_turn = False
+        else:
             self._note(Bound.CONNECTIONS)
-            if self.shared and self._pass_on():
-                self._has_turn = False  # gevent stops accepting
-            return True
-        return False
+        return True
 
     def do_read(self) -> tuple[socket.socket, object] | None:
         """Accept one connection; None when there is none, or nothing to accept it with, or our turn is over."""
@@ -223,9 +229,14 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
                 self._timer = None
             self.start_accepting()
 
+    def _rests(self) -> bool:
+        return self._watcher is None and self._timer is not None
+
     def _rest(self) -> None:
         """Stop accepting for a while: trying on would find the same again at once, and keep a core busy."""
         self._note(Bound.EXHAUSTED)
         self.stop_accepting()
+        if self.shared and self._pass_on():
+            self._has_turn = False
         self._timer = self.loop.timer(FULL_PAUSE_SECONDS)
         self._timer.start(self.reopen)

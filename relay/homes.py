@@ -9,8 +9,8 @@ A worker that stands still keeps its locks. So a token has several bytes: the fi
 absent counts. A home with another byte than the first is one for the time being, and tries again (see `siblings`), so
 that when the sleeper wakes all who wait for a token come together again.
 
-Closing any file descriptor of a file releases all locks that the process has on it: so none is ever closed but by
-`close`, nor a second one of the same file.
+Closing any file descriptor of a file releases all locks that the process has on it. So there is one of each; whoever
+gets them once more, and closes those, has to settle its tokens anew.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from typing import Protocol
 import gevent
 
 from relay.client import Client
+from relay.load import FULL_LOAD
 from relay.pair import Pair
 from relay.sibling_language import (
     CLIENTS_PER_PACKET,
@@ -77,7 +78,7 @@ class Link:
         self.seconds_unheard = 0
         self.unconfirmed: dict[int, Parcel] = {}
         self.pairs = 0
-        self.load = 1.0
+        self.load = FULL_LOAD
         self.handed_clients = 0
         self.handed_pairs = 0
         self._owner = owner
@@ -100,6 +101,16 @@ class Link:
     def busy(self) -> bool:
         """Whether something of ours is on its way and not yet confirmed."""
         return bool(self.unconfirmed or self._outbox or self._next_clients)
+
+    @property
+    def prompt(self) -> bool:
+        """Whether the sibling has answered of late, and everything that was sent to it."""
+        return self.seconds_unheard <= 1 and not self.unconfirmed
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the sibling has made no room for what is to be said."""
+        return bool(self._outbox)
 
     # Saying
 
@@ -188,12 +199,13 @@ class Link:
             return False
         return True
 
-    def welcome(self, greeting: Greeting, fds: Sequence[int]) -> None:
-        """Answer a newcomer's greeting, and give it these file descriptors."""
+    def welcome(self, greeting: Greeting, fds: Sequence[int]) -> bool:
+        """Answer a newcomer's greeting, and give it these file descriptors; False when that is not possible."""
         try:
             socket.send_fds(self._sock, [greeting.encode()], list(fds))
         except OSError:
-            pass  # it has gone again, which reading finds out
+            return False  # it has gone again; or too many sockets are under way (ETOOMANYREFS)
+        return True
 
     # Ending
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 
+FULL_LOAD = 1.0
+"""The load of a worker that should not get more."""
+
 
 class Load:
     """The load from one time it is asked for to the next."""

@@ -304,10 +304,10 @@ class Pair:
                 most = 1  # it was exactly what is allowed, and its end is no byte
         now = time.monotonic()
         delay = max((pace.reserve(most, now) for pace in paces), default=0.0)
-        if delay > 0:
-            gevent.sleep(delay)
         before = pump.moved + pump.held
         try:
+            if delay > 0:
+                gevent.sleep(delay)
             pump.turn(most)
         finally:
             unused = most - (pump.moved + pump.held - before)

@@ -19,6 +19,7 @@ import socket
 import stat
 import struct
 import time
+from collections.abc import Collection
 
 from relay.mistakes import Mistake
 
@@ -86,11 +87,11 @@ class RunDir:
         listener.listen(128)
         return listener
 
-    def connect_to_all(self) -> list[socket.socket]:
-        """A blocking connection to every other worker; files that dead ones have left are removed."""
+    def connect_to_all(self, known: Collection[str] = ()) -> list[socket.socket]:
+        """A blocking connection to every other worker but those `known`; files that dead ones have left are removed."""
         links = []
         for name in sorted(os.listdir(self._fd)):
-            if not _SOCKET_NAME.fullmatch(name) or name == self.own_name:
+            if not _SOCKET_NAME.fullmatch(name) or name == self.own_name or name in known:
                 continue
             link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             try:

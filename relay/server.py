@@ -28,7 +28,7 @@ from relay.door import Door, is_at, open_port
 from relay.handshake import LONGEST, Handshake, Refusal, read_handshake
 from relay.late_spares import LateSpares
 from relay.link import Link
-from relay.load import Load
+from relay.load import FULL_LOAD, Load
 from relay.mistakes import Mistake
 from relay.options import Options
 from relay.pace import Pace
@@ -191,7 +191,7 @@ class Relay:
     def _hand_everything_on(self, siblings: Siblings) -> None:
         for client in list(self._deadlines):
             if client.stage is Stage.WAITING:
-                self._uproot(client, siblings.home(client.token) or siblings.any_home())
+                self._uproot(client, siblings.heir(client.token))
             elif client.stage is Stage.SHAKING:
                 self._hand_on(client, siblings.any_home())
         for pair in list(self.pairs):
@@ -224,8 +224,9 @@ class Relay:
             self.siblings.close()
         for pair in list(self.pairs):
             pair.detach()
-            pair.close()
-            self._pair_over(pair)
+            if pair in self.pairs:  # and has not ended by itself while another one was detached
+                pair.close()
+                self._pair_over(pair)
         for client in list(self._deadlines):
             if client.stage is not Stage.LEAVING:
                 self._finish(client, "lonely" if client.token else "errory")
@@ -577,8 +578,11 @@ class Relay:
     def turn_at_the_door(self, passed_by: int) -> None:
         """A sibling has passed the door on to us."""
         assert self._door is not None
-        if (self.stopping or self._is_full()) and self._pass_the_door_on(passed_by + 1):
-            return
+        if self.stopping or not self._door.has_room():
+            if self._pass_the_door_on(passed_by + 1):
+                return
+            if self._is_full():
+                self._bounds_met.note(Bound.CONNECTIONS)  # and so are all the others
         self._door.take_turn()
 
     def _pass_the_door_on(self, passed_by: int = 0) -> bool:
@@ -683,10 +687,10 @@ class Relay:
         self._cut_idle_pairs(now)
         busy = self._share_the_rate()
         if self.siblings is not None:
-            load = self._load.lately()
-            self.siblings.every_second(busy, load)
-            self._share_the_work(self.siblings, load)
             assert self._door is not None
+            load = self._load.lately()
+            self.siblings.every_second(busy, load if self._door.has_room() else FULL_LOAD)
+            self._share_the_work(self.siblings, load)
             self._door.look_after_it()
         for line in self._bounds_met.lines(now):
             logger.warning("%s", line)

@@ -6,10 +6,10 @@ that even those that do not can pass the listening socket on, which comes last b
 of the language `LANGUAGE`: the files of `homes`, which come before the listening socket, and one message a packet:
 
 =========  ===========================================================================================
-``R``      ready: I accept connections and am home to my share of the tokens
+``R``      ready: I accept connections and can be home to tokens
 ``L``      leaving: send me nothing more, I am handing on what I have
 ``F``      farewell, the answer to ``L``: nothing more will come from me
-``.``      still here, with so many transfers, using such a part of a processor
+``.``      still here, so many transfers want to move something (if there is a --relay-rate), and such is my load
 ``D``      your turn at the door, which so many had no room to take (see `door`)
 ``H``      clients that have no partner yet, their sockets beside the packet
 ``P``      a pair in mid-transfer, its sockets and pipes beside the packet
@@ -159,12 +159,12 @@ def kind_of(packet: bytes) -> bytes:
 
 
 def encode_still_here(pairs: int, load: float) -> bytes:
-    """A ``.`` from a worker with `pairs` transfers that uses `load` of a processor."""
+    """A ``.`` from a worker with `pairs` transfers that want to move something, and `load` (see `relay.load`)."""
     return _STILL_HERE.pack(STILL_HERE, pairs, load)
 
 
 def decode_still_here(packet: bytes) -> tuple[int, float]:
-    """How many transfers the sender of a ``.`` has, and its load."""
+    """How many transfers of the sender of a ``.`` want to move something, and its load."""
     _, pairs, load = _unpack(_STILL_HERE, packet, 0)
     return int(pairs), float(load)
 

@@ -125,9 +125,9 @@ class Siblings:
         self._serial = 0
         self._port: socket.socket | None = None
         self._homes: Homes | None = None
-        self._unwanted_fds: list[int] = []
         self._live: dict[int, Link] = {}  # those who can be home, by their process ids
         self._unsettled = False
+        self._saw_stranger = False
         self._refused: list[Parcel] = []
         self._turn = 0
         self._warned: set[str] = set()
@@ -197,7 +197,8 @@ class Siblings:
             reason = errno.EMFILE  # those of a sibling did not all arrive
         except OSError as error:
             reason = error.errno or 0
-        raise Mistake(f"--run-dir {self._run_dir.path}: {os.strerror(reason)}; raise the limit (ulimit -n)")
+        advice = "raise the limit (ulimit -n)" if reason in (errno.EMFILE, errno.ENFILE) else "see memfd_create(2)"
+        raise Mistake(f"--run-dir {self._run_dir.path}: {os.strerror(reason)}; {advice}")
 
     def _visit_from_now_on(self) -> None:
         assert self._own_socket is not None
@@ -258,15 +259,25 @@ class Siblings:
             return None
         assert self._homes is not None
         if self.leaving:
-            holder = self._homes.holder(token)
-            return self._live[holder] if holder in self._live else self._heir(token)
-        pid, certain = self._homes.settle(token, self._live.__contains__)
+            return self.heir(token)
+        pid, certain = self._homes.settle(token, self._can_be_home)
         if not certain:
             self._unsettled = True
         return self._live.get(pid)
 
-    def _heir(self, token: bytes) -> Link:
-        """The live sibling that gets those who wait for `token`: the same one for all of them."""
+    def _can_be_home(self, pid: int) -> bool:
+        if pid in self._live:
+            return True
+        if all(link.pid != pid for link in self.links):
+            self._saw_stranger = True
+        return False
+
+    def heir(self, token: bytes) -> Link:
+        """The live sibling to which those who wait for `token` go when we leave, all to the same; there is one."""
+        assert self._homes is not None
+        holder = self._homes.holder(token)
+        if holder in self._live:
+            return self._live[holder]
         links = list(self._live.values())
         return links[int(token[:8], 16) % len(links)]
 
@@ -287,7 +298,8 @@ class Siblings:
 
     def idlest(self) -> Link | None:
         """The live sibling that has the least to do, as far as we know; None if nobody is there."""
-        return min(self._live.values(), key=lambda link: link.load, default=None)
+        prompt = [link for link in self._live.values() if link.prompt]
+        return min(prompt, key=lambda link: link.load, default=None)
 
     def pass_the_door_on(self, passed_by: int = 0) -> bool:
         """Tell the next sibling that it is its turn to accept.
@@ -296,8 +308,9 @@ class Siblings:
         """
         if not self._live or passed_by > len(self._live):
             return False
-        later = [pid for pid in self._live if pid > os.getpid()]
-        self._live[min(later or self._live)].say(encode_turn(passed_by))
+        awake = [pid for pid, link in self._live.items() if link.seconds_unheard <= 1] or list(self._live)
+        later = [pid for pid in awake if pid > os.getpid()]
+        self._live[min(later or awake)].say(encode_turn(passed_by))
         return True
 
     def _change(self) -> None:
@@ -354,13 +367,12 @@ class Siblings:
 
     def _heard_greeting(self, link: Link, greeting: Greeting, fds: list[int]) -> None:
         newcomer = link.opened_by_sibling
-        if fds and not newcomer and self._port is None:
-            self._port = socket.socket(fileno=fds.pop())
-        if greeting.language == LANGUAGE and not newcomer:
-            self._hear_of_homes(fds)
+        if not newcomer:
+            self._take_what_is_shared(greeting.language, fds)
         _close_all(fds)
-        if newcomer:
-            link.welcome(self._greeting(), self._fds_for(greeting.language))
+        if newcomer and not link.welcome(self._greeting(), self._fds_for(greeting.language)):
+            self.lost(link)
+            return
         if greeting.language != LANGUAGE:
             logger.warning(
                 "worker %d is relay-gevent %s, which speaks another language: each finishes what it holds by itself",
@@ -380,27 +392,28 @@ class Siblings:
 
     def _fds_for(self, language: int) -> list[int]:
         """What a newcomer of that language gets."""
-        listener = [] if self._port is None else [self._port.fileno()]
+        listener = [] if self._port is None or self._port.fileno() < 0 else [self._port.fileno()]
         homes = self._homes.fds if self._homes is not None and language == LANGUAGE else ()
         return [*homes, *listener]
 
-    def _hear_of_homes(self, fds: list[int]) -> None:
-        """A sibling has given us the files of its homes, first among `fds`; they are to be ours, too."""
-        if len(fds) < FILES:  # no file descriptor was left for all of them
-            self._unwanted_fds += fds
-            fds.clear()
+    def _take_what_is_shared(self, language: int, fds: list[int]) -> None:
+        """A sibling has given us the files of its homes and the listening socket; what is left in `fds` is not needed.
+
+        To close homes that are ours already releases our locks. But when we have any, `_change` follows.
+        """
+        if self._port is None and len(fds) > (FILES if language == LANGUAGE else 0):
+            self._port = socket.socket(fileno=fds.pop())
+        if language != LANGUAGE or len(fds) < FILES:
             return
-        homes, fds[:] = Homes(fds[:FILES]), fds[FILES:]
+        homes = Homes(fds[:FILES])
         if self._homes is None:
             self._homes = homes
-        elif homes.made < self._homes.made:
-            # It was too slow for `join`, so that we took ourselves for the first.
+        elif homes.made < self._homes.made:  # it was too slow for `join`, so that we took ourselves for the first
             self._homes.close()
             self._homes = homes
-        elif self._visits is None:
-            homes.close()
         else:
-            self._unwanted_fds += homes.fds  # to close them now would release our own locks
+            homes.close()
+        del fds[:FILES]
 
     def _heard_sibling(self, link: Link, packet: bytes, fds: list[int]) -> None:
         kind = kind_of(packet)
@@ -506,11 +519,14 @@ class Siblings:
                 continue
             if link.seconds_unheard > SILENT_SECONDS:
                 self._pass_over(link)
-            elif not link.busy:
+            elif not link.stuck:
                 link.say(encode_still_here(pairs, load))
             link.send_again()
         refused, self._refused = self._refused, []
         self._have_back(refused)
+        if self._saw_stranger:
+            self._saw_stranger = False
+            self._meet_strangers()
         if self._unsettled:
             self._unsettled = False
             self._household.siblings_changed()
@@ -522,6 +538,13 @@ class Siblings:
             logger.warning("worker %d does not answer; its siblings do without it until it does", link.pid)
             self._change()
         self._have_back(link.take_back_unsent() + link.take_back(older_than=PARCEL_LOST_SECONDS))
+
+    def _meet_strangers(self) -> None:
+        """Link to workers that we have not met: one of us could not be found, or not be answered, when we joined."""
+        known = {link.greeting.name for link in self._greeted() if link.greeting is not None}
+        for sock in self._run_dir.connect_to_all(known):
+            self.links.add(Link(self, sock, same_user(sock) or 0, opened_by_sibling=False))
+            self._greet(sock)
 
     def _keep_to_be_found(self) -> None:
         """Make our socket again when somebody has removed it, or the run directory."""

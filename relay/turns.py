@@ -8,6 +8,7 @@ as long as there is somebody who moves only a little, the turns of the others ar
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from typing import Any
 
@@ -66,7 +67,8 @@ class Turns:
         try:
             self._hub.switch()
         except BaseException:  # this greenlet is being ended, it must not be switched to any more
-            self._queue.remove(pump)
+            with contextlib.suppress(ValueError):  # its turn may have come in the same iteration of the loop
+                self._queue.remove(pump)
             raise
 
     def _next(self) -> None:

@@ -10,10 +10,14 @@ import gevent
 import pytest
 
 from relay import pair as pair_module
-from relay.pair import Pair
+from relay.door import open_port
+from relay.options import Options
+from relay.pair import Detached, Pair
 from relay.pipes import PipePool
+from relay.server import Relay
 from relay.turns import Turns
-from tests.harness import wait_until
+from relay.usage.record import Record
+from tests.harness import connect, handshake, new_side, new_token, wait_until
 
 
 def connection(listener: socket.socket) -> tuple[socket.socket, socket.socket]:
@@ -99,3 +103,70 @@ def test_a_pair_that_falls_quiet_in_the_moment_in_which_it_is_detached_lets_go(
     gevent.sleep(0.02)
     pair.detach()
     assert_has_let_go(left, pair)
+
+
+def test_a_pump_whose_turn_has_just_come_can_still_be_made_to_let_go() -> None:
+    turns = Turns()
+    ended: list[BaseException] = []
+
+    def pump() -> None:
+        try:
+            turns.wait()
+        except BaseException as error:
+            ended.append(error)
+
+    greenlet = gevent.spawn(pump)
+    gevent.sleep(0)
+    assert turns.busy()
+    greenlet.kill(Detached, block=False)  # it will be thrown in when the loop comes to it
+    turns._next()  # and before that its turn comes
+    gevent.sleep(0.01)
+    assert [type(error) for error in ended] == [Detached]
+    assert not turns.busy()
+
+
+class Records:
+    """A recorder that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.kept: list[Record] = []
+
+    def record(self, record: Record) -> None:
+        """Keep it."""
+        self.kept.append(record)
+
+    def refresh_current(self, *, tick: bool = False) -> None:
+        """There is no such table here."""
+
+
+def test_a_transfer_that_ends_while_another_one_is_cut_off_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    relay, records = Relay(Options()), Records()
+    listener = open_port("127.0.0.1", 0)
+    relay.start(listener, records)  # type: ignore[arg-type]  # it need not write anything
+    clients = []
+    for _ in range(3):
+        token = new_token()
+        for _ in range(2):
+            client = connect(listener.getsockname()[1])
+            client.sendall(handshake(token, new_side()))
+            clients.append(client)
+    for _ in range(100):
+        gevent.sleep(0.01)
+        if len(relay.pairs) == 3:
+            break
+    assert len(relay.pairs) == 3
+
+    detach = Pair.detach
+
+    def detach_while_the_others_end(pair: Pair) -> None:
+        monkeypatch.undo()
+        for other in relay.pairs - {pair}:
+            other._end()
+        detach(pair)
+
+    monkeypatch.setattr(Pair, "detach", detach_while_the_others_end)
+    relay.close()
+    assert [record.mood for record in records.kept] == ["happy"] * 3
+    for client in clients:
+        client.close()
+    listener.close()

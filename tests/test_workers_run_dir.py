@@ -96,6 +96,26 @@ def test_a_run_directory_that_is_deleted_is_made_again_and_found_by_newcomers(tm
         crowd.end(transfers)
 
 
+def test_workers_that_could_not_find_each_other_when_one_of_them_joined_find_each_other_later(tmp_path: Path) -> None:
+    with Workers(tmp_path, count=2) as workers, Crowd(workers.port) as crowd:
+        hidden = workers.workers[0]
+        (path,) = workers.run_dir.glob(f"worker-{hidden.pid}-*")
+        path.rename(tmp_path / "elsewhere")
+        newcomer = crowd.run_beside(workers.start_one)
+        assert f"worker {newcomer.pid} has joined" not in hidden.log_text()
+        crowd.run_until(lambda: path.exists(), 3, "it can be found again")
+        said = f"worker {newcomer.pid} has joined"
+
+        def meet_until_they_know_each_other() -> bool:
+            assert_the_relay_works(crowd, 100)
+            return said in hidden.log_text() or f"worker {hidden.pid} has joined" in newcomer.log_text()
+
+        crowd.run_until(meet_until_they_know_each_other, 10, "they know each other")
+        assert_the_relay_works(crowd, 200)
+        crowd.run_beside(lambda: workers.stop_one(1))
+        assert_the_relay_works(crowd, 200)
+
+
 @pytest.mark.parametrize("other", ["port", "interface"])
 def test_a_second_relay_cannot_join_by_mistake(tmp_path: Path, other: str) -> None:
     with Workers(tmp_path, count=2) as workers, Crowd(workers.port) as crowd:

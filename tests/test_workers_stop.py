@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -81,3 +82,21 @@ def test_workers_stopped_one_after_another_hand_on_until_the_last_one_gives_grac
             transfer.assert_intact()
         rows = workers.rows("usage")
         assert sorted(row["bytes"] for row in rows) == sorted(transfer.moved for transfer in transfers)
+
+
+def test_a_newcomer_takes_over_what_a_lone_worker_that_stops_still_has(tmp_path: Path) -> None:
+    with Workers(tmp_path, "--grace", "20", count=1) as workers, Crowd(workers.port) as crowd:
+        transfers = [crowd.transfer(100_000, 50_000) for _ in range(20)]
+        crowd.begin(transfers)
+        leaving = workers.workers[0]
+        leaving.process.send_signal(signal.SIGTERM)
+        crowd.run_until(
+            lambda: "stopping: 20 transfers have 20 seconds" in leaving.log_text(), 3, "it gives them grace"
+        )
+        began = time.monotonic()
+        crowd.run_beside(workers.start_one)
+        assert crowd.run_beside(leaving.wait) == 0
+        assert time.monotonic() - began < 10
+        crowd.end(transfers)
+        rows = workers.wait_for_rows("usage", 20)
+        assert Counter(row["bytes"] for row in rows) == Counter(transfer.moved for transfer in transfers)
