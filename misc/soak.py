@@ -31,7 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.crowd import Crowd, Transfer
-from tests.harness import CHECKOUT, Workers, handshake, new_side, new_token, open_fds, pss, wait_until
+from tests.harness import CHECKOUT, Workers, handshake, new_side, new_token, open_fds, own_memory, wait_until
 
 WORKERS = 4
 WARM_UP_SECONDS = 45.0
@@ -564,7 +564,7 @@ class Soak:
         self.workers.workers[0].process.send_signal(signal.SIGUSR1)
         wait_until(told.exists, 10, "the worker tells of its greenlets")
         greenlets, threads = map(int, told.read_text().split())
-        return Measure(open_fds(pid), pss(pid), greenlets, threads)
+        return Measure(open_fds(pid), own_memory(pid), greenlets, threads)
 
     def _check_measures(self, before: Measure, after: Measure) -> None:
         for name in ("fds", "memory", "greenlets", "threads"):

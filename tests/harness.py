@@ -125,10 +125,19 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 def pss(pid: int) -> int:
     """Return the proportional set size of a process in bytes: shared pages count by the share."""
+    return _rollup(pid, "Pss:")
+
+
+def own_memory(pid: int) -> int:
+    """Return what of `pss` is no file's: it does not change when other programs that use the same libraries end."""
+    return _rollup(pid, "Pss_Anon:")
+
+
+def _rollup(pid: int, field: str) -> int:
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
+        if line.startswith(field):
             return int(line.split()[1]) * 1024
-    raise AssertionError(f"no Pss line for process {pid}")
+    raise AssertionError(f"no {field} line for process {pid}")
 
 
 def open_fds(pid: int) -> int:
