@@ -58,7 +58,7 @@ def test_the_death_of_one_worker_ends_its_own_transfers_and_nothing_else(tmp_pat
         assert len(cut) == pairs
         assert len([caller for caller in waiting if caller.closed]) == waited
         workers.start_one()
-        taken_in = [crowd.transfer(100_000) for _ in range(80)]
+        taken_in = [crowd.transfer(10_000) for _ in range(240)]
         crowd.begin(taken_in)
         wait_until(lambda: share(workers, workers.workers[4])[0] > 5, 3, "the new worker has a share")
         left = [caller for caller in waiting if not caller.closed]

@@ -194,11 +194,11 @@ def test_clients_in_the_middle_of_their_handshake_move_house(tmp_path: Path) -> 
 def test_a_worker_says_who_came_and_went_and_what_it_handed_to_whom(tmp_path: Path) -> None:
     with Workers(tmp_path, count=2) as workers, Crowd(workers.port) as crowd:
         first, second = workers.workers
-        transfers = [start(crowd) for _ in range(20)]
+        transfers = [start(crowd) for _ in range(40)]
         crowd.begin(transfers)
-        for _ in range(20):
+        for _ in range(80):  # more than one worker accepts in its turn
             crowd.call(new_token(), new_side())
-        wait_until(lambda: tuple(workers.rows("current")[0])[:2] == (20, 20), 3, "20 pairs and 20 who wait")
+        wait_until(lambda: tuple(workers.rows("current")[0])[:2] == (40, 80), 3, "40 pairs and 80 who wait")
         (share,) = workers.query("SELECT connected, waiting FROM worker_share WHERE pid = ?", first.pid)
         crowd.run_beside(lambda: workers.stop_one(0))
         crowd.end(transfers)

@@ -265,7 +265,7 @@ def test_workers_that_took_themselves_for_the_first_adopt_the_homes_of_one_that_
         wait_until(lambda: share(workers, sleeper) == (0, 60), 3, "60 wait at the one that is about to sleep")
         with stopped(sleeper):
             joined = [start_one_that_gets_the_port() for _ in range(newcomers)]
-            assert "the first worker" in joined[0].log_text()
+            wait_until(lambda: "the first worker" in joined[0].log_text(), 3, "it takes itself for the first")
             assert_the_relay_works(crowd)
             meanwhile = [crowd.call(new_token(), new_side()) for _ in range(60)]
             met = call_partners_of(before[:20])
