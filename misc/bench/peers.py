@@ -267,9 +267,14 @@ def _start_relay(server: Server) -> None:
         command += ["--run-dir", str(server.folder / "run")]
     for _ in range(peer.workers):
         server.launch(command, cwd=peer.checkout, record_to=server.json_lines if peer.json_lines else None)
-    if peer.workers > 1:  # the port listens as soon as the first of them does
-        log = server.folder / "log"
-        server.wait_until(lambda: log.read_text().count("listening on") >= peer.workers, "the start of all workers")
+
+
+def _is_ready(server: Server) -> bool:
+    """Whether all its processes take connections. Our relay's port listens before that, and before its database is
+    there; its log says when it is ready."""
+    if server.peer.kind == "relay":
+        return (server.folder / "log").read_text().count("listening on") >= server.peer.workers
+    return is_listening(server.port)
 
 
 def _start_twisted(server: Server) -> None:
@@ -319,7 +324,7 @@ def started(
         else:
             server.listen = server.port
         if wait and server.processes:
-            server.wait_until(lambda: is_listening(server.port), "listening")
+            server.wait_until(lambda: _is_ready(server), "the start")
         yield server
     finally:
         server.stop()
