@@ -18,7 +18,7 @@ the relay glues the two connections together. The map, from the outside in:
 `siblings`, `link`     the other workers of this relay: who is there, what is handed on, and the connection to each
 `run_dir`              where workers find each other
 `sibling_language`     pure: what they say
-`homes`                which worker a token lives with; `late_spares`, pure: who comes too late to its own match
+`homes`                which worker a token lives with, and when it was last matched; all workers know the same
 `balance`, `load`      pure: which transfers go to a worker with less to do; and how much this one has to do
 `usage`                what is recorded: the JSON lines, the database, and the blur over both
 `report`               `relay-usage`, which reads the database for a person

@@ -1,4 +1,6 @@
-"""Which worker a token lives with: the one where its first client waits; the kernel keeps it in mind for all.
+"""Which worker a token lives with, and when it last met its match: what all workers of a relay know in common.
+
+A token's home is the worker where its first client waits, and the kernel keeps that in mind for all.
 
 The workers of a relay have a few files open together, in memory and without names. Each token stands for a byte
 in one of them, far beyond its end. Who lets a client wait locks the byte of its token (fcntl(2), advisory record
@@ -11,12 +13,18 @@ that when the sleeper wakes all who wait for a token come together again.
 
 Closing any file descriptor of a file releases all locks that the process has on it. So there is one of each; whoever
 gets them once more, and closes those, has to settle its tokens anew.
+
+When two sides are matched, the other connections that wait for their token, the spares, are closed. But some may be
+under way between workers at that moment, or wait where a worker stands still. So the first file also holds a table that
+all workers read and write: when each token was last matched. Whoever had asked for its partner before that is a spare,
+wherever it turns up. The table needs no locks: a home writes before it gives the token up, and reads once it has it.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import struct
 import time
@@ -28,8 +36,14 @@ FILES = 32
 BYTES_OF_A_TOKEN = 4
 """How many workers may stand still at once, less one, without keeping the clients of a token apart."""
 
+MATCHES = 1 << 16
+"""Places for matches. Two tokens in one place make the earlier one forgotten: with a thousand pairs a second, of those
+matched a second ago one in sixty-five."""
+
 _PRIME = (1 << 61) - 1
 _HEAD = struct.Struct("=dQ")  # when they were made, key
+_MATCH = struct.Struct("=QQ")  # the token's number XOR the next, so that a half-written pair is no match; when, in ns
+_TABLE_END = _HEAD.size + MATCHES * _MATCH.size
 _FLOCK = struct.Struct("hhqqi")  # type, whence, start, length, pid: struct flock of fcntl(2), offsets of 64 bits
 _MFD_NOEXEC_SEAL = 0x8  # include/uapi/linux/memfd.h; vm.memfd_noexec in the kernel's sysctl documentation
 _EXCLUSIVE = fcntl.LOCK_EX | fcntl.LOCK_NB
@@ -43,13 +57,17 @@ class Homes:
         self.fds = tuple(fds)
         self._pid = os.getpid()
         # The key is secret, or somebody could choose tokens that all fall into one list.
-        self.made, self._key = _HEAD.unpack(os.pread(self.fds[0], _HEAD.size, 0))
+        self._table = mmap.mmap(self.fds[0], _TABLE_END)
+        self.made: float
+        self._key: int
+        self.made, self._key = _HEAD.unpack_from(self._table)
 
     @classmethod
     def make(cls) -> Homes:
         """New ones, for the first worker of a relay; raises OSError when there are no file descriptors for them."""
         fds = [_memory_file() for _ in range(FILES)]
         key = 1 + int.from_bytes(os.urandom(16), "big") % (_PRIME - 1)
+        os.ftruncate(fds[0], _TABLE_END)
         os.pwrite(fds[0], _HEAD.pack(time.monotonic(), key), 0)
         return cls(fds)
 
@@ -81,15 +99,36 @@ class Homes:
         fd, first = self._place_of(token)
         fcntl.lockf(fd, fcntl.LOCK_UN, BYTES_OF_A_TOKEN, first)
 
+    def note_match(self, token: bytes, when: float) -> None:
+        """Tell all workers that two sides were matched for `token`, at `when` in seconds of CLOCK_MONOTONIC."""
+        number = self._number_of(token)
+        nanoseconds = int(when * 1e9)
+        _MATCH.pack_into(self._table, _place_of_match(number), number ^ nanoseconds, nanoseconds)
+
+    def last_match(self, token: bytes) -> float:
+        """When any worker last matched two sides for `token`, as far as that is not forgotten; 0 if it is."""
+        number = self._number_of(token)
+        mixed, nanoseconds = _MATCH.unpack_from(self._table, _place_of_match(number))
+        return int(nanoseconds) / 1e9 if mixed ^ nanoseconds == number else 0.0
+
     def close(self) -> None:
         """Be home to nothing any more, and let go of the files."""
+        self._table.close()
         for fd in self.fds:
             os.close(fd)
 
     def _place_of(self, token: bytes) -> tuple[int, int]:
-        """The file, and the first byte in it, that stand for `token`: universal hashing (Carter and Wegman, 1979)."""
-        number = int.from_bytes(token, "big") * self._key % _PRIME
+        """The file, and the first byte in it, that stand for `token`."""
+        number = self._number_of(token)
         return self.fds[number % FILES], number * BYTES_OF_A_TOKEN
+
+    def _number_of(self, token: bytes) -> int:
+        """A number below 2**61 that nobody can tell without the key: universal hashing (Carter and Wegman, 1979)."""
+        return int.from_bytes(token, "big") * self._key % _PRIME
+
+
+def _place_of_match(number: int) -> int:
+    return _HEAD.size + number % MATCHES * _MATCH.size
 
 
 def _memory_file() -> int:

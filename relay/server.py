@@ -26,7 +26,6 @@ from relay.client import Client, Stage
 from relay.deadlines import Deadlines
 from relay.door import Door, is_at, open_port
 from relay.handshake import LONGEST, Handshake, Refusal, read_handshake
-from relay.late_spares import LateSpares
 from relay.link import Link
 from relay.load import FULL_LOAD, Load
 from relay.mistakes import Mistake
@@ -78,7 +77,6 @@ class Relay:
         self._open = 0
         self._finished_bytes = 0
         self._room: WaitingRoom[Client] = WaitingRoom()
-        self._late_spares = LateSpares()
         self._deadlines: Deadlines[Client] = Deadlines()
         self._shaking: dict[Client, None] = {}  # in the order in which they came
         self._sources = Sources(options.max_per_source, options.max_new_per_source)
@@ -327,19 +325,20 @@ class Relay:
 
     def _meet(self, client: Client) -> None:
         """Pair `client`, whose handshake is whole, or let it wait."""
+        last_match = self._last_match(client.token)
+        if client.asked < last_match:
+            self._vacate(client.token)
+            self._close_spare(client)
+            return
         while (partner := self._room.partner_for(client)) is not None:
-            if self._has_kept_quiet(partner):
-                self._room.leave(partner)
-                spares = self._room.take_all(client.token)
-                if self.siblings is not None:
-                    self.siblings.give_up(client.token)
-                    self._late_spares.matched(client.token, time.monotonic())
-                self._pair(partner, client)
-                for spare in spares:
-                    self._finish(spare, "lonely")
-                    self._send_away(spare)
+            if partner.asked < last_match:
+                self._leave_room(partner)
+                self._close_spare(partner)
+            elif self._has_kept_quiet(partner):
+                self._match(partner, client)
                 return
-            self._interrupted(partner)
+            else:
+                self._interrupted(partner)
             if not self._room.waiting_for(client.token):
                 self._admit(client)  # nobody is home to it now
                 return
@@ -371,8 +370,12 @@ class Relay:
     def _leave_room(self, client: Client) -> None:
         """Take out of the waiting room somebody who is not matched."""
         self._room.leave(client)
-        if self.siblings is not None and not self._room.waiting_for(client.token):
-            self.siblings.give_up(client.token)
+        self._vacate(client.token)
+
+    def _vacate(self, token: bytes) -> None:
+        """Be home to `token` no longer if nobody waits for it here."""
+        if self.siblings is not None and not self._room.waiting_for(token):
+            self.siblings.give_up(token)
 
     def _has_kept_quiet(self, client: Client) -> bool:
         """Whether a waiting client is still there and has sent nothing, as far as the kernel knows by now."""
@@ -399,7 +402,26 @@ class Relay:
             self._finish(client, "lonely")
             self._close(client)
 
-    # Two that match
+    # Two that match, and their spares
+
+    def _last_match(self, token: bytes) -> float:
+        """When two sides were last matched for `token` at any worker, in monotonic seconds: who had asked before that,
+        and is not one of them, is a spare. It may be forgotten, and is of no use to a worker on its own."""
+        return 0.0 if self.siblings is None else self.siblings.last_match(token)
+
+    def _close_spare(self, spare: Client) -> None:
+        self._finish(spare, "lonely")
+        self._send_away(spare)
+
+    def _match(self, waited: Client, newcomer: Client) -> None:
+        self._room.leave(waited)
+        spares = self._room.take_all(newcomer.token)
+        if self.siblings is not None:
+            self.siblings.note_match(newcomer.token)
+            self.siblings.give_up(newcomer.token)
+        self._pair(waited, newcomer)
+        for spare in spares:
+            self._close_spare(spare)
 
     def _pair(self, waited: Client, newcomer: Client) -> None:
         first, second = sorted((waited, newcomer), key=lambda client: client.arrived)
@@ -499,11 +521,7 @@ class Relay:
             self._finish(client, "lonely" if client.token else "errory")
             self._send_away(client)
             return
-        if self._late_spares.is_late(client.token, client.asked):
-            self._finish(client, "lonely")
-            self._send_away(client)
-        else:
-            self.take_back(client)
+        self.take_back(client)
 
     def _has_no_room_for(self, client: Client) -> bool:
         """Whether `client`, just handed on, meets a bound here: a source can choose tokens that all live with us."""
@@ -567,8 +585,10 @@ class Relay:
         assert self.siblings is not None
         if not self.stopping:
             for client in self._room:
-                home = self.siblings.home(client.token)
-                if home is not None:
+                if client.asked < self._last_match(client.token):
+                    self._leave_room(client)
+                    self._close_spare(client)
+                elif (home := self.siblings.home(client.token)) is not None:
                     self._uproot(client, home)
             if self._door is not None:
                 self._door.shared = not self.siblings.alone
@@ -682,7 +702,6 @@ class Relay:
         now = time.monotonic()
         for client in self._deadlines.take_due(now):
             self._overdue(client)
-        self._late_spares.forget(now)
         self._sources.next_second()
         self._cut_idle_pairs(now)
         busy = self._share_the_rate()

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-LANGUAGE = 2
+LANGUAGE = 3
 """Raised whenever a message of before would be misunderstood."""
 
 READY = b"R"

@@ -127,6 +127,7 @@ class Siblings:
         self._homes: Homes | None = None
         self._live: dict[int, Link] = {}  # those who can be home, by their process ids
         self._unsettled = False
+        self._last_second = time.monotonic()
         self._saw_stranger = False
         self._refused: list[Parcel] = []
         self._turn = 0
@@ -285,6 +286,15 @@ class Siblings:
         """Be home to `token` no longer: nobody waits for it here."""
         if self._homes is not None:
             self._homes.give_up(token)
+
+    def note_match(self, token: bytes) -> None:
+        """Tell all workers that two sides have just been matched for `token`; before it is given up."""
+        if self._homes is not None:
+            self._homes.note_match(token, time.monotonic())
+
+    def last_match(self, token: bytes) -> float:
+        """When a worker last matched two sides for `token`, in monotonic seconds; 0 if that is forgotten."""
+        return 0.0 if self._homes is None else self._homes.last_match(token)
 
     def ask_again(self) -> None:
         """Somebody waits here who may belong elsewhere: look again within a second."""
@@ -509,6 +519,10 @@ class Siblings:
     def every_second(self, pairs: int, load: float) -> None:
         """Say that we are here, with so many transfers and such a load, notice who is not, and try again what did not
         work."""
+        now = time.monotonic()
+        if now - self._last_second > SILENT_SECONDS:
+            self._unsettled = True  # we stood still, and others have done without us
+        self._last_second = now
         for link in list(self.links):
             link.read_all()  # what has come counts, however late we are to read it
         for link in list(self.links):
@@ -561,6 +575,7 @@ class Siblings:
         self._own_socket.close()
         self._own_socket = own_socket
         self._visit_from_now_on()
+        self._saw_stranger = True  # somebody may have come meanwhile, and not have found us
         logger.warning("made our socket in %s again; somebody had removed it", self._run_dir.path)
 
     def _warn(self, text: str, *values: object) -> None:

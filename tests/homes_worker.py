@@ -80,6 +80,14 @@ class HomesWorker:
         said = self.ask("holder", token)
         return None if said == "None" else int(said)
 
+    def note_match(self, token: str, when: float) -> None:
+        """`Homes.note_match`."""
+        self.ask("note-match", token, repr(when))
+
+    def last_match(self, token: str) -> float:
+        """`Homes.last_match`."""
+        return float(self.ask("last-match", token))
+
     def give_up(self, *tokens: str) -> None:
         """`Homes.give_up` of each."""
         self.ask("give-up", *tokens)
@@ -117,7 +125,11 @@ def _obey(homes: Homes, absent: set[int], command: str, words: list[str]) -> str
         return " ".join(f"{pid}:{certain}" for pid, certain in settled)
     if command == "holder":
         return str(homes.holder(tokens[0]))
-    if command == "give-up":
+    if command == "last-match":
+        return repr(homes.last_match(tokens[0]))
+    if command == "note-match":
+        homes.note_match(tokens[0], float(words[1]))
+    elif command == "give-up":
         for token in tokens:
             homes.give_up(token)
     elif command == "absent":

@@ -6,11 +6,12 @@ import contextlib
 import errno
 import os
 import random
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from relay.homes import BYTES_OF_A_TOKEN, FILES, Homes
+from relay.homes import BYTES_OF_A_TOKEN, FILES, Homes, _place_of_match
 from tests.harness import new_token, open_fds
 from tests.homes_worker import HomesWorker
 from tests.kernel_view import locks
@@ -203,9 +204,51 @@ def test_homes_that_were_closed_are_no_longer_held(start: Start) -> None:
     second.ask("settle", *tokens)
     before = open_fds(first.pid)
     first.ask("close")
-    assert open_fds(first.pid) == before - FILES
+    assert open_fds(first.pid) == before - FILES - 1  # the table is in a file, too
     second.start("settle", *tokens)
     assert second.settled() == [(second.pid, True)] * 50
+
+
+def test_everybody_knows_when_a_token_was_last_matched(start: Start) -> None:
+    first, second, third = start(3)
+    token, other = new_token(), new_token()
+    assert first.last_match(token) == second.last_match(token) == 0.0
+    now = time.monotonic()
+    first.note_match(token, now)
+    for worker in (first, second, third):
+        assert abs(worker.last_match(token) - now) < 1e-6
+        assert worker.last_match(other) == 0.0
+    second.note_match(token, now + 1.5)
+    first.kill()
+    assert abs(third.last_match(token) - now - 1.5) < 1e-6
+    (newcomer,) = start(1)
+    assert abs(newcomer.last_match(token) - now - 1.5) < 1e-6
+
+
+def test_a_match_is_forgotten_only_for_another_in_its_place(homes: Homes) -> None:
+    now = time.monotonic()
+    tokens = [new_token().encode() for _ in range(4000)]
+    for number, token in enumerate(tokens):
+        homes.note_match(token, now + number)
+    found = [homes.last_match(token) for token in tokens]
+    assert all(when == 0.0 or abs(when - now - number) < 1e-6 for number, when in enumerate(found))
+    # 4000 of 65 536 places: 120 are taken twice, give or take eleven.
+    assert found.count(0.0) < 200
+    assert [homes.last_match(new_token().encode()) for _ in range(4000)] == [0.0] * 4000
+
+
+def test_half_a_match_is_none(homes: Homes) -> None:
+    # Another worker may be writing into the same place while we read.
+    token, other = new_token().encode(), new_token().encode()
+    place = _place_of_match(homes._number_of(token))
+    homes.note_match(other, time.monotonic())
+    others = _place_of_match(homes._number_of(other))
+    for half in (slice(0, 8), slice(8, 16)):
+        homes.note_match(token, time.monotonic())
+        whole = bytearray(homes._table[place : place + 16])
+        whole[half] = homes._table[others : others + 16][half]
+        homes._table[place : place + 16] = bytes(whole)
+        assert homes.last_match(token) == 0.0
 
 
 def test_homes_cannot_be_made_without_file_descriptors(start: Start) -> None:

@@ -116,6 +116,25 @@ def test_a_worker_that_falls_silent_and_wakes_again_loses_and_doubles_nobody(tmp
         wait_until(lambda: current(workers) == (0, 0), 3, "nobody is left")
 
 
+def test_spares_at_a_worker_that_sleeps_are_closed_when_it_wakes(tmp_path: Path) -> None:
+    transfers = {new_token(): (new_side(), new_side()) for _ in range(40)}
+    with Workers(tmp_path, count=2) as workers, Crowd(workers.port) as crowd:
+        callers = [crowd.call(token, one) for token, (one, _) in transfers.items()]
+        crowd.run_until(lambda: current(workers) == (0, 40), 3, "all wait")
+        awake, asleep = sorted(workers.workers, key=lambda worker: share(workers, worker)[1])
+        assert share(workers, asleep)[1] > 0
+        with stopped(asleep):
+            crowd.run_until(lambda: "does not answer" in awake.log_text(), 8, "its sibling notices")
+            for which in (0, 1):
+                callers += [crowd.call(token, sides[which]) for token, sides in transfers.items()]
+                crowd.run_for(1.5)  # the worker that sleeps may have had the turn to accept
+            crowd.run_until(lambda: sum(caller.met for caller in callers) == 80, 3, "all meet while it sleeps")
+        crowd.run_until(lambda: all(caller.met or caller.closed for caller in callers), 3, "the spares are closed")
+        for token, sides in transfers.items():
+            assert sorted(one.side or "" for one in callers if one.token == token and one.met) == sorted(sides)
+        assert sum(caller.closed for caller in callers) == 40
+
+
 def test_a_worker_with_a_silent_sibling_ends_in_time_and_gives_nothing_to_it(tmp_path: Path) -> None:
     with Workers(tmp_path, count=3) as workers, Crowd(workers.port) as crowd:
         transfers = [crowd.transfer(200_000, 200_000) for _ in range(40)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import json
+import os
 import random
 import shutil
 import socket
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from relay.homes import FILES, Homes
 from relay.sibling_language import LANGUAGE, Greeting
 from tests.crowd import Caller, Crowd, Transfer
 from tests.harness import CHECKOUT, Relay, Workers, free_port, new_side, new_token, wait_until
@@ -104,16 +106,34 @@ def test_workers_that_could_not_find_each_other_when_one_of_them_joined_find_eac
         newcomer = crowd.run_beside(workers.start_one)
         assert f"worker {newcomer.pid} has joined" not in hidden.log_text()
         crowd.run_until(lambda: path.exists(), 3, "it can be found again")
-        said = f"worker {newcomer.pid} has joined"
-
-        def meet_until_they_know_each_other() -> bool:
-            assert_the_relay_works(crowd, 100)
-            return said in hidden.log_text() or f"worker {hidden.pid} has joined" in newcomer.log_text()
-
-        crowd.run_until(meet_until_they_know_each_other, 10, "they know each other")
+        said = f"worker {hidden.pid} has joined"
+        crowd.run_until(lambda: said in newcomer.log_text(), 3, "they know each other")
         assert_the_relay_works(crowd, 200)
         crowd.run_beside(lambda: workers.stop_one(1))
         assert_the_relay_works(crowd, 200)
+
+
+def test_a_worker_that_is_home_to_somebody_and_that_nobody_knows_is_looked_for(tmp_path: Path) -> None:
+    # We play it: a link that could not be made, or broke off, when we joined.
+    with Workers(tmp_path, count=2) as workers, Crowd(workers.port) as crowd, contextlib.ExitStack() as stack:
+        own = Greeting(f"worker-{os.getpid()}-00000000", os.getpid(), "1.0.0")
+        with visit(sockets(workers.run_dir)[0]) as link:
+            link.send(own.encode())
+            _, fds, _, _ = socket.recv_fds(link, 10_000, FILES + 1)
+        homes = stack.enter_context(contextlib.closing(Homes(fds[:FILES])))
+        os.close(fds[FILES])
+        door = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        door.bind(str(workers.run_dir / own.name))
+        door.listen()
+        door.settimeout(5)
+        token = new_token()
+        assert homes.settle(token.encode(), lambda _: False) == (os.getpid(), True)
+        crowd.call(token, new_side())
+        link, _ = crowd.run_beside(door.accept)
+        with link:
+            greeting = Greeting.decode(link.recv(10_000))
+            assert greeting.pid in workers.pids
+        assert_the_relay_works(crowd)
 
 
 @pytest.mark.parametrize("other", ["port", "interface"])
