@@ -14,52 +14,19 @@ from __future__ import annotations
 
 import os
 import resource
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 from relay.homes import Homes
+from tests.told_process import ToldProcess, obey_stdin
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 
-
-class HomesWorker:
-    """One such process. `start` sends a command whose answer `answer` returns later, so that several can be at work."""
+class HomesWorker(ToldProcess):
+    """One such process."""
 
     def __init__(self, fds: Sequence[int]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.homes_worker", *map(str, fds)],
-            cwd=CHECKOUT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            pass_fds=fds,
-        )
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self.process.pid
-
-    def start(self, *words: object) -> None:
-        """Send a command."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(" ".join(map(str, words)) + "\n")
-        self.process.stdin.flush()
-
-    def answer(self) -> str:
-        """Wait until the oldest command without an answer is carried out; return what it said."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line.endswith("\n"), f"process {self.pid} has ended"
-        return line.strip()
-
-    def ask(self, *words: object) -> str:
-        """Send a command and return the answer."""
-        self.start(*words)
-        return self.answer()
+        super().__init__("tests.homes_worker", [str(fd) for fd in fds], fds)
 
     def absent(self, *pids: int) -> None:
         """From now on take these, and no others, for workers that cannot be home."""
@@ -92,30 +59,12 @@ class HomesWorker:
         """`Homes.give_up` of each."""
         self.ask("give-up", *tokens)
 
-    def kill(self) -> None:
-        """End it with SIGKILL and wait for that, as a sibling learns of it by the end of their link."""
-        self.process.kill()
-        self.process.communicate(timeout=30)
-
-    def __enter__(self) -> HomesWorker:
-        assert self.answer() == "ready"
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.process.returncode is None:
-            self.kill()
-
 
 def main() -> None:
     """Be such a process."""
     homes = Homes([int(word) for word in sys.argv[1:]])
     absent: set[int] = set()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        command, *words = line.split()
-        print(_obey(homes, absent, command, words), flush=True)
+    obey_stdin(lambda command, words: _obey(homes, absent, command, words))
 
 
 def _obey(homes: Homes, absent: set[int], command: str, words: list[str]) -> str:

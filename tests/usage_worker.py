@@ -10,21 +10,18 @@ with UsageWorker("--usage-db", path) as worker:
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
-from pathlib import Path
-from types import TracebackType
 
 from relay.usage.record import Current, Mood, Record
 from relay.usage.recorder import Recorder, UsageError, open_recorder
+from tests.told_process import ToldProcess, obey_stdin
 
 MOODS: dict[str, Mood] = {"happy": "happy", "lonely": "lonely", "errory": "errory"}
-CHECKOUT = Path(__file__).resolve().parent.parent
 
 
-class UsageWorker:
-    """One such process. `ask` returns its answer, which comes when the command was carried out or queued.
+class UsageWorker(ToldProcess):
+    """One such process. An answer comes when the command was carried out or queued.
 
     Args:
         options: --usage-db PATH, --log-fd N, --blur-usage SECONDS.
@@ -32,48 +29,7 @@ class UsageWorker:
     """
 
     def __init__(self, *options: str, pass_fds: tuple[int, ...] = ()) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.usage_worker", *options],
-            cwd=CHECKOUT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            pass_fds=pass_fds,
-        )
-        self.warnings = ""
-
-    def ask(self, command: str) -> str:
-        """Send a command and return the answer; without a command, the answer to its start."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        if command:
-            self.process.stdin.write(command + "\n")
-            self.process.stdin.flush()
-        return self.process.stdout.readline().strip()
-
-    def kill(self) -> None:
-        """End it with SIGKILL and take its status, so that not even a zombie is left."""
-        self.process.kill()
-        self.end()
-
-    def end(self) -> int:
-        """Wait for its end and keep what it said on stderr; return the exit status."""
-        _, self.warnings = self.process.communicate(timeout=30)
-        return self.process.returncode
-
-    def __enter__(self) -> UsageWorker:
-        answer = self.ask("")
-        if answer != "ready":
-            self.end()
-            raise AssertionError(f"the worker did not start: {self.warnings}")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.process.returncode is None:
-            self.kill()
+        super().__init__("tests.usage_worker", options, pass_fds)
 
 
 def main() -> None:
@@ -95,10 +51,7 @@ def main() -> None:
     except UsageError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        command, *words = line.split()
-        print(_obey(recorder, held, command, words), flush=True)
+    obey_stdin(lambda command, words: _obey(recorder, held, command, words))
 
 
 def _obey(recorder: Recorder, held: list[Current], command: str, words: list[str]) -> str:
