@@ -10,15 +10,19 @@ Needs root and a kernel that allows it; `allowed()` says why not, for a test to 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import secrets
 import shutil
+import socket
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 NETNS_FILES = Path("/etc/netns")  # `ip netns exec NAME` mounts the files in NAME/ over those of /etc, see ip-netns(8)
+CLONE_NEWNET = 0x40000000  # <sched.h>
 
 
 def run_ip(*arguments: str) -> None:
@@ -58,6 +62,21 @@ class Host:
     def inside(self) -> list[str]:
         """What to put before a command so that it runs on this host."""
         return ["ip", "netns", "exec", self.name]
+
+    def make_there(self, make: Callable[[], socket.socket]) -> socket.socket:
+        """Make a socket on this host: it belongs to the namespace of the thread that makes it, and may be used here."""
+        made: list[socket.socket] = []
+
+        def go_and_make() -> None:
+            with Path(f"/run/netns/{self.name}").open() as namespace:
+                libc = ctypes.CDLL(None, use_errno=True)
+                assert libc.setns(namespace.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+            made.append(make())
+
+        thread = threading.Thread(target=go_and_make)
+        thread.start()
+        thread.join()
+        return made[0]
 
     def create(self) -> None:
         """Make the namespace, with loopback up, nothing forwarded, and no name server."""

@@ -6,8 +6,6 @@ The times that bounds set are in tests/test_protocol.py (test_whoever_takes_too_
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
 import re
 import resource
 import select
@@ -178,25 +176,6 @@ def test_new_connections_of_a_source_in_a_second_are_bounded(
     assert times_said(relay, "--max-new-per-source") == turned_away
 
 
-CLONE_NEWNET = 0x40000000
-
-
-def on_host(host: namespaces.Host, work: Callable[[], socket.socket]) -> socket.socket:
-    """Make a socket on another host: it belongs to the namespace of the thread that makes it."""
-    made: list[socket.socket] = []
-
-    def go() -> None:
-        with Path(f"/run/netns/{host.name}").open() as namespace:
-            libc = ctypes.CDLL(None, use_errno=True)
-            assert libc.setns(namespace.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
-        made.append(work())
-
-    thread = threading.Thread(target=go)
-    thread.start()
-    thread.join()
-    return made[0]
-
-
 def test_an_ipv6_network_of_64_bits_is_one_source_and_other_machines_need_no_option(
     tmp_path: Path, stack: contextlib.ExitStack
 ) -> None:
@@ -222,10 +201,10 @@ def test_an_ipv6_network_of_64_bits_is_one_source_and_other_machines_need_no_opt
         sock.connect((addresses[0], relay.port))
         return sock
 
-    held = [on_host(host, lambda n=n: from_address(addresses[n % 8])) for n in range(50)]  # type: ignore[misc]
+    held = [host.make_there(lambda n=n: from_address(addresses[n % 8])) for n in range(50)]  # type: ignore[misc]
     wait_until(lambda: len([sock for sock in held if not is_open(sock)]) == 2, 3, "two were turned away")
-    assert all(is_open(on_host(host, lambda n=n: from_address(addresses[8 + n]))) for n in range(8))  # type: ignore[misc]
-    as_ipv4 = on_host(host, lambda: socket.create_connection(("192.0.2.1", relay.port), 10, ("192.0.2.1", 0)))
+    assert all(is_open(host.make_there(lambda n=n: from_address(addresses[8 + n]))) for n in range(8))  # type: ignore[misc]
+    as_ipv4 = host.make_there(lambda: socket.create_connection(("192.0.2.1", relay.port), 10, ("192.0.2.1", 0)))
     stack.callback(as_ipv4.close)
     as_ipv4.sendall(b"?")
     assert answer(as_ipv4) == b"bad handshake\n"

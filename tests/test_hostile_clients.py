@@ -7,8 +7,6 @@ tests/test_hostile_bounds.py.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
 import selectors
 import socket
 import threading
@@ -328,22 +326,6 @@ def test_of_all_who_share_a_token_each_has_one_partner_or_is_sent_away(
 # Hosts that are gone from one moment to the next
 
 
-def on_host(host: namespaces.Host, work: Callable[[], socket.socket]) -> socket.socket:
-    """Make a socket on another host: it belongs to the namespace of the thread that makes it."""
-    made: list[socket.socket] = []
-
-    def go() -> None:
-        with Path(f"/run/netns/{host.name}").open() as namespace:
-            libc = ctypes.CDLL(None, use_errno=True)
-            assert libc.setns(namespace.fileno(), 0x40000000) == 0, os.strerror(ctypes.get_errno())
-        made.append(work())
-
-    thread = threading.Thread(target=go)
-    thread.start()
-    thread.join()
-    return made[0]
-
-
 def test_a_host_that_vanishes_during_its_handshakes_is_forgotten_in_time(
     tmp_path: Path, stack: contextlib.ExitStack
 ) -> None:
@@ -359,12 +341,12 @@ def test_a_host_that_vanishes_during_its_handshakes_is_forgotten_in_time(
         return stack.enter_context(socket.create_connection((network.relay_address, relay.port), timeout=10))
 
     for number in range(40):
-        sock = on_host(network.clients[0], dialled)
+        sock = network.clients[0].make_there(dialled)
         sock.sendall(line_of(new_token())[: number * 2])
     fds = open_fds(relay.pid)
     assert fds >= 40
     namespaces.run_ip("-n", network.relay.name, "link", "delete", "client0")
-    left, right = on_host(network.clients[1], dialled), on_host(network.clients[1], dialled)
+    left, right = network.clients[1].make_there(dialled), network.clients[1].make_there(dialled)
     token = new_token()
     for sock in (left, right):
         sock.sendall(line_of(token))

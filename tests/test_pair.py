@@ -6,7 +6,6 @@ Against one worker and against two that are one relay, except where a constant o
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import os
 import random
@@ -39,7 +38,6 @@ from tests.kernel_view import bytes_in_pipes, largest_pipe, relays_end, unacknow
 from tests.ledger import Ended, Ledger
 
 MIB = 1 << 20
-CLONE_NEWNET = 0x40000000
 PATTERN = random.Random(1).randbytes(8 * MIB)
 
 
@@ -316,25 +314,10 @@ class Hosts:
 
     def dial(self, number: int) -> socket.socket:
         """Connect to the relay from host `number`."""
-        client = self._from_host(number)
+        client = self.network.clients[number].make_there(socket.socket)
         client.settimeout(10)
         client.connect((self.network.relay_address, self.port))
         return client
-
-    def _from_host(self, number: int) -> socket.socket:
-        # A socket belongs to the namespace of the thread that made it, so a thread goes there and comes to an end.
-        made: list[socket.socket] = []
-
-        def make() -> None:
-            with Path(f"/run/netns/{self.network.clients[number].name}").open() as namespace:
-                libc = ctypes.CDLL(None, use_errno=True)
-                assert libc.setns(namespace.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
-            made.append(socket.socket())
-
-        thread = threading.Thread(target=make)
-        thread.start()
-        thread.join()
-        return made[0]
 
     def vanish(self, number: int) -> None:
         """Cut the cable of host `number`."""
