@@ -61,8 +61,12 @@ from relay import __version__
 from relay.mistakes import Mistake
 from relay.options import Options
 
-RESERVED_FDS = 96
-"""File descriptors that are not for clients: the database, the log, the listening socket, the siblings, the homes."""
+RESERVED_FDS = 128
+"""File descriptors that are not for clients: the database, the log, the listening socket, the siblings, the homes; and
+those that `pipes` leaves free."""
+
+LEAST_FDS = RESERVED_FDS + 6
+"""Room for one transfer: two connections, and two pipes."""
 
 RECORDS_SECONDS = 10.0
 """How long the last thing a worker does, writing the records that are still queued, may take."""
@@ -221,8 +225,10 @@ def _log_fd(given: dict[str, Any]) -> int | None:
 
 def _max_connections(given: dict[str, Any]) -> int:
     fds, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if fds < LEAST_FDS:
+        raise Mistake(f"the limit of file descriptors is {fds}; raise it to {LEAST_FDS} or more (ulimit -n)")
     # A pair with bytes in flight borrows pipes, four file descriptors at most, and copies when it gets none.
-    possible = max(2, (fds - RESERVED_FDS) * 4 // 5)
+    possible = (fds - RESERVED_FDS) * 4 // 5
     if given["--max-connections"] is None:
         return possible
     most = _whole(given, "--max-connections", 2)

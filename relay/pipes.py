@@ -2,13 +2,15 @@
 
 An ordinary user gets 64 MiB of pipe memory in all (``fs.pipe-user-pages-soft``, see pipe(7)); past it, enlarging a
 pipe fails with EPERM and a new one has two pages. Both still work, so both are survived. When there is no file
-descriptor left for a pipe there is none to borrow, and the pump copies.
+descriptor left for a pipe there is none to borrow, and the pump copies. The last descriptors are not for pipes: they
+are for what cannot do without, such as a new sibling, or a log that is opened again.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import resource
 from dataclasses import dataclass
 
 PIPE_BYTES = 1 << 20
@@ -16,6 +18,9 @@ PIPE_BYTES = 1 << 20
 
 SPARE_PIPES = 32
 """How many unused pipes are kept for the next turn, instead of being made anew for each."""
+
+FDS_LEFT_FREE = 48
+"""File descriptors below the process's limit that pipes leave alone: what comes with a new sibling is the most."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +50,11 @@ class PipePool:
         try:
             outlet, inlet = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
+            return None
+        fds, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if inlet >= fds - FDS_LEFT_FREE:  # the kernel gives the lowest number that is free
+            os.close(inlet)
+            os.close(outlet)
             return None
         try:
             fcntl.fcntl(inlet, fcntl.F_SETPIPE_SZ, PIPE_BYTES)

@@ -581,15 +581,16 @@ class Relay:
         self._closed(*pair.sources)
 
     def siblings_changed(self) -> None:
-        """Look again where everybody belongs."""
+        """Look again where everybody belongs, and who is a spare."""
         assert self.siblings is not None
         if not self.stopping:
             for client in self._room:
-                if client.asked < self._last_match(client.token):
+                home = self.siblings.home(client.token)
+                if home is not None:
+                    self._uproot(client, home)
+                elif client.asked < self._last_match(client.token):
                     self._leave_room(client)
                     self._close_spare(client)
-                elif (home := self.siblings.home(client.token)) is not None:
-                    self._uproot(client, home)
             if self._door is not None:
                 self._door.shared = not self.siblings.alone
                 self._door.take_turn()  # whose it is may be unclear now

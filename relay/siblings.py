@@ -101,7 +101,8 @@ class Household(Protocol):
         """The same for a pair."""
 
     def siblings_changed(self) -> None:
-        """Those who wait may belong elsewhere now. Somebody has come, or gone, or fallen silent, or woken."""
+        """Those who wait may belong elsewhere now, or be spares of a match made elsewhere. Somebody, perhaps we, has
+        come, gone, fallen silent or woken; or it was not certain where somebody belongs."""
 
     def turn_at_the_door(self, passed_by: int) -> None:
         """It is our turn to accept connections; so many in a row had no room for any."""
@@ -254,13 +255,12 @@ class Siblings:
     def home(self, token: bytes) -> Link | None:
         """The sibling that is home to `token`, or None when we are, or when nobody else could be.
 
-        Unless we leave, asking makes us its home when nobody is: until `give_up`.
+        Unless we leave, asking makes us its home when nobody is: until `give_up`. So it does a worker on its own, since
+        somebody may have come of whom it has not heard yet.
         """
-        if self.alone:
-            return None
-        assert self._homes is not None
         if self.leaving:
-            return self.heir(token)
+            return None if self.alone else self.heir(token)
+        assert self._homes is not None
         pid, certain = self._homes.settle(token, self._can_be_home)
         if not certain:
             self._unsettled = True
@@ -351,7 +351,8 @@ class Siblings:
         try:
             sock, _ = self._own_socket.accept()
         except OSError:
-            return  # gone again, or no file descriptor left: a newcomer tries again
+            self._visits.stop()  # without a file descriptor left it would be called all the time, until the next second
+            return
         pid = same_user(sock)
         if pid is None:
             sock.close()
@@ -415,7 +416,10 @@ class Siblings:
             self._port = socket.socket(fileno=fds.pop())
         if language != LANGUAGE or len(fds) < FILES:
             return
-        homes = Homes(fds[:FILES])
+        try:
+            homes = Homes(fds[:FILES])
+        except OSError:
+            return  # no file descriptor left to map them
         if self._homes is None:
             self._homes = homes
         elif homes.made < self._homes.made:  # it was too slow for `join`, so that we took ourselves for the first
@@ -520,8 +524,8 @@ class Siblings:
         """Say that we are here, with so many transfers and such a load, notice who is not, and try again what did not
         work."""
         now = time.monotonic()
-        if now - self._last_second > SILENT_SECONDS:
-            self._unsettled = True  # we stood still, and others have done without us
+        if now - self._last_second > SILENT_SECONDS - 1:
+            self._unsettled = True  # we stood still, and others may have done without us
         self._last_second = now
         for link in list(self.links):
             link.read_all()  # what has come counts, however late we are to read it
@@ -556,13 +560,22 @@ class Siblings:
     def _meet_strangers(self) -> None:
         """Link to workers that we have not met: one of us could not be found, or not be answered, when we joined."""
         known = {link.greeting.name for link in self._greeted() if link.greeting is not None}
-        for sock in self._run_dir.connect_to_all(known):
+        try:
+            found = self._run_dir.connect_to_all(known)
+        except OSError:
+            self._saw_stranger = True  # no file descriptor left; try again in a second
+            return
+        for sock in found:
             self.links.add(Link(self, sock, same_user(sock) or 0, opened_by_sibling=False))
             self._greet(sock)
 
     def _keep_to_be_found(self) -> None:
         """Make our socket again when somebody has removed it, or the run directory."""
-        if self._visits is None or not self._run_dir.lost_own_socket():
+        if self._visits is None:
+            return
+        if not self._run_dir.lost_own_socket():
+            if not self._visits.active:
+                self._visits.start(self._visited)
             return
         try:
             own_socket = self._run_dir.renew()

@@ -21,10 +21,11 @@ from pathlib import Path
 import pytest
 
 from relay import __version__
-from relay.cli import main, read_options
+from relay.cli import LEAST_FDS, main, read_options
 from tests.harness import (
     CHECKOUT,
     Relay,
+    Workers,
     connect,
     free_port,
     handshake,
@@ -34,6 +35,7 @@ from tests.harness import (
     read_to_end,
     wait_until,
 )
+from tests.hostile import honest_transfer
 
 DOCUMENTATION_ADDRESS = "198.51.100.7"  # TEST-NET-2 (RFC 5737): no machine's own
 Start = Callable[..., Relay]
@@ -382,6 +384,21 @@ def test_the_limit_of_file_descriptors_is_raised_to_the_hard_one(relay_factory: 
     found = re.search(r"Max open files\s+(\d+)\s+(\d+)", limits)
     assert found is not None
     assert found[1] == found[2]
+
+
+@pytest.mark.parametrize("limit", [20, 42, 60, LEAST_FDS - 1])
+def test_too_low_a_limit_of_file_descriptors_is_named(tmp_path: Path, limit: int) -> None:
+    with_limit = ["/bin/sh", "-c", f'ulimit -n {limit} && exec "$0" "$@"']
+    assert complaint("--run-dir", str(tmp_path / "run"), inside=with_limit) == (
+        f"the limit of file descriptors is {limit}; raise it to {LEAST_FDS} or more (ulimit -n)"
+    )
+
+
+def test_the_lowest_limit_of_file_descriptors_is_enough_for_a_transfer_and_two_siblings(tmp_path: Path) -> None:
+    with Workers(tmp_path, count=3, nofile=LEAST_FDS, recording=True) as workers:
+        honest_transfer(workers.port)
+        assert workers.stop_one(0) == 0
+        honest_transfer(workers.port)
 
 
 def test_beyond_max_connections_new_ones_wait_in_the_listen_queue(relay_factory: Start) -> None:

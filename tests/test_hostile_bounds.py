@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from relay.cli import read_options
+from relay.cli import RESERVED_FDS, read_options
 from tests import namespaces
 from tests.harness import (
     CHECKOUT,
@@ -419,7 +419,7 @@ def test_the_page_about_security_names_tests_that_exist_and_defaults_that_are_so
         kept = getattr(options, option.replace("-", "_"))
         assert kept in (int(default), int(default) * 3600), option
     fds, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert options.max_connections == pytest.approx(fds * 4 / 5, rel=0.1 if fds > 1000 else 1)
+    assert options.max_connections == (fds - RESERVED_FDS) * 4 // 5
     assert options.max_waiting == options.max_connections * 3 // 4
     assert options.max_per_source == options.max_connections // 2
     assert options.max_new_per_source == 200

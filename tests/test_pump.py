@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from relay.pipes import PIPE_BYTES, SPARE_PIPES, PipePool
+from relay.pipes import FDS_LEFT_FREE, PIPE_BYTES, SPARE_PIPES, Pipe, PipePool
 from relay.pump import COPY_BYTES, INPUT, OVER, ROOM, TURN, Pump
 from relay.turns import LARGEST_TURN, Turns
 from tests.harness import Relay, connect, handshake, new_token, open_fds, read_exactly, read_to_end, wait_until
@@ -232,6 +232,26 @@ def test_a_pool_keeps_a_bounded_number_of_pipes() -> None:
     assert open_fds(os.getpid()) == before + 2 * SPARE_PIPES
     pool.close()
     assert open_fds(os.getpid()) == before
+
+
+def test_pipes_leave_the_last_file_descriptors_to_others() -> None:
+    pool = PipePool()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + FDS_LEFT_FREE + 20, hard))
+        pipes: list[Pipe] = []
+        while (pipe := pool.borrow()) is not None:
+            pipes.append(pipe)
+        assert len(pipes) >= 9
+        others = [os.dup(0) for _ in range(FDS_LEFT_FREE)]
+        assert pool.borrow() is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for pipe in pipes:
+        pipe.close()
+    for fd in others:
+        os.close(fd)
 
 
 class Flow(RuleBasedStateMachine):

@@ -115,6 +115,22 @@ def test_a_worker_without_a_file_descriptor_left_costs_no_client_its_partner(
         assert {record["mood"] for record in workers.records()} == {"happy"}
 
 
+def test_a_worker_without_a_file_descriptor_left_is_quiet_when_a_newcomer_knocks_and_lets_it_in_later(
+    tmp_path: Path,
+) -> None:
+    with Workers(tmp_path, count=2) as workers:
+        full = workers.workers[0]
+        _, hard = resource.prlimit(full.pid, resource.RLIMIT_NOFILE)
+        allow_fds(full.pid, 3)  # it keeps what it has
+        newcomer = workers.start_one()
+        assert load_while(2, full.pid) < 0.2
+        joined = f"worker {newcomer.pid} has joined"
+        assert joined not in full.log_text()
+        allow_fds(full.pid, hard)
+        wait_until(lambda: joined in full.log_text(), 3, "it is let in")
+        honest_transfer(workers.port)
+
+
 AS_NOBODY = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
 HOG = """
 import fcntl, os, sys

@@ -21,6 +21,7 @@ from relay.homes import FILES, Homes
 from relay.sibling_language import LANGUAGE, Greeting
 from tests.crowd import Caller, Crowd, Transfer
 from tests.harness import CHECKOUT, Relay, Workers, free_port, new_side, new_token, wait_until
+from tests.kernel_view import locks
 from tests.test_workers_crash import current, share, stopped
 from tests.test_workers_meeting import assert_each_met_its_own_partner, call_in_random_order
 
@@ -134,6 +135,25 @@ def test_a_worker_that_is_home_to_somebody_and_that_nobody_knows_is_looked_for(t
             greeting = Greeting.decode(link.recv(10_000))
             assert greeting.pid in workers.pids
         assert_the_relay_works(crowd)
+
+
+def tokens_of(worker: Relay) -> int:
+    """How many tokens a worker is home to."""
+    fds = Path(f"/proc/{worker.pid}/fd")
+    return sum(locks(worker.pid, int(fd.name)) for fd in fds.iterdir() if "relay-homes" in os.readlink(fd))
+
+
+def test_a_worker_on_its_own_is_home_to_those_who_wait_before_somebody_joins_it(tmp_path: Path) -> None:
+    with Workers(tmp_path, count=1) as workers, Crowd(workers.port) as crowd:
+        waiting = [crowd.call(new_token(), new_side(), head=b"there") for _ in range(5)]
+        spares = [crowd.call(caller.token, caller.side) for caller in waiting[:2]]
+        crowd.run_until(lambda: current(workers) == (0, 7), 3, "all wait")
+        assert tokens_of(workers.workers[0]) == 5
+        newcomer = crowd.run_beside(workers.start_one)
+        assert [tokens_of(worker) for worker in (workers.workers[0], newcomer)] == [5, 0]
+        crowd.begin([Transfer(caller, crowd.call(caller.token, new_side(), head=b"here")) for caller in waiting])
+        crowd.run_until(lambda: all(spare.closed for spare in spares), 3, "the spares are closed")
+        assert [tokens_of(worker) for worker in (workers.workers[0], newcomer)] == [0, 0]
 
 
 @pytest.mark.parametrize("other", ["port", "interface"])
