@@ -417,8 +417,7 @@ class Relay:
         self._room.leave(waited)
         spares = self._room.take_all(newcomer.token)
         if self.siblings is not None:
-            self.siblings.note_match(newcomer.token)
-            self.siblings.give_up(newcomer.token)
+            self.siblings.matched(newcomer.token)
         self._pair(waited, newcomer)
         for spare in spares:
             self._close_spare(spare)
@@ -595,6 +594,14 @@ class Relay:
                 self._door.shared = not self.siblings.alone
                 self._door.take_turn()  # whose it is may be unclear now
         self._changed.set()
+
+    def matched_elsewhere(self, token: bytes) -> None:
+        """A sibling has matched two sides for `token`."""
+        last_match = self._last_match(token)
+        for client in self._room.all_for(token):
+            if client.asked < last_match:
+                self._leave_room(client)
+                self._close_spare(client)
 
     def turn_at_the_door(self, passed_by: int) -> None:
         """A sibling has passed the door on to us."""

@@ -11,6 +11,7 @@ of the language `LANGUAGE`: the files of `homes`, which come before the listenin
 ``F``      farewell, the answer to ``L``: nothing more will come from me
 ``.``      still here, so many transfers want to move something (if there is a --relay-rate), and such is my load
 ``D``      your turn at the door, which so many had no room to take (see `door`)
+``M``      matched: two sides for that token, here, while somebody else was home to it, too
 ``H``      clients that have no partner yet, their sockets beside the packet
 ``P``      a pair in mid-transfer, its sockets and pipes beside the packet
 ``C``      confirmed: what came with that serial number is mine now
@@ -36,6 +37,7 @@ LEAVING = b"L"
 FAREWELL = b"F"
 STILL_HERE = b"."
 TURN_AT_THE_DOOR = b"D"
+MATCHED = b"M"
 HANDED_CLIENTS = b"H"
 HANDED_PAIR = b"P"
 CONFIRMED = b"C"
@@ -177,6 +179,16 @@ def encode_turn(passed_by: int) -> bytes:
 def decode_turn(packet: bytes) -> int:
     """How many workers had no room to take a ``D``."""
     return int(_unpack(_TURN, packet, 0)[1])
+
+
+def encode_matched(token: bytes) -> bytes:
+    """An ``M`` for `token`."""
+    return MATCHED + token
+
+
+def decode_matched(packet: bytes) -> bytes:
+    """The token of an ``M``."""
+    return packet[1:]
 
 
 def encode_answer(kind: bytes, serial: int) -> bytes:

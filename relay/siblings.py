@@ -41,6 +41,7 @@ from relay.sibling_language import (
     HANDED_PAIR,
     LANGUAGE,
     LEAVING,
+    MATCHED,
     READY,
     REFUSED,
     STILL_HERE,
@@ -53,10 +54,12 @@ from relay.sibling_language import (
     decode_answer,
     decode_clients,
     decode_envelope,
+    decode_matched,
     decode_pair,
     decode_still_here,
     decode_turn,
     encode_answer,
+    encode_matched,
     encode_still_here,
     encode_turn,
     kind_of,
@@ -103,6 +106,9 @@ class Household(Protocol):
     def siblings_changed(self) -> None:
         """Those who wait may belong elsewhere now, or be spares of a match made elsewhere. Somebody, perhaps we, has
         come, gone, fallen silent or woken; or it was not certain where somebody belongs."""
+
+    def matched_elsewhere(self, token: bytes) -> None:
+        """A sibling has matched two sides for `token`; whoever has asked for it here before is a spare."""
 
     def turn_at_the_door(self, passed_by: int) -> None:
         """It is our turn to accept connections; so many in a row had no room for any."""
@@ -287,10 +293,15 @@ class Siblings:
         if self._homes is not None:
             self._homes.give_up(token)
 
-    def note_match(self, token: bytes) -> None:
-        """Tell all workers that two sides have just been matched for `token`; before it is given up."""
-        if self._homes is not None:
-            self._homes.note_match(token, time.monotonic())
+    def matched(self, token: bytes) -> None:
+        """Two sides have just been matched for `token` here, and nobody waits for it any more. While workers come and
+        go another one can be home to it, too; who waits there is a spare."""
+        assert self._homes is not None
+        self._homes.note_match(token, time.monotonic())
+        self._homes.give_up(token)
+        if self.links and self._homes.holder(token) is not None:
+            for link in self._greeted():
+                link.say(encode_matched(token))
 
     def last_match(self, token: bytes) -> float:
         """When a worker last matched two sides for `token`, in monotonic seconds; 0 if that is forgotten."""
@@ -454,6 +465,8 @@ class Siblings:
             self._household.sibling_gone()
         elif kind == STILL_HERE:
             link.pairs, link.load = decode_still_here(packet)
+        elif kind == MATCHED:
+            self._household.matched_elsewhere(decode_matched(packet))
         elif kind == TURN_AT_THE_DOOR:
             self._household.turn_at_the_door(decode_turn(packet))
         else:

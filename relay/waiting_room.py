@@ -79,6 +79,10 @@ class WaitingRoom(Generic[W]):
         self._count -= len(clients)
         return clients
 
+    def all_for(self, token: bytes) -> list[W]:
+        """Everybody who waits for `token`; they stay in the room, which may change meanwhile."""
+        return [*self._by_token.get(token, ())]
+
     def oldest(self) -> W:
         """The one who waits for the token that somebody has waited for longest; the room is not empty."""
         return next(iter(self._by_token.values()))[0]

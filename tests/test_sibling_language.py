@@ -17,6 +17,7 @@ from relay.sibling_language import (
     HANDED_PAIR,
     LANGUAGE,
     LARGEST_PACKET,
+    MATCHED,
     REFUSED,
     Envelope,
     Greeting,
@@ -27,9 +28,11 @@ from relay.sibling_language import (
     decode_answer,
     decode_clients,
     decode_envelope,
+    decode_matched,
     decode_pair,
     encode_answer,
     encode_clients,
+    encode_matched,
     encode_pair,
     kind_of,
 )
@@ -121,6 +124,13 @@ def test_clients_arrive_as_they_were_handed_on_with_one_hop_more(
     for client in clients:
         client.hops = min(client.hops + 1, 255)
     assert decode_clients(packet) == clients
+
+
+@given(tokens)
+def test_a_match_arrives_as_it_was_told(token: bytes) -> None:
+    packet = encode_matched(token)
+    assert kind_of(packet) == MATCHED
+    assert decode_matched(packet) == token
 
 
 @given(envelopes, pairs)

@@ -92,6 +92,7 @@ class Arrivals(RuleBasedStateMachine):
             of_token = [somebody for somebody in self.waiting if somebody.token == token]
             assert [somebody for somebody in inside if somebody.token == token] == of_token
             assert self.room.waiting_for(token) == len(of_token)
+            assert self.room.all_for(token) == of_token
 
     @invariant()
     def those_who_wait_for_one_token_are_of_one_side(self) -> None:

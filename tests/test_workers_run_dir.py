@@ -137,10 +137,45 @@ def test_a_worker_that_is_home_to_somebody_and_that_nobody_knows_is_looked_for(t
         assert_the_relay_works(crowd)
 
 
+def test_of_two_homes_of_one_token_the_one_without_the_match_closes_its_spares(tmp_path: Path) -> None:
+    # We play a worker that cannot be home, since it does not say that it is ready, but has the token's first byte.
+    with Workers(tmp_path, count=1) as workers, Crowd(workers.port) as crowd, contextlib.ExitStack() as stack:
+        own = Greeting(f"worker-{os.getpid()}-00000000", os.getpid(), "1.0.0")
+        link = stack.enter_context(visit(sockets(workers.run_dir)[0]))
+        link.send(own.encode())
+        _, fds, _, _ = socket.recv_fds(link, 10_000, FILES + 1)
+        homes = stack.enter_context(contextlib.closing(Homes(fds[:FILES])))
+        os.close(fds[FILES])
+        ours, theirs = new_token(), new_token()
+        assert homes.settle(ours.encode(), lambda _: False) == (os.getpid(), True)
+        pair = crowd.transfer(head=b"there", answer=b"and back")
+        matched = [Transfer(crowd.call(ours, new_side()), crowd.call(ours, new_side())), pair]
+        crowd.begin(matched)
+        assert homes.last_match(ours.encode()) > 0
+        words = [link.recv(100)]
+        while words[-1][:1] != b".":  # which comes each second
+            words.append(link.recv(100))
+        assert words[:-1] == [b"M" + ours.encode()]  # and nothing about the pair that is no business of ours
+        side = new_side()
+        spares = [crowd.call(theirs, side) for _ in range(3)]
+        crowd.run_until(lambda: current(workers) == (2, 3), 3, "they wait")
+        homes.note_match(theirs.encode(), time.monotonic())
+        link.send(b"M" + theirs.encode())
+        crowd.run_until(lambda: all(spare.closed for spare in spares), 3, "they are closed")
+        assert [(spare.answer, spare.error) for spare in spares] == [(b"", None)] * 3
+        assert tokens_of(workers.workers[0]) == 0
+        crowd.end(matched)
+
+
 def tokens_of(worker: Relay) -> int:
     """How many tokens a worker is home to."""
-    fds = Path(f"/proc/{worker.pid}/fd")
-    return sum(locks(worker.pid, int(fd.name)) for fd in fds.iterdir() if "relay-homes" in os.readlink(fd))
+    files = {}
+    for fd in Path(f"/proc/{worker.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            if "relay-homes" in os.readlink(fd):
+                files[fd.stat().st_ino] = int(fd.name)  # one of them is open twice
+    assert len(files) == FILES
+    return sum(locks(worker.pid, fd) for fd in files.values())
 
 
 def test_a_worker_on_its_own_is_home_to_those_who_wait_before_somebody_joins_it(tmp_path: Path) -> None:
