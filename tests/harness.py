@@ -55,6 +55,15 @@ def wait_until(condition: Callable[[], T], seconds: float = 10, what: str = "the
         time.sleep(0.01)
 
 
+def whole_lines(text: str) -> list[str]:
+    """Return the lines of a file or stream that is being written; one still without its newline is left for later.
+
+    A file's reader can meet a line of which only a part is there, although it is one write(2): where it goes over the
+    end of a page.
+    """
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
 def connect(port: int, host: str = "127.0.0.1", timeout: float = 10) -> socket.socket:
     """Return a connected TCP socket whose every call fails after `timeout` seconds."""
     return socket.create_connection((host, port), timeout=timeout)
@@ -165,8 +174,7 @@ class Service:
         """Return the JSON lines written so far, parsed; a line still without its newline is left for later."""
         if not self.json_lines.exists():
             return []
-        whole, _, _ = self.json_lines.read_text().rpartition("\n")
-        return [json.loads(line) for line in whole.splitlines()]
+        return [json.loads(line) for line in whole_lines(self.json_lines.read_text())]
 
     def wait_for_records(self, count: int, seconds: float = 10) -> list[dict[str, Any]]:
         """Return the records as soon as there are at least `count`; AssertionError if `seconds` were not enough."""

@@ -36,6 +36,7 @@ from tests.harness import (
     read_exactly,
     read_to_end,
     wait_until,
+    whole_lines,
 )
 
 CONFIGURATION = CHECKOUT / "etc" / "rsyslog.d" / "relay-gevent.conf"
@@ -97,7 +98,7 @@ class Rsyslog:
 
     def lines(self) -> list[str]:
         """Return what it wrote so far."""
-        return self.output.read_text().splitlines() if self.output.exists() else []
+        return whole_lines(self.output.read_text()) if self.output.exists() else []
 
     def records(self) -> list[Key]:
         """Return the lines it wrote, as keys of the records; AssertionError for one that is not in fields."""
@@ -215,7 +216,7 @@ def arrived(folder: Path) -> list[Key]:
     """Return the records in what rsyslogd wrote; its own file is rotated, and at its second rotation compressed."""
     written = [path.read_bytes() for path in folder.glob("relay-gevent.log*")]
     texts = [gzip.decompress(text) if text.startswith(b"\x1f\x8b") else text for text in written]
-    return [key_of_line(line) for text in texts for line in text.decode().splitlines()]
+    return [key_of_line(line) for text in texts for line in whole_lines(text.decode())]
 
 
 class Writers:
@@ -442,7 +443,7 @@ class CentralHost:
 
     def messages(self) -> list[str]:
         """Return the messages so far, one a line."""
-        return [line for taken in self._received for line in taken.decode().splitlines()]
+        return [line for taken in self._received for line in whole_lines(taken.decode())]
 
     def close(self) -> None:
         """Take no further connection."""

@@ -309,6 +309,7 @@ def test_the_relay_killed_is_back_within_two_seconds_with_its_records_whole(serv
     assert service.query("SELECT bytes, connections, mood_happy, mood_lonely, mood_errory FROM all_time") == [
         (1_010_000, 51, 51, 0, 0)
     ]
+    wait_until(lambda: len((service.var / "usage.jsonl").read_text().splitlines()) >= 51, 5, "the JSON line of it")
     assert len((service.var / "usage.jsonl").read_text().splitlines()) == 51
 
 

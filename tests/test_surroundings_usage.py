@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Relay, Workers, wait_until
+from tests.harness import Relay, Workers, wait_until, whole_lines
 from tests.hostile import beside, honest_transfer
 from tests.usage_disk import fill
 from tests.usage_disk import small_disk as small_disk  # a fixture
@@ -54,7 +54,7 @@ def in_database(path: Path) -> Counter[int]:
 
 def in_lines(text: str) -> Counter[int]:
     """The same of JSON lines."""
-    return Counter(json.loads(line)["total_bytes"] for line in text.splitlines())
+    return Counter(json.loads(line)["total_bytes"] for line in whole_lines(text))
 
 
 def test_transfers_go_on_while_the_disk_is_full_and_then_each_is_on_record_once(small_disk: Path) -> None:
@@ -70,6 +70,7 @@ def test_transfers_go_on_while_the_disk_is_full_and_then_each_is_on_record_once(
         everything = Counter(load.sizes)
         wait_until(lambda: in_database(workers.usage_db) == everything, 15, "each is in the database once")
         wait_until(lambda: in_lines(workers.json_lines.read_text()) == everything, 15, "each has a line")
+    assert workers.json_lines.read_text().endswith("}\n"), "and nothing else is there"
 
 
 @pytest.mark.parametrize("trouble", ["deleted", "replaced by another", "damaged"])
@@ -149,18 +150,13 @@ def test_a_log_reader_that_goes_and_comes_back_gets_each_line_once(tmp_path: Pat
             load.wait_for_more()
         count = len(load.sizes)
         last = load.sizes[-1]
-        wait_until(lambda: read() or in_lines(whole(text))[last], 10, "the last line")
+        wait_until(lambda: read() or in_lines(text.decode())[last], 10, "the last line")
         relay.stop()
         read()
         os.close(reader)
-        found = in_lines(whole(text))
+        found = in_lines(text.decode())
         missing = Counter(load.sizes) - found
         assert not found - Counter(load.sizes), "no line comes twice"
         assert missing.total() <= 3, f"of {count} only what the pipe held when it closed, after {lost_from}: {missing}"
         assert relay.log_text().count("its reader is gone") == 1
         assert relay.log_text().count("works again after") == 1
-
-
-def whole(text: bytes) -> str:
-    """What came, up to the last whole line."""
-    return text.rpartition(b"\n")[0].decode()

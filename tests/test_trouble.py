@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Relay, connect, handshake, new_side, new_token, read_exactly, wait_until
+from tests.harness import Relay, connect, handshake, new_side, new_token, read_exactly, wait_until, whole_lines
 
 TROUBLE_SECONDS = float(os.environ.get("RELAY_TESTS_TROUBLE_SECONDS", "5"))
 BEFORE_SECONDS = 1.0
@@ -62,8 +62,7 @@ class SlowReader:
 
     def sizes(self) -> list[int]:
         """`total_bytes` of each whole line that came."""
-        whole, _, _ = self.text.rpartition(b"\n")
-        return [json.loads(line)["total_bytes"] for line in whole.splitlines()]
+        return [json.loads(line)["total_bytes"] for line in whole_lines(self.text.decode())]
 
 
 class Transfers:
