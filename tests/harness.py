@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import secrets
 import signal
@@ -27,6 +28,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -125,11 +127,19 @@ def read_to_end(sock: socket.socket, seconds: float = 10) -> bytes:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """Return a TCP port that was free a moment ago, for programs that cannot choose one themselves."""
+    """Return a TCP port that was free a moment ago, for programs that cannot choose one themselves.
+
+    It is none of those from which the kernel takes one for each connection (ip(7), ip_local_port_range), or another
+    test's connection could have it by the time that the program comes to listen there.
+    """
+    first_of_connections = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as sock:
-        sock.bind((host, 0))
-        return int(sock.getsockname()[1])
+    for _ in range(100):
+        port = random.randrange(first_of_connections // 2, first_of_connections)
+        with socket.socket(family) as sock, contextlib.suppress(OSError):
+            sock.bind((host, port))
+            return port
+    raise AssertionError("no TCP port is free")
 
 
 def pss(pid: int) -> int:
@@ -382,22 +392,27 @@ class Workers(Service):
         self.port = 0
         self.run_dir = folder / "run"
         self.workers: list[Relay] = []
+        self._numbering = threading.Lock()
 
     def start_one(self) -> Relay:
-        """Start one more worker, wait until it listens, and return it; its number is its place in `workers`."""
-        worker = Relay(
-            self.folder,
-            "--run-dir",
-            str(self.run_dir),
-            *self.options,
-            port=self.port,
-            interface=self.interface,
-            env=self.env,
-            nofile=self.nofile,
-            recording=self.recording,
-            name=f"relay-{len(self.workers)}",
-        )
-        self.workers.append(worker)
+        """Start one more worker, wait until it listens, and return it; its number is its place in `workers`.
+
+        Several threads may do so at once, when the port is known.
+        """
+        with self._numbering:
+            worker = Relay(
+                self.folder,
+                "--run-dir",
+                str(self.run_dir),
+                *self.options,
+                port=self.port,
+                interface=self.interface,
+                env=self.env,
+                nofile=self.nofile,
+                recording=self.recording,
+                name=f"relay-{len(self.workers)}",
+            )
+            self.workers.append(worker)
         worker.start()
         self.port = worker.port
         return worker
