@@ -708,8 +708,10 @@ class Relay:
 
     def _every_second(self) -> None:
         now = time.monotonic()
-        for client in self._deadlines.take_due(now):
-            self._overdue(client)
+        # Those whose handshake is not whole come last: one that is by now may be matched with somebody who waits.
+        for client in sorted(self._deadlines.take_due(now), key=lambda client: client.stage is Stage.SHAKING):
+            if client.stage is not Stage.SHAKING or self._still_says_nothing(client):
+                self._overdue(client)
         self._sources.next_second()
         self._cut_idle_pairs(now)
         busy = self._share_the_rate()
@@ -755,6 +757,12 @@ class Relay:
         self._next_idle_check = now + min(60.0, self.options.idle_timeout / 10)
         for pair in list(self.pairs):
             pair.cut_if_idle(now, self.options.idle_timeout)
+
+    def _still_says_nothing(self, client: Client) -> bool:
+        """Whether the rest of an overdue handshake has not come: what has come counts, however late we are to look."""
+        self._shaking.pop(client, None)
+        self._shake_hands(client)
+        return client in self._shaking
 
     def _overdue(self, client: Client) -> None:
         if client.stage is Stage.SHAKING:

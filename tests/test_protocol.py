@@ -237,17 +237,18 @@ def test_a_client_that_has_left_is_not_matched_any_more(ledger: Ledger, call: Ca
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=SETTING_IDS)
 def test_whoever_takes_too_long_is_sent_away(tmp_path: Path, setting: tuple[str, int | None]) -> None:
-    with running(setting, tmp_path, "--handshake-timeout", "0.4", "--wait-timeout", "1.3") as service:
+    with running(setting, tmp_path, "--handshake-timeout", "1.5", "--wait-timeout", "2.5") as service:
         ledger = Ledger(service, setting[1])
-        with connect(service.port) as silent, connect(service.port) as slow, connect(service.port) as waiting:
-            began = time.monotonic()
-            slow.sendall(handshake(new_token())[:-1])
+        began = time.monotonic()
+        with connect(service.port) as waiting:
             waiting.sendall(handshake(new_token()))
-            assert read_to_end(silent) == b"bad handshake\n"
-            assert read_to_end(slow) == b"bad handshake\n"
-            assert time.monotonic() - began >= 0.35
+            with connect(service.port) as silent, connect(service.port) as slow:
+                slow.sendall(handshake(new_token())[:-1])
+                assert read_to_end(silent) == b"bad handshake\n"
+                assert read_to_end(slow) == b"bad handshake\n"
+            assert time.monotonic() - began >= 1.5
             assert read_to_end(waiting) == b""
-            assert 1.25 <= time.monotonic() - began < 8
+            assert 2.5 <= time.monotonic() - began < 8
         ledger.expect(Ended("errory"), Ended("errory"), Ended("lonely"))
 
 
@@ -301,6 +302,23 @@ def test_one_that_leaves_or_speaks_as_its_partners_handshake_comes_is_not_matche
     assert read_to_end(staying) == b""
     staying.close()
     ledger.expect(Ended("lonely" if how == "leaves" else "errory"), Ended("happy"))
+
+
+def test_a_handshake_that_comes_while_the_relay_stands_still_is_not_too_late(tmp_path: Path) -> None:
+    with Relay(tmp_path, "--handshake-timeout", "1.5", recording=True) as relay:
+        ledger = Ledger(relay)
+        token = new_token()
+        with connect(relay.port) as first, connect(relay.port) as second, connect(relay.port) as slow:
+            for client in (first, second, slow):
+                client.sendall(handshake(token, new_side())[:-1])
+                wait_until_read(ledger, client)
+            with all_paused(relay):
+                first.sendall(b"\n")
+                second.sendall(b"\n")
+                time.sleep(3)
+            assert read_exactly(first, 3) == read_exactly(second, 3) == b"ok\n"
+            assert read_to_end(slow) == b"bad handshake\n"
+        ledger.expect(Ended("happy"), Ended("errory"))
 
 
 @contextlib.contextmanager
