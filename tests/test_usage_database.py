@@ -20,6 +20,7 @@ from relay.usage import database as database_module
 from relay.usage import schema
 from relay.usage.record import Current, Mood, Record
 from relay.usage.recorder import Recorder, UsageError, open_recorder
+from relay.usage.writer import START_PATIENCE
 from tests.harness import wait_until
 from tests.usage_disk import fill, small_disk
 
@@ -263,7 +264,7 @@ def test_a_close_ends_in_time_and_tells_how_many_records_a_lock_cost(tmp_path: P
         wait_for_rows(tmp_path / "db", 1)
         with holding_the_lock(tmp_path / "db"):
             record_numbers(recorder, 2, 3, 4)
-            assert recorder.close(0.4) == 3
+            assert recorder.close(2) == 3
     assert "3 records are lost, the relay had to end before: another program holds its lock" in warnings[-1]
 
 
@@ -292,6 +293,7 @@ def test_a_full_disk_keeps_every_record_until_there_is_space(small_disk: Path) -
         (small_disk / "ballast").unlink()
         wait_for_warnings(warnings, 2)
         assert "works again" in warnings[1]
+        wait_for_rows(path, 2000)
         assert sorted(numbers(path)) == list(range(2000))
         assert_sums_agree(path)
     assert len(warnings) == 2
@@ -307,6 +309,7 @@ def test_a_relay_starts_on_a_full_disk_and_records_when_there_is_space(small_dis
         assert "no space is left on its disk" in warnings[0]
         (small_disk / "ballast").unlink()
         wait_for_warnings(warnings, 2)
+        wait_for_rows(path, 10)
         assert numbers(path) == list(range(10))
 
 
@@ -540,12 +543,13 @@ def test_a_damaged_database_is_told_of_once_and_records_are_kept_until_it_is_mov
         assert "repair it, or move it away" in warnings[0]
         record_numbers(recorder, 2002)
         assert len(warnings) == 1
-        for name in ("db", "db-wal", "db-shm"):
+        for name in ("db-wal", "db-shm", "db"):  # the last one last: then new ones are made
             if (tmp_path / name).exists():
                 (tmp_path / name).rename(tmp_path / f"broken-{name}")
         wait_for_warnings(warnings, 3)
         assert "moved away" in warnings[1]
         assert "works again" in warnings[2]
+        wait_for_rows(path, 3)
         assert numbers(path) == [2000, 2001, 2002]
         assert_sums_agree(path)
 
@@ -573,6 +577,29 @@ def assert_refused_and_left_alone(path: Path, words: str) -> None:
 
 
 def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "notes"
+    path.write_text("these are my notes\n" * 500)
+    assert_refused_and_left_alone(path, "it is not an SQLite database; give another file")
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To open a database takes longer than a start waits for one that is locked."""
+    real = sqlite3.connect
+
+    def connect(*arguments: Any, **keywords: Any) -> sqlite3.Connection:  # noqa: ANN401 - as SQLite's own
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(START_PATIENCE + 0.5)
+        connection: sqlite3.Connection = real(*arguments, **keywords)
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", connect)
+
+
+@pytest.mark.usefixtures("slow_disk")
+def test_on_a_slow_disk_a_start_waits_until_it_knows_whether_the_database_can_be_used(tmp_path: Path) -> None:
+    with recording(tmp_path / "db"):
+        assert rows(tmp_path / "db", "all_time") == [(0, 0, 0, 0, 0)]  # so the tables are there
     path = tmp_path / "notes"
     path.write_text("these are my notes\n" * 500)
     assert_refused_and_left_alone(path, "it is not an SQLite database; give another file")

@@ -114,7 +114,7 @@ def test_recording_only_queues_even_when_both_destinations_are_stuck(tmp_path: P
         record_numbers(recorder, *range(20_000))
         recorder.refresh_current()
         recorder.refresh_current(tick=True)
-        assert recorder.close(0.3) == 20_000
+        assert recorder.close(1) == 20_000
     wait_until(lambda: writer_threads() == [], what="the end of the attempts that were under way")
     os.close(write_end)
     os.close(read_end)

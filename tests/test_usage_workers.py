@@ -167,7 +167,7 @@ def test_a_deleted_database_is_begun_anew_by_all_workers_together(tmp_path: Path
         for worker in (one, other):
             worker.ask("record 100 1 happy")
         wait_until(lambda: len(numbers(path)) == 200, what="the rows")
-        for name in (path, f"{path}-wal", f"{path}-shm"):
+        for name in (path, f"{path}-shm", f"{path}-wal"):
             os.unlink(name)
         for worker in (one, other):
             worker.ask("record 50 1 happy")
@@ -186,7 +186,7 @@ def test_a_database_deleted_again_and_again_under_load_stays_whole_and_counts_wh
         for _ in range(10):
             for worker in workers:
                 worker.ask("record 200 1 happy")
-            for name in (path, f"{path}-wal", f"{path}-shm"):
+            for name in (path, f"{path}-shm", f"{path}-wal"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name)
             for worker in workers:

@@ -32,6 +32,10 @@ MOST_KEPT: Final = 500_000
 START_PATIENCE: Final = 1.0
 """How long a start waits for a destination that is locked, before it goes on without; seconds."""
 
+ATTEMPT_PATIENCE: Final = 5.0
+"""How long a start waits for the end of the first attempt, which says whether the operator has made a mistake. A slow
+disk may need a while to make a database; seconds."""
+
 
 class Request(enum.Enum):
     """What can be queued besides records."""
@@ -77,9 +81,12 @@ class Writer:
         self._kept: deque[Record] = deque()
         self._requests: set[Request] = {Request.REFRESH}
         self._outage = _Outage(destination.name, warn)
-        self._lost = 0  # for want of room, since the start; counted on the thread that records
+        self._taken = 0  # records, since the start; counted on the thread that records
+        self._written = 0  # of these; counted on the writer's thread
+        self._lost = 0  # others, for want of room, since the start; counted on the thread that records
         self._told_lost = 0  # of these, what the log has been told; counted on the writer's thread
         self._backoff = FIRST_BACKOFF
+        self._first_attempt = threading.Event()
         self._first_success = threading.Event()
         self._starting = True
         self._mistake: Trouble | None = None
@@ -90,13 +97,17 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name=f"writer of {destination.name}", daemon=True)
 
     def start(self) -> None:
-        """Start the thread and wait, for a second at most, until its destination was written for the first time.
+        """Start the thread and wait until its destination was written for the first time.
+
+        That is for a second at most while something passing is in the way, and five if nothing is known yet.
 
         Raises:
             UsageError: it never will be, as things are.
         """
+        until = time.monotonic() + START_PATIENCE
         self._thread.start()
-        self._first_success.wait(START_PATIENCE)
+        self._first_attempt.wait(ATTEMPT_PATIENCE)
+        self._first_success.wait(max(0.0, until - time.monotonic()))
         with self._start_lock:
             self._starting = False
         if self._mistake is not None:
@@ -105,7 +116,8 @@ class Writer:
 
     def record(self, record: Record) -> None:
         """Queue a record, unless far too many wait already; never waits. To be called on one thread."""
-        if len(self._kept) + self._queue.qsize() < MOST_KEPT:
+        if self._taken - self._written < MOST_KEPT:
+            self._taken += 1
             self._queue.put(record)
             return
         if self._lost == self._told_lost:
@@ -128,17 +140,11 @@ class Writer:
             how many records could not be written; the log says so too.
         """
         self._thread.join(max(0.0, self._deadline - time.monotonic()))
-        unwritten = len(self._kept) + self._records_queued() + self._lost - self._told_lost
+        unwritten = self._taken - self._written + self._lost - self._told_lost
         if unwritten:
             reason = self._outage.reason or "there was not enough time"
             self._warn(f"{self._destination.name}: {unwritten} records are lost, the relay had to end before: {reason}")
         return unwritten
-
-    def _records_queued(self) -> int:
-        if self._thread.is_alive():  # stuck in a write, with LEAVE still in the queue
-            return max(0, self._queue.qsize() - 1)
-        queued = [self._queue.get() for _ in range(self._queue.qsize())]
-        return sum(isinstance(item, Record) for item in queued)
 
     def _run(self) -> None:
         try:
@@ -149,6 +155,7 @@ class Writer:
                 self._pause(began + wait - time.monotonic())
         finally:
             self._destination.close()
+            self._first_attempt.set()
             self._first_success.set()
 
     def _take(self) -> None:
@@ -165,19 +172,28 @@ class Writer:
     def _turn(self) -> float:
         """Have everything written; return how many seconds after the beginning of this turn the next may begin."""
         before = len(self._kept)
-        try:
-            self._destination.write(self._kept, self._requests)
-        except Trouble as trouble:
-            return self._in_trouble(trouble, before - len(self._kept))
-        except Exception as error:  # a mistake in this program must not end the thread, and all records with it
-            return self._in_trouble(Trouble(f"cannot be written: {error!r}", passing=True), before - len(self._kept))
-        self._outage.over(before)
+        trouble = self._write()
+        written = before - len(self._kept)
+        self._written += written
+        if trouble is not None:
+            return self._in_trouble(trouble, written)
+        self._outage.over(written)
         self._tell_what_was_lost()
         self._backoff = FIRST_BACKOFF
         self._ended = Request.LEAVE in self._requests
         self._requests.clear()
         self._first_success.set()
+        self._first_attempt.set()
         return TURN_SECONDS
+
+    def _write(self) -> Trouble | None:
+        try:
+            self._destination.write(self._kept, self._requests)
+        except Trouble as trouble:
+            return trouble
+        except Exception as error:  # a mistake in this program must not end the thread, and all records with it
+            return Trouble(f"cannot be written: {error!r}", passing=True)
+        return None
 
     def _tell_what_was_lost(self) -> None:
         lost = self._lost - self._told_lost
@@ -188,6 +204,7 @@ class Writer:
     def _in_trouble(self, trouble: Trouble, written: int) -> float:
         if self._ends_the_start(trouble):
             return 0.0
+        self._first_attempt.set()
         self._outage.goes_on(trouble, written, len(self._kept))
         self._ended = time.monotonic() >= self._deadline
         if trouble.waited:
