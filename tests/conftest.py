@@ -8,10 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.harness import Relay, Service, Workers
 
 NO_SKIPS = "RELAY_TESTS_NO_SKIPS"
+
+# On a machine that does other things as well, how long an example takes says nothing about the relay.
+settings.register_profile("relay", deadline=None)
+settings.load_profile("relay")
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
 
-from tests.harness import connect, handshake, new_side, new_token
+from tests.harness import Patience, connect, handshake, new_side, new_token
 
 # Longer than anything the relay holds, and of an odd length, so that no loss fits the repetition by chance.
 _NOISE = secrets.token_bytes(3_000_017)
@@ -303,9 +303,9 @@ class Crowd:
 
     def run_until(self, condition: Callable[[], object], seconds: float = 10, what: str = "the condition") -> None:
         """Go on until `condition` is true; AssertionError naming `what` when it takes longer than `seconds`."""
-        deadline = time.monotonic() + seconds
+        patience = Patience(seconds)
         while not condition():
-            if time.monotonic() > deadline:
+            if patience.is_over():
                 raise AssertionError(f"not within {seconds} s: {what}; {self.troubles()[:5]}")
             self.step()
 

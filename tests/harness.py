@@ -41,18 +41,34 @@ LISTENING = re.compile(r"listening on (\S+) port (\d+)")
 T = TypeVar("T")
 
 
+class Patience:
+    """So many `seconds`. Of those in which this process was kept from running, or the condition was being looked at, at
+    most half a second counts each time: a busy machine is no defect of the relay."""
+
+    def __init__(self, seconds: float) -> None:
+        self._left = seconds
+        self._asked = time.monotonic()
+
+    def is_over(self) -> bool:
+        """To be asked again and again, each time that nothing has come of it yet."""
+        now = time.monotonic()
+        self._left -= min(now - self._asked, 0.5)
+        self._asked = now
+        return self._left < 0
+
+
 def wait_until(condition: Callable[[], T], seconds: float = 10, what: str = "the condition") -> T:
     """Return the first true value of `condition`, asked every 10 ms.
 
     Raises:
         AssertionError: naming `what`, when none came within `seconds`.
     """
-    deadline = time.monotonic() + seconds
+    patience = Patience(seconds)
     while True:
         value = condition()
         if value:
             return value
-        if time.monotonic() > deadline:
+        if patience.is_over():
             raise AssertionError(f"not within {seconds} s: {what}")
         time.sleep(0.01)
 

@@ -69,7 +69,11 @@ def _end_towards(pids: list[int], wanted: object) -> socket.socket | None:
                 pytest.skip("pidfd_getfd(2) on the relay is not allowed here (needs kernel.yama.ptrace_scope <= 1)")
             except OSError:
                 continue  # closed meanwhile
-            found = socket.socket(fileno=duplicate)
+            try:
+                found = socket.socket(fileno=duplicate)
+            except OSError:
+                os.close(duplicate)
+                continue  # closed meanwhile, and its number is something else's by now
             with contextlib.suppress(OSError):
                 if found.getpeername() == wanted:
                     return found

@@ -51,7 +51,8 @@ class Ledger:
         wait_until(lambda: self._current()[:2] == (connected, waiting), what=f"{connected} pairs, {waiting} waiting")
 
     def wait_for_one_more(self) -> dict[str, Any]:
-        """Return the first record that came since the ledger was opened, as soon as it is there."""
+        """Return the first record that came since the ledger was opened, as soon as it is there and in the database."""
+        self.service.wait_for_rows("usage", self._rows + 1)
         return self.service.wait_for_records(self._records + 1)[self._records]
 
     def expect(self, *ended: Ended) -> None:

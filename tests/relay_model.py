@@ -24,7 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.harness import Workers, connect, handshake, new_side, new_token, read_exactly
 
 SETTLED_SECONDS = 20.0
-BARRIER_SECONDS = 0.02
+BARRIER_SECONDS = 0.05
 """What has been sent has arrived by then, nearly always."""
 
 SOME_BYTES = st.integers(1, 6).flatmap(lambda digits: st.integers(1, 10**digits))

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Relay
+from tests.harness import Relay, wait_until
 from tests.namespaces import Network, not_allowed, three_hosts
+from tests.test_clients_loopback import happy_ones
 from tests.wormholes import (
     PUBLIC_RELAY,
     PUBLIC_RELAY_PORT,
@@ -77,10 +78,8 @@ def test_a_file_crosses_only_through_the_relay(place: Place, tmp_path: Path, sen
     skip_unless_installed(sender, receiver)
     before = len(place.relay.records())
     transfer(tmp_path, sender, receiver, sending=place.client(0), receiving=place.client(1), size=FILE_BYTES)
-    happy = [record for record in place.relay.wait_for_records(before + 1)[before:] if record["mood"] == "happy"]
-    assert len(happy) == 1
-    assert happy[0]["total_bytes"] >= FILE_BYTES
-    assert happy[0]["waiting_time"] is not None
-    assert [row["bytes"] for row in place.relay.wait_for_rows("usage", before + 1) if row["result"] == "happy"][-1] == (
-        happy[0]["total_bytes"]
-    )
+    (happy,) = wait_until(lambda: happy_ones(place.relay, before), what="the record of the transfer")
+    assert happy["total_bytes"] >= FILE_BYTES
+    assert happy["waiting_time"] is not None
+    sql = "SELECT bytes FROM usage WHERE result = 'happy' AND bytes = ?"
+    wait_until(lambda: place.relay.query(sql, happy["total_bytes"]), what="its row")

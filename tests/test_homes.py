@@ -239,10 +239,11 @@ def test_a_match_is_forgotten_only_for_another_in_its_place(homes: Homes) -> Non
 
 def test_half_a_match_is_none(homes: Homes) -> None:
     # Another worker may be writing into the same place while we read.
-    token, other = new_token().encode(), new_token().encode()
-    place = _place_of_match(homes._number_of(token))
+    place = others = 0
+    while place == others:
+        token, other = new_token().encode(), new_token().encode()
+        place, others = (_place_of_match(homes._number_of(one)) for one in (token, other))
     homes.note_match(other, time.monotonic())
-    others = _place_of_match(homes._number_of(other))
     for half in (slice(0, 8), slice(8, 16)):
         homes.note_match(token, time.monotonic())
         whole = bytearray(homes._table[place : place + 16])

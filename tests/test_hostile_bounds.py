@@ -32,6 +32,7 @@ from tests.harness import (
     wait_until,
 )
 from tests.hostile import ATTACKER, NOISE, answer, dial, honest_transfer, is_open, met, reset
+from tests.kernel_view import relays_end, unread
 
 RelayFactory = Callable[..., Relay]
 
@@ -50,7 +51,7 @@ def times_said(relay: Relay, option: str) -> int:
         found = re.findall(rf"\] {option}: .* \((\d+) since this was last said\)$", relay.log_text(), re.MULTILINE)
         return [int(count) for count in found]
 
-    wait_until(said, 3, f"{option} in the log")
+    wait_until(said, 10, f"{option} in the log")
     time.sleep(1.1)  # in which it would be said again
     assert len(said()) == 1, relay.log_text()
     assert relay.stop() == 0
@@ -157,7 +158,7 @@ def test_a_source_that_comes_with_one_token_has_no_more_with_its_home(
         for sock in crowd:
             sock.close()
         workers.wait_for_records(20 + 5)
-        wait_until(lambda: "--max-per-source" in workers.log_text(), 3, "the bound in the log")
+        wait_until(lambda: "--max-per-source" in workers.log_text(), 10, "the bound in the log")
 
 
 def test_new_connections_of_a_source_in_a_second_are_bounded(
@@ -202,7 +203,7 @@ def test_an_ipv6_network_of_64_bits_is_one_source_and_other_machines_need_no_opt
         return sock
 
     held = [host.make_there(lambda n=n: from_address(addresses[n % 8])) for n in range(50)]  # type: ignore[misc]
-    wait_until(lambda: len([sock for sock in held if not is_open(sock)]) == 2, 3, "two were turned away")
+    wait_until(lambda: len([sock for sock in held if not is_open(sock)]) == 2, 10, "two were turned away")
     assert all(is_open(host.make_there(lambda n=n: from_address(addresses[8 + n]))) for n in range(8))  # type: ignore[misc]
     as_ipv4 = host.make_there(lambda: socket.create_connection(("192.0.2.1", relay.port), 10, ("192.0.2.1", 0)))
     stack.callback(as_ipv4.close)
@@ -221,7 +222,9 @@ def test_of_too_many_who_wait_the_one_that_has_waited_longest_gives_way(
         sock = stack.enter_context(dial(relay.port))
         sock.sendall(handshake(token, new_side()))
         waiting.append(sock)
-        time.sleep(0.02)  # so that they come in this order
+        if number < 5:  # so that they come in this order
+            with relays_end([relay.pid], sock) as end:
+                wait_until(lambda end=end: unread(end) == 0, what="its line is read")  # type: ignore[misc]
         if number == 4:
             wait_until(lambda: relay.rows("current")[0]["waiting"] == 5, what="five wait")
         if number >= 5:
@@ -234,7 +237,7 @@ def test_of_too_many_who_wait_the_one_that_has_waited_longest_gives_way(
         partner.sendall(handshake(token, new_side()))
         assert read_exactly(partner, 3) == read_exactly(sock, 3) == b"ok\n"
     honest_transfer(relay.port)
-    assert [record["mood"] for record in relay.records()].count("lonely") == 3
+    assert [record["mood"] for record in relay.wait_for_records(4)].count("lonely") == 3
     assert times_said(relay, "--max-waiting") == 3
 
 
@@ -344,9 +347,13 @@ class Sink:
         for pair in self.pairs:
             for sock in pair:
                 sock.setblocking(False)
+        self._ended = time.monotonic()
 
-    def run(self, seconds: float) -> list[int]:
-        """Pour for so long; what each receiver has got meanwhile."""
+    def run(self, seconds: float, rate: float = 1) -> list[float]:
+        """Pour for so long; what each receiver has got meanwhile, by what `rate` (bytes a second) would have made.
+
+        What was held up may come at once: the time since the end of the run before counts.
+        """
         got = {right: 0 for _, right in self.pairs}
         until = time.monotonic() + seconds
         poller = select.epoll()
@@ -364,7 +371,8 @@ class Sink:
                             got[sock] += len(sock.recv(1 << 18))
                         else:
                             sock.send(NOISE)
-        return list(got.values())
+        since, self._ended = self._ended, time.monotonic()
+        return [size / rate / (self._ended - since) for size in got.values()]
 
 
 def test_no_transfer_is_faster_than_the_rate_of_a_pair(
@@ -373,9 +381,14 @@ def test_no_transfer_is_faster_than_the_rate_of_a_pair(
     relay = relay_factory("--pair-rate", "400000", recording=True)
     sink = Sink(relay.port, 4, stack)
     sink.run(0.5)
-    for got in sink.run(2.5):
-        assert 0.7 < got / (2.5 * 400_000) < 1.15
-    assert 1.2 < honest_transfer(relay.port, 600_000) < 4
+    runs = []
+    for _ in range(3):
+        runs.append(sink.run(2.5, rate=400_000))
+        assert max(runs[-1]) < 1.15
+        if min(runs[-1]) > 0.7:  # unless the machine did something else meanwhile
+            break
+    assert min(runs[-1]) > 0.7, runs
+    assert 1.2 < honest_transfer(relay.port, 600_000) < 8
 
 
 def test_the_rate_of_the_relay_is_shared_by_the_transfers_that_have_something_to_move(
@@ -387,9 +400,14 @@ def test_the_rate_of_the_relay_is_shared_by_the_transfers_that_have_something_to
             stack.enter_context(sock)  # idle: these need nothing
     sink = Sink(service.port, 10, stack)
     sink.run(2)  # in which the workers hear of each other's transfers
-    got = sink.run(3)
-    assert 0.7 < sum(got) / (3 * 1_500_000) < 1.2
-    assert min(got) > 0.5 * max(got)
+    runs = []
+    for _ in range(3):
+        runs.append(sink.run(3, rate=1_500_000))
+        assert sum(runs[-1]) < 1.2
+        if sum(runs[-1]) > 0.7 and min(runs[-1]) > 0.5 * max(runs[-1]):
+            break
+    assert sum(runs[-1]) > 0.7, runs
+    assert min(runs[-1]) > 0.5 * max(runs[-1]), runs
     honest_transfer(service.port, 30_000)
 
 

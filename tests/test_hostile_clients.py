@@ -56,9 +56,9 @@ def test_a_line_that_comes_byte_by_byte_has_no_more_time_than_another(
     relay_factory: Callable[..., Relay], stack: contextlib.ExitStack
 ) -> None:
     relay = relay_factory("--handshake-timeout", "1", recording=True)
+    began = time.monotonic()
     slow = [stack.enter_context(dial(relay.port)) for _ in range(50)]
     line = handshake(new_token(), new_side())
-    began = time.monotonic()
     honest = 0
     for number in range(len(line)):
         if not all(is_open(sock) for sock in slow):
@@ -68,7 +68,7 @@ def test_a_line_that_comes_byte_by_byte_has_no_more_time_than_another(
         honest_transfer(relay.port, 1000)
         honest += 1
         time.sleep(0.1)
-    assert 1 <= time.monotonic() - began < 4
+    assert 1 <= time.monotonic() - began < 8
     assert {answer(sock) for sock in slow} == {b"bad handshake\n"}
     assert moods(relay, honest + 50) == {"errory": 50, "happy": honest}
 
@@ -203,7 +203,7 @@ def test_urgent_data_before_the_partner_has_come_is_passed_over(relay: Relay, st
     waits, comes = (stack.enter_context(connect(relay.port)) for _ in range(2))
     waits.send(b"!", socket.MSG_OOB)
     waits.sendall(line_of(token))
-    time.sleep(0.1)
+    wait_until(lambda: relay.rows("current")[0]["waiting"] == 1, what="its line is read")
     waits.send(b"!", socket.MSG_OOB)
     time.sleep(0.1)
     assert is_open(waits)
@@ -340,11 +340,11 @@ def test_a_host_that_vanishes_during_its_handshakes_is_forgotten_in_time(
     def dialled() -> socket.socket:
         return stack.enter_context(socket.create_connection((network.relay_address, relay.port), timeout=10))
 
+    before = open_fds(relay.pid)
     for number in range(40):
         sock = network.clients[0].make_there(dialled)
         sock.sendall(line_of(new_token())[: number * 2])
-    fds = open_fds(relay.pid)
-    assert fds >= 40
+    fds = wait_until(lambda: found if (found := open_fds(relay.pid)) >= before + 40 else 0, what="all 40 are accepted")
     namespaces.run_ip("-n", network.relay.name, "link", "delete", "client0")
     left, right = network.clients[1].make_there(dialled), network.clients[1].make_there(dialled)
     token = new_token()

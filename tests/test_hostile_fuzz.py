@@ -15,18 +15,18 @@ def test_clients_at_random_read_and_leave_behind_what_the_model_says() -> None:
     class Briefly(RelayModel):
         books = Books()
 
+    brief = settings(
+        max_examples=10,
+        stateful_step_count=25,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     try:
-        run_state_machine_as_test(
-            Briefly,
-            settings=settings(
-                max_examples=10,
-                stateful_step_count=25,
-                deadline=None,
-                database=None,
-                phases=[Phase.generate],
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
+        for _ in range(10):
+            run_state_machine_as_test(Briefly, settings=brief)
+            if Briefly.books.clients > 20:  # what it chooses may be to do next to nothing
+                break
     finally:
         Briefly.books.close()
     assert Briefly.books.clients > 20

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from relay.pace import LEAST_BYTES, MOMENT, ROUND, Pace
 
 RATES = st.floats(1_000, 1e9)
+ROUNDED = 1 + 1e-12  # by so much a float may be off
 
 
 def move(pace: Pace, wanted: list[float], seconds: float) -> list[int]:
@@ -36,7 +37,7 @@ def test_all_together_never_move_more_than_the_rate_and_a_portion_ahead(rate: fl
     pace = Pace(rate)
     pace.sharers = movers
     moved = sum(move(pace, [1.0] * movers, 2.0))
-    assert moved <= rate * 2.0 + pace.portion()
+    assert moved <= rate * 2.0 * ROUNDED + pace.portion()
     assert moved >= rate * 2.0 * 0.9 - (movers + 1) * pace.portion()
 
 
@@ -69,4 +70,4 @@ def test_a_portion_is_a_moments_worth_and_a_round_of_all_is_short(rate: float, s
     pace = Pace(rate)
     pace.sharers = sharers
     assert pace.portion() <= max(LEAST_BYTES, rate * MOMENT)
-    assert pace.portion() == LEAST_BYTES or pace.portion() * sharers <= rate * ROUND
+    assert pace.portion() == LEAST_BYTES or pace.portion() * sharers <= rate * ROUND * ROUNDED

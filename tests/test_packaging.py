@@ -30,6 +30,8 @@ from tests.harness import (
     wait_until,
 )
 
+pytestmark = pytest.mark.timeout(600)  # what is installed may have to be downloaded
+
 NOT_SOURCE = (".git", ".venv", ".hypothesis", ".*_cache", "__pycache__", "build", "dist", "*.egg-info")
 
 

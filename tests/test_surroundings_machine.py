@@ -127,7 +127,7 @@ def test_a_worker_without_a_file_descriptor_left_is_quiet_when_a_newcomer_knocks
         joined = f"worker {newcomer.pid} has joined"
         assert joined not in full.log_text()
         allow_fds(full.pid, hard)
-        wait_until(lambda: joined in full.log_text(), 3, "it is let in")
+        wait_until(lambda: joined in full.log_text(), 10, "it is let in")
         honest_transfer(workers.port)
 
 

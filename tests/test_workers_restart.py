@@ -78,9 +78,9 @@ def assert_one_row_each(workers: Workers, transfers: list[Transfer]) -> None:
         row = near[0]
         by_start.remove(row)
         lasted = max(transfer.left.closed_at, transfer.right.closed_at) - transfer.left.called
-        assert -0.05 <= row["started"] - transfer.left.called_at <= 1
-        assert row["waiting_time"] == pytest.approx(transfer.right.called - transfer.left.called, abs=1)
-        assert row["total_time"] == pytest.approx(lasted, abs=1)
+        assert -0.05 <= row["started"] - transfer.left.called_at <= 3
+        assert row["waiting_time"] == pytest.approx(transfer.right.called - transfer.left.called, abs=3)
+        assert row["total_time"] == pytest.approx(lasted, abs=3)
     assert len(workers.wait_for_records(len(transfers))) == len(transfers)
 
 
@@ -118,7 +118,7 @@ def test_three_rounds_of_restarts_harm_no_transfer_and_no_client_that_waits(tmp_
         everybody = transfers + newcomers.transfers + later
         crowd.end(everybody)
         assert_one_row_each(workers, everybody)
-        wait_until(lambda: tuple(workers.rows("current")[0]) == (0, 0, 0), 3, "nobody is left")
+        wait_until(lambda: tuple(workers.rows("current")[0]) == (0, 0, 0), 10, "nobody is left")
         # The service has not stopped once: what it counts since its start goes on through all restarts.
         (since,) = workers.rows("since_reboot")
         assert tuple(since) == (sum(transfer.moved for transfer in everybody), len(everybody), len(everybody), 0, 0)
@@ -171,8 +171,10 @@ def test_transfers_of_which_one_side_has_ended_its_stream_move_house(tmp_path: P
         crowd.run_until(lambda: all(transfer.right.ended for transfer in halves), 5, "the first streams end")
         crowd.run_beside(lambda: restart_each(workers, rounds=2))
         heard = [transfer.left.heard.size for transfer in halves]
-        crowd.run_for(0.2)
-        assert all(transfer.left.heard.size > before for transfer, before in zip(halves, heard, strict=True))
+        crowd.run_until(
+            lambda: all(transfer.left.heard.size > before for transfer, before in zip(halves, heard, strict=True)),
+            what="the other streams go on",
+        )
         crowd.end(halves)
         assert_one_row_each(workers, halves)
 
@@ -198,11 +200,11 @@ def test_a_worker_says_who_came_and_went_and_what_it_handed_to_whom(tmp_path: Pa
         crowd.begin(transfers)
         for _ in range(80):  # more than one worker accepts in its turn
             crowd.call(new_token(), new_side())
-        wait_until(lambda: tuple(workers.rows("current")[0])[:2] == (40, 80), 3, "40 pairs and 80 who wait")
+        wait_until(lambda: tuple(workers.rows("current")[0])[:2] == (40, 80), 10, "40 pairs and 80 who wait")
         (share,) = workers.query("SELECT connected, waiting FROM worker_share WHERE pid = ?", first.pid)
         crowd.run_beside(lambda: workers.stop_one(0))
         crowd.end(transfers)
-        wait_until(lambda: f"worker {first.pid} has left" in second.log_text(), 3, "the second one says so")
+        wait_until(lambda: f"worker {first.pid} has left" in second.log_text(), 10, "the second one says so")
     assert f"joined the relay in {workers.run_dir}: the first worker" in first.log_text()
     assert f"worker {second.pid} has joined" in first.log_text()
     assert f"joined the relay in {workers.run_dir}: siblings {first.pid}" in second.log_text()
@@ -216,21 +218,29 @@ def test_a_worker_told_to_stop_while_its_only_sibling_is_still_starting_waits_fo
     (tmp_path / "slow").mkdir()
     # Whoever opens the database late joins late: its siblings know of it, but it is not ready.
     (tmp_path / "slow" / "sitecustomize.py").write_text(
-        "import sqlite3, time\nconnect = sqlite3.connect\n"
-        "def slowly(*a, **k):\n    time.sleep(1.5)\n    return connect(*a, **k)\nsqlite3.connect = slowly\n"
+        "import os, sqlite3, time\nconnect, began = sqlite3.connect, time.monotonic()\n"
+        "def slowly(*a, **k):\n"
+        "    open('it opens the database', 'w').close()\n"
+        "    while not os.path.exists('it may') and time.monotonic() < began + 4:\n        time.sleep(0.01)\n"
+        "    return connect(*a, **k)\n"
+        "sqlite3.connect = slowly\n"
     )
     with Workers(tmp_path, count=1) as workers, Crowd(workers.port) as crowd:
         transfers = [start(crowd, 100_000) for _ in range(5)]
         crowd.begin(transfers)
         waiting = crowd.call(new_token(), new_side())
         workers.env = {"PYTHONPATH": f"{tmp_path / 'slow'}:{CHECKOUT}"}
-        with ThreadPoolExecutor(1) as aside:
+        with ThreadPoolExecutor(2) as aside:
             starting = aside.submit(workers.start_one)
-            crowd.run_until(lambda: len(list(workers.run_dir.glob("worker-*"))) == 2, 5, "the second one joins")
-            crowd.run_for(0.3)
+            crowd.run_until((tmp_path / "it opens the database").exists, 10, "the second one joins")
+            stopping = aside.submit(workers.stop_one, 0)
+            crowd.run_for(0.5)
             assert not starting.done()
-            crowd.run_beside(lambda: workers.stop_one(0))
+            assert not stopping.done()
+            (tmp_path / "it may").touch()
             crowd.run_until(starting.done, 10, "the second one is there")
+            crowd.run_until(stopping.done, 10, "the first one ends")
+            assert stopping.result() == 0
         assert not waiting.closed
         transfers.append(Transfer(waiting, crowd.call(waiting.token, new_side())))
         crowd.begin(transfers)

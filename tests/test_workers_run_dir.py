@@ -77,7 +77,7 @@ def test_strangers_in_the_run_directory_do_no_harm(tmp_path: Path) -> None:
             with contextlib.suppress(ConnectionResetError):
                 while link.recv(1000):
                     pass  # the worker ends the link
-        assert time.monotonic() - began < 6
+        assert time.monotonic() - began < 12
         crowd.run_beside(workers.start_one)
         crowd.run_beside(lambda: workers.stop_one(0))
         assert_the_relay_works(crowd)
@@ -89,8 +89,8 @@ def test_a_run_directory_that_is_deleted_is_made_again_and_found_by_newcomers(tm
     with Workers(tmp_path, count=2) as workers, Crowd(workers.port) as crowd:
         transfers = [crowd.transfer(100_000, 100_000) for _ in range(10)]
         crowd.begin(transfers)
-        shutil.rmtree(workers.run_dir)
-        crowd.run_until(lambda: workers.run_dir.exists() and len(sockets(workers.run_dir)) == 2, 3, "it is back")
+        shutil.rmtree(workers.run_dir.rename(tmp_path / "old"))  # in one go: its workers look after it
+        crowd.run_until(lambda: workers.run_dir.exists() and len(sockets(workers.run_dir)) == 2, 10, "it is back")
         assert workers.run_dir.stat().st_mode & 0o777 == 0o700
         crowd.run_beside(workers.start_one)
         for number in (0, 1):
@@ -103,12 +103,14 @@ def test_workers_that_could_not_find_each_other_when_one_of_them_joined_find_eac
     with Workers(tmp_path, count=2) as workers, Crowd(workers.port) as crowd:
         hidden = workers.workers[0]
         (path,) = workers.run_dir.glob(f"worker-{hidden.pid}-*")
-        path.rename(tmp_path / "elsewhere")
-        newcomer = crowd.run_beside(workers.start_one)
-        assert f"worker {newcomer.pid} has joined" not in hidden.log_text()
-        crowd.run_until(lambda: path.exists(), 3, "it can be found again")
+        with stopped(hidden):  # it would be found again within a second
+            path.rename(tmp_path / "elsewhere")
+            newcomer = crowd.run_beside(workers.start_one)
+        siblings = f"siblings {workers.workers[1].pid}\n"
+        crowd.run_until(lambda: siblings in newcomer.log_text(), what="the newcomer has found only one of them")
+        crowd.run_until(lambda: path.exists(), 10, "it can be found again")
         said = f"worker {hidden.pid} has joined"
-        crowd.run_until(lambda: said in newcomer.log_text(), 3, "they know each other")
+        crowd.run_until(lambda: said in newcomer.log_text(), 10, "they know each other")
         assert_the_relay_works(crowd, 200)
         crowd.run_beside(lambda: workers.stop_one(1))
         assert_the_relay_works(crowd, 200)
@@ -153,15 +155,16 @@ def test_of_two_homes_of_one_token_the_one_without_the_match_closes_its_spares(t
         crowd.begin(matched)
         assert homes.last_match(ours.encode()) > 0
         words = [link.recv(100)]
-        while words[-1][:1] != b".":  # which comes each second
+        while words[-1][:1] != b"." or len(words) < 3:  # which comes each second
             words.append(link.recv(100))
-        assert words[:-1] == [b"M" + ours.encode()]  # and nothing about the pair that is no business of ours
+        # And nothing about the pair that is no business of ours.
+        assert [word for word in words if word[:1] != b"."] == [b"M" + ours.encode()]
         side = new_side()
         spares = [crowd.call(theirs, side) for _ in range(3)]
-        crowd.run_until(lambda: current(workers) == (2, 3), 3, "they wait")
+        crowd.run_until(lambda: current(workers) == (2, 3), 10, "they wait")
         homes.note_match(theirs.encode(), time.monotonic())
         link.send(b"M" + theirs.encode())
-        crowd.run_until(lambda: all(spare.closed for spare in spares), 3, "they are closed")
+        crowd.run_until(lambda: all(spare.closed for spare in spares), 10, "they are closed")
         assert [(spare.answer, spare.error) for spare in spares] == [(b"", None)] * 3
         assert tokens_of(workers.workers[0]) == 0
         crowd.end(matched)
@@ -182,12 +185,12 @@ def test_a_worker_on_its_own_is_home_to_those_who_wait_before_somebody_joins_it(
     with Workers(tmp_path, count=1) as workers, Crowd(workers.port) as crowd:
         waiting = [crowd.call(new_token(), new_side(), head=b"there") for _ in range(5)]
         spares = [crowd.call(caller.token, caller.side) for caller in waiting[:2]]
-        crowd.run_until(lambda: current(workers) == (0, 7), 3, "all wait")
+        crowd.run_until(lambda: current(workers) == (0, 7), 10, "all wait")
         assert tokens_of(workers.workers[0]) == 5
         newcomer = crowd.run_beside(workers.start_one)
         assert [tokens_of(worker) for worker in (workers.workers[0], newcomer)] == [5, 0]
         crowd.begin([Transfer(caller, crowd.call(caller.token, new_side(), head=b"here")) for caller in waiting])
-        crowd.run_until(lambda: all(spare.closed for spare in spares), 3, "the spares are closed")
+        crowd.run_until(lambda: all(spare.closed for spare in spares), 10, "the spares are closed")
         assert [tokens_of(worker) for worker in (workers.workers[0], newcomer)] == [0, 0]
 
 
@@ -298,8 +301,8 @@ def test_workers_of_two_languages_share_the_port_and_each_gives_its_own_transfer
         for _ in range(2):
             crowd.run_beside(workers.start_one)
         older, newer = workers.workers[:2], workers.workers[2:]
-        assert all("speaks another language" in worker.log_text() for worker in older)
-        assert f"siblings {newer[0].pid}\n" in newer[1].log_text()
+        wait_until(lambda: all("speaks another language" in worker.log_text() for worker in older))
+        wait_until(lambda: f"siblings {newer[0].pid}\n" in newer[1].log_text())
         # The older ones hand on to each other as long as there are two, and then finish what they hold.
         crowd.run_beside(lambda: workers.stop_one(0))
         assert not any(transfer.cut for transfer in held)
@@ -337,14 +340,14 @@ def test_workers_that_took_themselves_for_the_first_adopt_the_homes_of_one_that_
 
         sleeper = start_one_that_gets_the_port()
         before = [crowd.call(new_token(), new_side()) for _ in range(60)]
-        wait_until(lambda: share(workers, sleeper) == (0, 60), 3, "60 wait at the one that is about to sleep")
+        wait_until(lambda: share(workers, sleeper) == (0, 60), 10, "60 wait at the one that is about to sleep")
         with stopped(sleeper):
             joined = [start_one_that_gets_the_port() for _ in range(newcomers)]
-            wait_until(lambda: "the first worker" in joined[0].log_text(), 3, "it takes itself for the first")
+            wait_until(lambda: "the first worker" in joined[0].log_text(), 10, "it takes itself for the first")
             assert_the_relay_works(crowd)
             meanwhile = [crowd.call(new_token(), new_side()) for _ in range(60)]
             met = call_partners_of(before[:20])
-            wait_until(lambda: current(workers) == (0, 140), 3, "140 wait, of whom 20 should have met")
+            wait_until(lambda: current(workers) == (0, 140), 10, "140 wait, of whom 20 should have met")
         met += call_partners_of(before[20:40] + meanwhile[:30])  # before they all know, or just then
         at_once = {new_token(): (new_side(), new_side()) for _ in range(100)}
         callers = call_in_random_order(crowd, at_once)
@@ -357,7 +360,7 @@ def test_workers_that_took_themselves_for_the_first_adopt_the_homes_of_one_that_
         crowd.begin(met)
         crowd.run_until(lambda: all(caller.first_words for caller in callers), 10, "everybody has met somebody")
         assert_each_met_its_own_partner(callers, at_once | later)
-        wait_until(lambda: current(workers) == (len(met) + 400, 0), 3, "nobody waits any more")
+        wait_until(lambda: current(workers) == (len(met) + 400, 0), 10, "nobody waits any more")
         assert all(share(workers, worker)[0] > 0 for worker in workers.workers)
         for caller in callers:
             caller.finish()

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.crowd import Crowd
 from tests.harness import Workers, new_side, new_token, wait_until
 
-GRACE = 2.0
+GRACE = 6.0
 
 
 def sums(workers: Workers, table: str) -> tuple[int, ...]:
@@ -26,11 +26,11 @@ def test_all_workers_stopped_at_once_give_transfers_their_grace_and_record_every
         crowd.begin(ending + too_long)
         waiting = [crowd.call(new_token(), new_side()) for _ in range(20)]
         shaking = [crowd.call(new_token(), line=b"please relay ") for _ in range(5)]
-        wait_until(lambda: tuple(workers.rows("current")[0])[:2] == (25, 20), 3, "25 pairs and 20 who wait")
+        wait_until(lambda: tuple(workers.rows("current")[0])[:2] == (25, 20), 10, "25 pairs and 20 who wait")
         began = time.monotonic()
 
         def end_in_time() -> None:
-            if time.monotonic() - began > GRACE / 2:
+            if time.monotonic() - began > GRACE / 6:
                 for transfer in ending:
                     transfer.finish()
 
@@ -71,7 +71,7 @@ def test_workers_stopped_one_after_another_hand_on_until_the_last_one_gives_grac
         began = time.monotonic()
 
         def finish() -> None:
-            if time.monotonic() - began > GRACE / 2:
+            if time.monotonic() - began > GRACE / 6:
                 for transfer in transfers:
                     transfer.finish()
 
@@ -91,7 +91,7 @@ def test_a_newcomer_takes_over_what_a_lone_worker_that_stops_still_has(tmp_path:
         leaving = workers.workers[0]
         leaving.process.send_signal(signal.SIGTERM)
         crowd.run_until(
-            lambda: "stopping: 20 transfers have 20 seconds" in leaving.log_text(), 3, "it gives them grace"
+            lambda: "stopping: 20 transfers have 20 seconds" in leaving.log_text(), 10, "it gives them grace"
         )
         began = time.monotonic()
         crowd.run_beside(workers.start_one)
