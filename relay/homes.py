@@ -56,10 +56,9 @@ class Homes:
     def __init__(self, fds: Sequence[int]) -> None:
         self.fds = tuple(fds)
         self._pid = os.getpid()
-        # The key is secret, or somebody could choose tokens that all fall into one list.
         self._table = mmap.mmap(self.fds[0], _TABLE_END)
         self.made: float
-        self._key: int
+        self._key: int  # secret, or somebody could choose tokens that all fall into one list
         self.made, self._key = _HEAD.unpack_from(self._table)
 
     @classmethod

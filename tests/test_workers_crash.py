@@ -51,7 +51,7 @@ def test_the_death_of_one_worker_ends_its_own_transfers_and_nothing_else(tmp_pat
         workers.kill_one(number)
         crowd.run_until(lambda: current(workers) == (160 - pairs, 160 - waited), 1, "`current` is right again")
         newcomers = [crowd.transfer(head=b"at once", answer=b"yes") for _ in range(80)]
-        crowd.begin(newcomers, 1)
+        crowd.begin(newcomers, 2)  # and not only once they do without it as without one that does not answer
         crowd.run_until(lambda: current(workers) == (240 - pairs, 160 - waited), 3, "`current` knows of the newcomers")
         crowd.run_until(lambda: len([one for one in transfers if one.cut]) == pairs, 3, "its transfers are cut")
         crowd.run_until(lambda: len([one for one in waiting if one.closed]) == waited, 3, "who waited there is told")
