@@ -37,12 +37,14 @@ BYTES_OF_A_TOKEN = 4
 """How many workers may stand still at once, less one, without keeping the clients of a token apart."""
 
 MATCHES = 1 << 16
-"""Places for matches. Two tokens in one place make the earlier one forgotten: with a thousand pairs a second, of those
-matched a second ago one in sixty-five."""
+PLACES_OF_A_TOKEN = 4
+"""Places for matches, and in how many of them a token's may be. A new one takes the oldest of its four, which is then
+forgotten: with a thousand pairs a second, of those matched a second ago not one in a million."""
 
 _PRIME = (1 << 61) - 1
 _HEAD = struct.Struct("=dQ")  # when they were made, key
 _MATCH = struct.Struct("=QQ")  # the token's number XOR the next, so that a half-written pair is no match; when, in ns
+_PLACES = struct.Struct(f"={2 * PLACES_OF_A_TOKEN}Q")  # so many of those
 _TABLE_END = _HEAD.size + MATCHES * _MATCH.size
 _FLOCK = struct.Struct("hhqqi")  # type, whence, start, length, pid: struct flock of fcntl(2), offsets of 64 bits
 _MFD_NOEXEC_SEAL = 0x8  # include/uapi/linux/memfd.h; vm.memfd_noexec in the kernel's sysctl documentation
@@ -102,13 +104,24 @@ class Homes:
         """Tell all workers that two sides were matched for `token`, at `when` in seconds of CLOCK_MONOTONIC."""
         number = self._number_of(token)
         nanoseconds = int(when * 1e9)
-        _MATCH.pack_into(self._table, _place_of_match(number), number ^ nanoseconds, nanoseconds)
+        first = _first_place_of_match(number)
+        held = _PLACES.unpack_from(self._table, first)
+        times = held[1::2]
+        place = times.index(min(times))
+        for own, (mixed, before) in enumerate(zip(held[::2], times, strict=True)):
+            if mixed ^ before == number:
+                place = own
+        _MATCH.pack_into(self._table, first + place * _MATCH.size, number ^ nanoseconds, nanoseconds)
 
     def last_match(self, token: bytes) -> float:
         """When any worker last matched two sides for `token`, as far as that is not forgotten; 0 if it is."""
         number = self._number_of(token)
-        mixed, nanoseconds = _MATCH.unpack_from(self._table, _place_of_match(number))
-        return int(nanoseconds) / 1e9 if mixed ^ nanoseconds == number else 0.0
+        held = _PLACES.unpack_from(self._table, _first_place_of_match(number))
+        latest = 0  # of several that workers have written at the same time
+        for mixed, nanoseconds in zip(held[::2], held[1::2], strict=True):
+            if mixed ^ nanoseconds == number and nanoseconds > latest:
+                latest = nanoseconds
+        return latest / 1e9
 
     def close(self) -> None:
         """Be home to nothing any more, and let go of the files."""
@@ -126,8 +139,8 @@ class Homes:
         return int.from_bytes(token, "big") * self._key % _PRIME
 
 
-def _place_of_match(number: int) -> int:
-    return _HEAD.size + number % MATCHES * _MATCH.size
+def _first_place_of_match(number: int) -> int:
+    return _HEAD.size + number % (MATCHES // PLACES_OF_A_TOKEN) * _PLACES.size
 
 
 def _memory_file() -> int:

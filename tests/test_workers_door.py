@@ -40,6 +40,8 @@ def knock(port: int, seconds: float = 10) -> float:
 
 def who_has_the_door(workers: Workers) -> Relay:
     """Let some come one right after the other, until a single worker watches the listening socket; return that."""
+    if len(os.sched_getaffinity(0)) == 1:
+        pytest.skip("takes a second processor: with one, a worker that another was quicker than never gets to see it")
 
     def single() -> list[Relay]:
         for _ in range(3):
