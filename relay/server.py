@@ -20,26 +20,26 @@ from typing import Any
 import gevent
 from gevent.event import Event
 
-from relay.balance import Balance
-from relay.bounds import Bound, BoundsMet, Sources, is_loopback, source_of
-from relay.client import Client, Stage
-from relay.deadlines import Deadlines
-from relay.door import Door, is_at, open_port
-from relay.handshake import LONGEST, Handshake, Refusal, read_handshake
-from relay.link import Link
-from relay.load import FULL_LOAD, Load
+from relay.clients.bounds import Bound, BoundsMet, Sources, is_loopback, source_of
+from relay.clients.client import Client, Stage
+from relay.clients.deadlines import Deadlines
+from relay.clients.door import Door, is_at, open_port
+from relay.clients.handshake import LONGEST, Handshake, Refusal, read_handshake
+from relay.clients.waiting_room import WaitingRoom
 from relay.mistakes import Mistake
 from relay.options import Options
-from relay.pace import Pace
-from relay.pair import Limits, Pair
-from relay.pipes import Pipe, PipePool
-from relay.run_dir import RunDir
-from relay.sibling_language import PairState
-from relay.siblings import Siblings
-from relay.turns import Turns
+from relay.transfer.pace import Pace
+from relay.transfer.pair import Limits, Pair
+from relay.transfer.pipes import Pipe, PipePool
+from relay.transfer.state import PairState
+from relay.transfer.turns import Turns
 from relay.usage.record import Current, Mood, Record
 from relay.usage.recorder import Recorder
-from relay.waiting_room import WaitingRoom
+from relay.workers.balance import Balance
+from relay.workers.link import Link
+from relay.workers.load import FULL_LOAD, Load
+from relay.workers.run_dir import RunDir
+from relay.workers.siblings import Siblings
 
 LINGER_SECONDS = 2.0
 LINGER_BYTES = 384 << 10

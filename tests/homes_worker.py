@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from relay.homes import Homes
+from relay.workers.homes import Homes
 from tests.told_process import ToldProcess, obey_stdin
 
 

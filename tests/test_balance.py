@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.balance import BUSY, MOST_AT_ONCE, WORTH_IT, Balance
+from relay.workers.balance import BUSY, MOST_AT_ONCE, WORTH_IT, Balance
 
 
 @dataclass(eq=False)

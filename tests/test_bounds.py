@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.bounds import LOG_SECONDS, Bound, BoundsMet, Sources, is_loopback, source_of
+from relay.clients.bounds import LOG_SECONDS, Bound, BoundsMet, Sources, is_loopback, source_of
 
 ADDRESSES = st.ip_addresses().map(str)
 

@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
-from relay.deadlines import Deadlines
+from relay.clients.deadlines import Deadlines
 
 moments = st.floats(0, 20, allow_nan=False) | st.integers(0, 20).map(float)
 

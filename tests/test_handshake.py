@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.handshake import LONGEST, Handshake, Refusal, read_handshake
+from relay.clients.handshake import LONGEST, Handshake, Refusal, read_handshake
 from tests.harness import Relay, connect, handshake, new_side, new_token, read_exactly, read_to_end, wait_until
 from tests.kernel_view import relays_end, unread
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from relay.homes import BYTES_OF_A_TOKEN, FILES, PLACES_OF_A_TOKEN, Homes, _first_place_of_match
+from relay.workers.homes import BYTES_OF_A_TOKEN, FILES, PLACES_OF_A_TOKEN, Homes, _first_place_of_match
 from tests.harness import new_token, open_fds
 from tests.homes_worker import HomesWorker
 from tests.kernel_view import locks

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.pace import LEAST_BYTES, MOMENT, ROUND, Pace
+from relay.transfer.pace import LEAST_BYTES, MOMENT, ROUND, Pace
 
 RATES = st.floats(1_000, 1e9)
 ROUNDED = 1 + 1e-12  # by so much a float may be off

@@ -81,9 +81,11 @@ def met(stack: contextlib.ExitStack, *dial: Callable[[], socket.socket]) -> Clie
 
 
 def shortened(**constants: float) -> list[str]:
-    """What to put before the relay's command so that it runs with other constants; `pair__X` is X of relay.pair."""
+    """What to put before the relay's command so that it runs with other constants; `transfer__pair__X` is X of
+    relay.transfer.pair."""
     changes = [f"relay.{name.replace('__', '.')} = {value}" for name, value in constants.items()]
-    program = "; ".join(["import sys, relay.cli, relay.door, relay.pair", *changes, "relay.cli.main(sys.argv[4:])"])
+    imports = "import sys, relay.cli, relay.clients.door, relay.transfer.pair"
+    program = "; ".join([imports, *changes, "relay.cli.main(sys.argv[4:])"])
     return [sys.executable, "-c", program]
 
 
@@ -267,7 +269,7 @@ def test_what_came_before_an_orderly_close_arrives_although_the_receiver_talks_o
 
 def test_when_one_stream_is_over_and_the_other_silent_the_pair_ends_before_long(tmp_path: Path) -> None:
     with (
-        Relay(tmp_path, recording=True, inside=shortened(pair__HALF_CLOSED_SECONDS=2)) as relay,
+        Relay(tmp_path, recording=True, inside=shortened(transfer__pair__HALF_CLOSED_SECONDS=2)) as relay,
         contextlib.ExitStack() as stack,
     ):
         first, second = met(stack, lambda: connect(relay.port))
@@ -284,7 +286,7 @@ def test_when_one_stream_is_over_and_the_other_silent_the_pair_ends_before_long(
 
 def test_a_slow_receiver_may_answer_after_the_senders_stream_is_over(tmp_path: Path) -> None:
     with (
-        Relay(tmp_path, recording=True, inside=shortened(pair__HALF_CLOSED_SECONDS=0.5)) as relay,
+        Relay(tmp_path, recording=True, inside=shortened(transfer__pair__HALF_CLOSED_SECONDS=0.5)) as relay,
         contextlib.ExitStack() as stack,
     ):
         sender, receiver = met(stack, lambda: connect(relay.port))
@@ -335,8 +337,12 @@ def hosts(folder: Path, **constants: float) -> Iterator[tuple[Hosts, Relay]]:
             yield Hosts(network, relay.port), relay
 
 
-KEEPALIVE = {"door__KEEPALIVE_IDLE_SECONDS": 1, "door__KEEPALIVE_PROBES": 2, "door__KEEPALIVE_PROBE_SECONDS": 1}
-DEAD = {"pair__DEAD_SECONDS": 3}
+KEEPALIVE = {
+    "clients__door__KEEPALIVE_IDLE_SECONDS": 1,
+    "clients__door__KEEPALIVE_PROBES": 2,
+    "clients__door__KEEPALIVE_PROBE_SECONDS": 1,
+}
+DEAD = {"transfer__pair__DEAD_SECONDS": 3}
 
 
 def test_a_dead_peer_of_a_silent_pair_is_noticed(tmp_path: Path) -> None:
@@ -370,7 +376,10 @@ def test_a_dead_peer_that_is_owed_bytes_is_noticed(tmp_path: Path, owed: str) ->
 
 
 def test_a_living_receiver_that_does_not_read_is_not_taken_for_dead(tmp_path: Path) -> None:
-    with hosts(tmp_path, **KEEPALIVE, pair__DEAD_SECONDS=4) as (places, relay), contextlib.ExitStack() as stack:
+    with (
+        hosts(tmp_path, **KEEPALIVE, transfer__pair__DEAD_SECONDS=4) as (places, relay),
+        contextlib.ExitStack() as stack,
+    ):
         first, second = met(stack, lambda: places.dial(0), lambda: places.dial(1))
         sent = fill(first)
         # The kernel's probes of a closed window come ever less often, up to every two minutes.

@@ -18,10 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from relay import door, pair, pipes, server
+from relay import server
 from relay.cli import read_options
-from relay.handshake import Refusal
+from relay.clients import door
+from relay.clients.handshake import Refusal
 from relay.options import Options
+from relay.transfer import pair, pipes
 from tests.harness import (
     CHECKOUT,
     Relay,

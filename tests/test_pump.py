@@ -27,9 +27,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from relay.pipes import FDS_LEFT_FREE, PIPE_BYTES, SPARE_PIPES, Pipe, PipePool
-from relay.pump import COPY_BYTES, INPUT, OVER, ROOM, TURN, Pump
-from relay.turns import LARGEST_TURN, Turns
+from relay.transfer.pipes import FDS_LEFT_FREE, PIPE_BYTES, SPARE_PIPES, Pipe, PipePool
+from relay.transfer.pump import COPY_BYTES, INPUT, OVER, ROOM, TURN, Pump
+from relay.transfer.turns import LARGEST_TURN, Turns
 from tests.harness import Relay, connect, handshake, new_token, open_fds, read_exactly, read_to_end, wait_until
 from tests.kernel_view import bytes_in_pipes, unread
 
@@ -385,6 +385,7 @@ def test_a_relay_without_file_descriptors_for_pipes_copies(tmp_path: Path) -> No
 
 
 def test_a_platform_without_splice_is_served_by_copying(tmp_path: Path) -> None:
-    unspliced = "import sys, relay.pump, relay.cli; relay.pump._SPLICE = None; relay.cli.main(sys.argv[4:])"
+    imports = "import sys, relay.cli; from relay.transfer import pump"
+    unspliced = f"{imports}; pump._SPLICE = None; relay.cli.main(sys.argv[4:])"
     with Relay(tmp_path, inside=[sys.executable, "-c", unspliced]) as relay:
         pass_both_ways(relay, 4 * MIB)

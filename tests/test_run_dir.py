@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from relay import run_dir
 from relay.mistakes import Mistake
-from relay.run_dir import RunDir, same_user
+from relay.workers import run_dir
+from relay.workers.run_dir import RunDir, same_user
 
 
 @pytest.fixture

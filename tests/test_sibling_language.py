@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from relay.sibling_language import (
+from relay.transfer.state import PairState, PumpState
+from relay.workers.language import (
     CLIENTS_PER_PACKET,
     CONFIRMED,
     HANDED_CLIENTS,
@@ -23,8 +24,6 @@ from relay.sibling_language import (
     Greeting,
     HandedClient,
     Misunderstood,
-    PairState,
-    PumpState,
     decode_answer,
     decode_clients,
     decode_envelope,

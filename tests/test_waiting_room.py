@@ -17,7 +17,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from relay.waiting_room import WaitingRoom
+from relay.clients.waiting_room import WaitingRoom
 
 TOKENS = [b"a" * 64, b"A" * 64, b"b" * 64]
 SIDES = [None, b"1" * 16, b"2" * 16, b"3" * 16]

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 import gevent
 import pytest
 
-from relay import pair as pair_module
-from relay.door import open_port
+from relay.clients.door import open_port
 from relay.options import Options
-from relay.pair import Detached, Pair
-from relay.pipes import PipePool
 from relay.server import Relay
-from relay.turns import Turns
+from relay.transfer import pair as pair_module
+from relay.transfer.pair import Detached, Pair
+from relay.transfer.pipes import PipePool
+from relay.transfer.turns import Turns
 from relay.usage.record import Record
 from tests.harness import connect, handshake, new_side, new_token, wait_until
 

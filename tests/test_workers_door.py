@@ -13,7 +13,7 @@ from statistics import median
 
 import pytest
 
-from relay.door import TURN_CONNECTIONS, TURN_SECONDS
+from relay.clients.door import TURN_CONNECTIONS, TURN_SECONDS
 from tests.crowd import Caller, Crowd, Transfer
 from tests.harness import Relay, Workers, connect, handshake, new_side, new_token, read_exactly, read_to_end, wait_until
 from tests.kernel_view import in_listen_queue, listener_inode, watches

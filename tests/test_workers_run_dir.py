@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from relay.homes import FILES, Homes
-from relay.sibling_language import LANGUAGE, Greeting
+from relay.workers.homes import FILES, Homes
+from relay.workers.language import LANGUAGE, Greeting
 from tests.crowd import Caller, Crowd, Transfer
 from tests.harness import CHECKOUT, Relay, Workers, free_port, new_side, new_token, wait_until
 from tests.kernel_view import locks
@@ -292,7 +292,7 @@ def test_a_worker_that_finds_one_of_another_language_takes_the_listening_socket_
 def test_workers_of_two_languages_share_the_port_and_each_gives_its_own_transfers_grace(tmp_path: Path) -> None:
     (tmp_path / "newer").mkdir()
     (tmp_path / "newer" / "sitecustomize.py").write_text(
-        "import relay.sibling_language as language\nlanguage.LANGUAGE += 1\n"
+        "import relay.workers.language as language\nlanguage.LANGUAGE += 1\n"
     )
     with Workers(tmp_path, count=2) as workers, Crowd(workers.port) as crowd:
         held = [crowd.transfer(50_000, 50_000) for _ in range(10)]

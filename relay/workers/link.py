@@ -17,10 +17,9 @@ from typing import Protocol
 
 import gevent
 
-from relay.client import Client
-from relay.load import FULL_LOAD
-from relay.pair import Pair
-from relay.sibling_language import (
+from relay.clients.client import Client
+from relay.transfer.pair import Pair
+from relay.workers.language import (
     CLIENTS_PER_PACKET,
     CONFIRMED,
     LARGEST_PACKET,
@@ -30,6 +29,7 @@ from relay.sibling_language import (
     encode_clients,
     encode_pair,
 )
+from relay.workers.load import FULL_LOAD
 
 _ANCILLARY_BYTES = socket.CMSG_SPACE(CLIENTS_PER_PACKET * array.array("i").itemsize)
 

@@ -29,6 +29,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from relay.transfer.state import PairState, PumpState
+
 LANGUAGE = 3
 """Raised whenever a message of before would be misunderstood."""
 
@@ -128,40 +130,13 @@ class Envelope:
     sent: float
 
 
-@dataclass(frozen=True, slots=True)
-class PumpState:
-    """One direction of a pair. `held` bytes rest in it: in its pipe, which travels along, unless they are `rest`."""
-
-    moved: int
-    held: int
-    over: bool
-    splices: bool
-    rest: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class PairState:
-    """A pair in mid-transfer, but for its sockets and pipes; the times are those of `relay.pair.Pair`."""
-
-    started: float
-    arrived: float
-    waiting_time: float
-    there: PumpState
-    back: PumpState
-
-    @property
-    def fds(self) -> int:
-        """How many file descriptors travel beside it."""
-        return 2 + sum(2 for pump in (self.there, self.back) if pump.held and not pump.rest)
-
-
 def kind_of(packet: bytes) -> bytes:
     """The first byte of a packet, which tells what it is; empty for an empty packet."""
     return packet[:1]
 
 
 def encode_still_here(pairs: int, load: float) -> bytes:
-    """A ``.`` from a worker with `pairs` transfers that want to move something, and `load` (see `relay.load`)."""
+    """A ``.`` from a worker with `pairs` transfers that want to move something, and `load` (see `load`)."""
     return _STILL_HERE.pack(STILL_HERE, pairs, load)
 
 

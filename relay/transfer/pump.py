@@ -14,9 +14,9 @@ import os
 import socket
 from select import POLLIN, POLLOUT
 
-from relay.pipes import Pipe, PipePool
-from relay.sibling_language import PumpState
-from relay.turns import Turns
+from relay.transfer.pipes import Pipe, PipePool
+from relay.transfer.state import PumpState
+from relay.transfer.turns import Turns
 
 # What a pump waits for. The first two are poll(2)'s own, since that is where they go.
 INPUT = POLLIN
@@ -42,7 +42,7 @@ class Pump:
     """Moves bytes from `source` to `sink`, both non-blocking stream sockets.
 
     `moved` counts the bytes that the sink has taken, `held` those that rest here; `waits` is one of `INPUT`, `ROOM`,
-    `TURN` and `OVER`. `held` is never above `relay.turns.LARGEST_TURN`, and nothing is read while anything is held.
+    `TURN` and `OVER`. `held` is never above `turns.LARGEST_TURN`, and nothing is read while anything is held.
 
     `discards` says that the sink's peer has ended its own stream and then gone. What still comes from the source is
     thrown away, for what that peer had sent may be on its way in the other direction, and closing a socket with unread

@@ -23,7 +23,7 @@ from typing import Any
 
 from gevent.server import StreamServer
 
-from relay.bounds import Bound
+from relay.clients.bounds import Bound
 from relay.mistakes import Mistake
 
 BACKLOG = 4096

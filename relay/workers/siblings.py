@@ -28,13 +28,12 @@ from typing import Any, Protocol
 import gevent
 
 from relay import __version__
-from relay.client import Client
-from relay.homes import FILES, Homes
-from relay.link import Link, Parcel
+from relay.clients.client import Client
 from relay.mistakes import Mistake
-from relay.pair import Pair
-from relay.run_dir import RunDir, same_user
-from relay.sibling_language import (
+from relay.transfer.pair import Pair
+from relay.transfer.state import PairState
+from relay.workers.homes import FILES, Homes
+from relay.workers.language import (
     CONFIRMED,
     FAREWELL,
     HANDED_CLIENTS,
@@ -50,7 +49,6 @@ from relay.sibling_language import (
     Greeting,
     HandedClient,
     Misunderstood,
-    PairState,
     decode_answer,
     decode_clients,
     decode_envelope,
@@ -64,6 +62,8 @@ from relay.sibling_language import (
     encode_turn,
     kind_of,
 )
+from relay.workers.link import Link, Parcel
+from relay.workers.run_dir import RunDir, same_user
 
 PARCEL_GOOD_SECONDS = 1.0
 """How old a parcel may be when it is opened."""

@@ -29,12 +29,12 @@ from typing import Any
 import gevent
 from gevent.select import poll
 
-from relay.bounds import Bound
-from relay.pace import Pace
-from relay.pipes import Pipe, PipePool
-from relay.pump import INPUT, OVER, ROOM, TURN, Pump
-from relay.sibling_language import PairState
-from relay.turns import Turns
+from relay.clients.bounds import Bound
+from relay.transfer.pace import Pace
+from relay.transfer.pipes import Pipe, PipePool
+from relay.transfer.pump import INPUT, OVER, ROOM, TURN, Pump
+from relay.transfer.state import PairState
+from relay.transfer.turns import Turns
 
 HALF_CLOSED_SECONDS = 10.0
 """How long the second side may say nothing once it has all of the first one's stream."""
