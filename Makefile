@@ -61,6 +61,7 @@ $(VENV)/.lint: $(VENV)/.test $(VENV)/.bench
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo --no-cache setup.cfg
 
 types: $(VENV)/.lint
 	$(BIN)/mypy

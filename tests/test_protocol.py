@@ -18,9 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from relay import server
 from relay.cli import read_options
-from relay.clients import door
+from relay.clients import door, farewell
 from relay.clients.handshake import Refusal
 from relay.options import Options
 from relay.transfer import pair, pipes
@@ -548,8 +547,8 @@ def test_the_docs_name_the_times_and_limits_that_are_kept() -> None:
         f"nothing moves | {options.idle_timeout / 3600:g} h |",
         f"with one token | {options.max_waiting_per_token} |",
         f"sends nothing for {pair.HALF_CLOSED_SECONDS:g} seconds",
-        f"reads up to {server.LINGER_BYTES >> 10} KiB more",
-        f"closes after about {server.LINGER_SECONDS:g} seconds",
+        f"reads up to {farewell.LINGER_BYTES >> 10} KiB more",
+        f"closes after about {farewell.LINGER_SECONDS:g} seconds",
         f"at most {pipes.PIPE_BYTES >> 20} MiB in each direction",
         f"after {door.KEEPALIVE_IDLE_SECONDS} seconds of silence",
         f"{['four', 'five', 'six'][door.KEEPALIVE_PROBES - 4]} probes, {door.KEEPALIVE_PROBE_SECONDS} seconds apart",

@@ -164,7 +164,7 @@ def test_a_transfer_that_ends_while_another_one_is_cut_off_is_recorded_once(monk
 
     def detach_while_the_others_end(pair: Pair) -> None:
         monkeypatch.undo()
-        for other in relay.pairs - {pair}:
+        for other in set(relay.pairs) - {pair}:
             other._end()
         detach(pair)
 

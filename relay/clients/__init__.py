@@ -1,0 +1,19 @@
+"""Before a pair: from accept to a partner, or to a refusal.
+
+Read it in the order in which a connection meets it:
+
+==============  =======================================================================================
+`door`          the TCP port, and whose turn it is to accept
+`client`        one connection that is not yet in a pair
+`places`        how many connections there are, and from whom; `bounds`, pure: what nobody may have more of
+`reception`     from accept to a whole handshake
+`handshake`     pure: the bytes so far, and what they can still become
+`matching`      those whose handshake is whole meet, wait, or turn out to be spares
+`waiting_room`  pure: who waits for which token, a newcomer's match, and the spares
+`deadlines`     pure: who has to be done by when
+`farewell`      ways to go without a partner: records, last words, the lingering close
+==============  =======================================================================================
+
+Nothing here waits: all of it runs in the hub. Nothing here knows of transfers or of other workers; who is matched, and
+who belongs elsewhere, goes to a callable or to an object that whoever builds this has given.
+"""

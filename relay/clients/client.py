@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import enum
 import socket
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Protocol
 
 
-class Stage(enum.Enum):
-    """What a connection is doing before it is paired, or after it was turned away."""
+class Watcher(Protocol):
+    """What is needed of an event loop's watcher."""
 
-    SHAKING = "its handshake is not whole yet"
-    WAITING = "it waits for its partner"
-    LEAVING = "it has been sent away, and what it still says is thrown away"
+    def start(self, callback: Callable[..., None], *arguments: object) -> None:
+        """Call back from now on."""
+
+    def stop(self) -> None:
+        """Call back no more."""
+
+    def close(self) -> None:
+        """Let go of what is watched."""
+
+
+class EventLoop(Protocol):
+    """What is needed of an event loop."""
+
+    def io(self, fd: int, events: int) -> Watcher:
+        """A watcher of `fd`: 1 is readable, 2 is writable."""
 
 
 class Client:
@@ -34,7 +46,6 @@ class Client:
         "side",
         "sock",
         "source",
-        "stage",
         "started",
         "token",
         "watcher",
@@ -46,11 +57,25 @@ class Client:
         self.started = time.time() if started is None else started
         self.arrived = time.monotonic() if arrived is None else arrived
         self.asked = 0.0
-        self.stage = Stage.SHAKING
         self.token = b""
         self.side: bytes | None = None
         self.received = b""
         self.discarded = 0
         self.hops = 0
         self.due = 0
-        self.watcher: Any = None
+        self.watcher: Watcher | None = None
+
+    def listen(self, loop: EventLoop, on_readable: Callable[[Client], None]) -> None:
+        """Have the event loop call `on_readable`, and nothing else, with this client when its socket is readable."""
+        if self.watcher is None:
+            self.watcher = loop.io(self.sock.fileno(), 1)
+        else:
+            self.watcher.stop()
+        self.watcher.start(on_readable, self)
+
+    def stop_listening(self) -> None:
+        """Let the event loop forget this client."""
+        if self.watcher is not None:
+            self.watcher.stop()
+            self.watcher.close()
+            self.watcher = None

@@ -1,0 +1,19 @@
+"""The other workers of this relay: who is there, what is handed on, and what is taken in.
+
+In this order:
+
+===========  ==========================================================================================
+`household`  what siblings ask of this worker, and what it asks of them: who lives where
+`siblings`   who is there, and what they say
+`gathering`  how they find each other; `run_dir`, the directory in which they do
+`link`       the connection to each
+`language`   pure: what they say
+`parcels`    clients and transfers under way, that none gets lost or doubled
+`tokens`     which worker a token lives with; `homes`, the memory in which all workers keep that
+`estate`     what all have in common, and a newcomer gets
+`balance`    pure: which transfers go to a worker with less to do; `load`, how much this one has to do
+===========  ==========================================================================================
+
+Nothing here decides who matches whom, or moves a byte. It knows the rooms of `relay.clients` and `relay.transfer`, and
+they do not know it.
+"""

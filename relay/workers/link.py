@@ -1,7 +1,7 @@
 """The connection of two workers of one relay: packets in order, sockets beside them, and what is not yet confirmed.
 
 It is a SEQPACKET connection in the run directory (unix(7)). Clients are handed on in batches: all that an iteration of
-the event loop brings for one sibling makes one packet. What the packets say is in `sibling_language`; what follows from
+the event loop brings for one sibling makes one packet. What the packets say is in `language`; what follows from
 them, whoever has the link decides (see `siblings`).
 """
 

@@ -1,0 +1,112 @@
+"""Ways to go without a partner: the record, the last words, and the lingering close in which they arrive.
+
+Closing a socket with unread input sends a reset, which can overtake and destroy the reply. So whoever is sent away gets
+the reply and the end of the stream, and the relay reads on for a moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Callable
+
+from relay.clients.client import Client, EventLoop
+from relay.clients.deadlines import Deadlines
+from relay.clients.handshake import Refusal
+from relay.clients.places import Places
+from relay.usage.record import Mood, Record
+
+LINGER_SECONDS = 2.0
+LINGER_BYTES = 384 << 10
+"""How long the relay keeps the connection of a client it has turned away, and how many bytes it reads meanwhile.
+Whoever sends more has to wait in its own backlog until the time is over: it would only be back the sooner."""
+
+_scrap = bytearray(1 << 16)
+
+
+class Farewell:
+    """Ends connections that have no partner; those that linger are its own.
+
+    Args:
+        loop: the event loop.
+        places: where the connection's place goes.
+        record: takes the record of each.
+    """
+
+    def __init__(self, loop: EventLoop, places: Places, record: Callable[[Record], None]) -> None:
+        self._loop = loop
+        self._places = places
+        self._record = record
+        self._lingering: Deadlines[Client] = Deadlines()
+        self._on_readable = self._discard  # bound once, and not for every client
+
+    def refuse(self, client: Client, refusal: Refusal) -> None:
+        """Tell `client` why it is turned away."""
+        self.finish(client, "errory")
+        self.send_away(client, refusal.value)
+
+    def refuse_who_left(self, client: Client, refusal: Refusal) -> None:
+        """The same for one that has ended its stream, or gone, before its handshake was whole."""
+        self.finish(client, "errory")
+        with contextlib.suppress(OSError):
+            client.sock.send(refusal.value)
+        self.close(client)
+
+    def turn_away(self, client: Client, mood: Mood = "lonely") -> None:
+        """Send `client` away without a word."""
+        self.finish(client, mood)
+        self.send_away(client)
+
+    def let_leave(self, client: Client) -> None:
+        """`client`, whose handshake was good, has left."""
+        self.finish(client, "lonely")
+        self.close(client)
+
+    def finish(self, client: Client, mood: Mood) -> None:
+        """Record a connection that ends without a partner."""
+        self._record(Record(client.started, time.monotonic() - client.arrived, None, 0, mood))
+
+    def send_away(self, client: Client, reply: bytes = b"") -> None:
+        """Say `reply`, end the stream, and read on for a moment so that both arrive."""
+        client.stop_listening()
+        try:
+            if reply:
+                client.sock.send(reply)
+            client.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.close(client)
+            return
+        self._lingering.set(client, time.monotonic() + LINGER_SECONDS)
+        client.listen(self._loop, self._on_readable)
+
+    def close(self, client: Client) -> None:
+        """End the connection at once."""
+        client.stop_listening()
+        client.sock.close()
+        self._places.give_back(client.source)
+
+    def every_second(self, now: float) -> None:
+        """End the connections that have lingered long enough; `now` in monotonic seconds."""
+        for client in self._lingering.take_due(now):
+            self.close(client)
+
+    def close_all(self) -> None:
+        """End those that linger at once."""
+        for client in self._lingering:
+            self.close(client)
+
+    def _discard(self, client: Client) -> None:
+        """A client that lingers says something, or has ended its stream."""
+        try:
+            count = client.sock.recv_into(_scrap)
+        except BlockingIOError:
+            return
+        except OSError:
+            count = 0
+        client.discarded += count
+        if count == 0:
+            self._lingering.clear(client)
+            self.close(client)
+        elif client.discarded > LINGER_BYTES:
+            client.stop_listening()

@@ -1,0 +1,216 @@
+"""Those whose handshake is whole: each meets its partner, waits for it, or turns out to be a spare.
+
+`waiting_room` has the rules of who matches whom; this is what follows from them for the connections. All of it runs in
+the hub and must not wait.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from relay.clients.bounds import Bound
+from relay.clients.client import Client, EventLoop
+from relay.clients.deadlines import Deadlines
+from relay.clients.farewell import Farewell
+from relay.clients.handshake import Refusal
+from relay.clients.places import Places
+from relay.clients.waiting_room import WaitingRoom
+from relay.options import Options
+
+
+class Elsewhere(Protocol):
+    """The other workers, as far as somebody without a partner is concerned."""
+
+    def sees_home(self, client: Client) -> bool:
+        """Hand `client` on to the worker that its token lives with. False when that is this one; asking makes it so
+        when it is nobody else."""
+
+    def give_up(self, token: bytes) -> None:
+        """`token` lives here no longer: nobody waits for it."""
+
+    def matched(self, token: bytes) -> None:
+        """Two sides were matched for `token`, and nobody waits for it here any more."""
+
+    def last_match(self, token: bytes) -> float:
+        """When two sides were last matched for `token` at any worker, in monotonic seconds, 0 if that is forgotten:
+        who had asked before that, and is not one of them, is a spare."""
+
+
+class Nowhere:
+    """No other workers, for one that is alone."""
+
+    def sees_home(self, client: Client) -> bool:
+        """Every token lives here."""
+        return False
+
+    def give_up(self, token: bytes) -> None:
+        """Nobody minds."""
+
+    def matched(self, token: bytes) -> None:
+        """Nobody needs to know."""
+
+    def last_match(self, token: bytes) -> float:
+        """Nobody is under way when a token is matched, so there are no spares but those who wait."""
+        return 0.0
+
+
+class Matching:
+    """Clients that wait for their partners, and how they meet.
+
+    Args:
+        loop: the event loop.
+        options: the operator's bounds and patience.
+        places: where bounds that were met are noted.
+        farewell: takes those who go without a partner.
+        on_match: takes two that have met, the one that waited first; their watchers are as they were.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        options: Options,
+        places: Places,
+        farewell: Farewell,
+        on_match: Callable[[Client, Client], None],
+    ) -> None:
+        self.elsewhere: Elsewhere = Nowhere()
+        self._loop = loop
+        self._options = options
+        self._note = places.bounds_met.note
+        self._farewell = farewell
+        self._on_match = on_match
+        self._room: WaitingRoom[Client] = WaitingRoom()
+        self._deadlines: Deadlines[Client] = Deadlines()
+        self._closed = False
+        self._on_readable = self._interrupted  # bound once, and not for every client
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._room)
+
+    def __iter__(self) -> Iterator[Client]:
+        """Everybody who waits; they may go meanwhile."""
+        return iter(self._room)
+
+    def admit(self, client: Client) -> None:
+        """See a client whose handshake is whole to its token's home."""
+        if self._room.waiting_for(client.token) or not self.elsewhere.sees_home(client):
+            self._meet(client)
+
+    def _meet(self, client: Client) -> None:
+        """Pair `client`, or let it wait."""
+        last_match = self.elsewhere.last_match(client.token)
+        if client.asked < last_match:
+            self._vacate(client.token)
+            self._farewell.turn_away(client)
+            return
+        while (partner := self._room.partner_for(client)) is not None:
+            if partner.asked < last_match:
+                self.dismiss(partner)
+            elif self._has_kept_quiet(partner):
+                self._match(partner, client)
+                return
+            else:
+                self._interrupted(partner)
+            if not self._room.waiting_for(client.token):
+                self.admit(client)  # nobody is home to it now
+                return
+        self._wait(client)
+
+    def _wait(self, client: Client) -> None:
+        if self._closed:  # nobody will come any more
+            self._farewell.turn_away(client)
+            return
+        if self._room.waiting_for(client.token) >= self._options.max_waiting_per_token:
+            # Only who knows the token can do this, and so to nobody but itself and its partner.
+            self._note(Bound.PER_TOKEN)
+            self._farewell.turn_away(client)
+            return
+        self._deadlines.set(client, client.arrived + self._options.wait_timeout)
+        self._room.enter(client)
+        client.listen(self._loop, self._on_readable)
+        if len(self._room) > self._options.max_waiting:
+            # The oldest gives way. Were newcomers turned away instead, whoever fills the room once would own it for as
+            # long as clients may wait; like this it takes more newcomers all the time, and those are bounded, too.
+            self._note(Bound.WAITING)
+            self.dismiss_oldest()
+
+    def leave(self, client: Client) -> None:
+        """Take out of the waiting room somebody who is not matched; its watcher is as it was."""
+        self._deadlines.clear(client)
+        self._room.leave(client)
+        self._vacate(client.token)
+
+    def dismiss(self, client: Client) -> None:
+        """Send away somebody who waits here."""
+        self.leave(client)
+        self._farewell.turn_away(client)
+
+    def dismiss_oldest(self) -> None:
+        """The same for the one that has waited longest; there is one."""
+        self.dismiss(self._room.oldest())
+
+    def _vacate(self, token: bytes) -> None:
+        """Be home to `token` no longer if nobody waits for it here."""
+        if not self._room.waiting_for(token):
+            self.elsewhere.give_up(token)
+
+    def _has_kept_quiet(self, client: Client) -> bool:
+        """Whether a waiting client is still there and has sent nothing, as far as the kernel knows by now."""
+        try:
+            client.sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def _interrupted(self, client: Client) -> None:
+        """A waiting client has left, or has said something before it was told ``ok``."""
+        try:
+            spoke = bool(client.sock.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            return  # a false alarm
+        except OSError:
+            spoke = False
+        self.leave(client)
+        if spoke:
+            self._farewell.refuse(client, Refusal.IMPATIENT)
+        else:
+            self._farewell.let_leave(client)
+
+    def _match(self, waited: Client, newcomer: Client) -> None:
+        self._room.leave(waited)
+        self._deadlines.clear(waited)
+        spares = self._room.take_all(newcomer.token)
+        self.elsewhere.matched(newcomer.token)
+        self._on_match(waited, newcomer)
+        for spare in spares:
+            self._deadlines.clear(spare)
+            self._farewell.turn_away(spare)
+
+    def dismiss_spares(self, token: bytes) -> None:
+        """`token` was matched elsewhere: send those away who had asked before."""
+        last_match = self.elsewhere.last_match(token)
+        for client in self._room.all_for(token):
+            if client.asked < last_match:
+                self.dismiss(client)
+
+    def close(self) -> None:
+        """Send away everybody who waits, and who would wait; those who still meet somebody are paired."""
+        self._closed = True
+        for client in self:
+            self.dismiss(client)
+
+    def cut_off(self) -> None:
+        """End the connections of all who wait at once."""
+        for client in self:
+            self.leave(client)
+            self._farewell.let_leave(client)
+
+    def every_second(self, now: float) -> None:
+        """Send away those who have waited too long; `now` in monotonic seconds."""
+        for client in self._deadlines.take_due(now):
+            self.dismiss(client)

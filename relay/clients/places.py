@@ -1,0 +1,78 @@
+"""The places of this worker: how many connections it has, whose they are, and whether there is one for another.
+
+Both who waits and who is in a transfer takes a place, from accept until the socket is closed or in other hands.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+from relay.clients.bounds import Bound, BoundsMet, Sources, is_loopback, source_of
+from relay.options import Options
+
+
+class Places:
+    """Counts connections, all of them and by source.
+
+    Args:
+        options: the operator's bounds.
+        bounds_met: is told of each that keeps somebody out.
+        on_free: called when places have become free.
+    """
+
+    def __init__(self, options: Options, bounds_met: BoundsMet, on_free: Callable[[], None]) -> None:
+        self.taken = 0
+        self.most = options.max_connections
+        self.bounds_met = bounds_met
+        self._counts_loopback = options.bounds_loopback
+        self._sources = Sources(options.max_per_source, options.max_new_per_source)
+        self._on_free = on_free
+
+    def is_full(self) -> bool:
+        """Whether no further connection is to be accepted."""
+        return self.taken >= self.most
+
+    def source_of(self, host: str) -> bytes | None:
+        """Whom a connection from the numeric address `host` counts for; None for one that nobody counts."""
+        return source_of(host) if self._counts_loopback or not is_loopback(host) else None
+
+    def source_of_peer(self, sock: socket.socket) -> bytes | None:
+        """The same for a connection that is here already."""
+        try:
+            host: str = sock.getpeername()[0]
+        except OSError:
+            return None  # it has just gone
+        return self.source_of(host)
+
+    def admits(self, source: bytes | None) -> bool:
+        """Whether a new connection from `source` may come in."""
+        bound = None if source is None else self._sources.refuses(source)
+        if bound is not None:
+            self.bounds_met.note(bound)
+        return bound is None
+
+    def take(self, source: bytes | None) -> None:
+        """A connection from `source` is here."""
+        self.taken += 1
+        if source is not None:
+            self._sources.add(source)
+
+    def has_too_many(self, source: bytes | None) -> bool:
+        """Whether more connections from `source` are here than may be; siblings may have handed them on."""
+        if source is None or not self._sources.has_too_many(source):
+            return False
+        self.bounds_met.note(Bound.PER_SOURCE)
+        return True
+
+    def give_back(self, *sources: bytes | None) -> None:
+        """Connections from `sources` are here no longer."""
+        self.taken -= len(sources)
+        for source in sources:
+            if source is not None:
+                self._sources.remove(source)
+        self._on_free()
+
+    def next_second(self) -> None:
+        """Forget who has come; to be called every second."""
+        self._sources.next_second()

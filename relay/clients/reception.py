@@ -1,0 +1,135 @@
+"""From accept to a whole handshake: a newcomer says what it wants, or is turned away.
+
+A client costs no greenlet: one libev watcher calls in here when it has something to say. So everything in this file
+runs in the hub and must not wait.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from relay.clients.bounds import Bound
+from relay.clients.client import Client, EventLoop
+from relay.clients.deadlines import Deadlines
+from relay.clients.farewell import Farewell
+from relay.clients.handshake import LONGEST, Handshake, Refusal, read_handshake
+from relay.clients.places import Places
+from relay.options import Options
+
+
+class Reception:
+    """Clients whose handshake is not whole.
+
+    Args:
+        loop: the event loop.
+        options: the operator's bounds and patience.
+        places: where a newcomer's place comes from.
+        farewell: takes those who are turned away.
+        admit: takes those whose handshake is whole.
+    """
+
+    def __init__(
+        self, loop: EventLoop, options: Options, places: Places, farewell: Farewell, admit: Callable[[Client], None]
+    ) -> None:
+        self._loop = loop
+        self._options = options
+        self._places = places
+        self._farewell = farewell
+        self._admit = admit
+        self._shaking: dict[Client, None] = {}  # in the order in which they came
+        self._deadlines: Deadlines[Client] = Deadlines()
+        self._closed = False
+        self._on_readable = self._shake_hands  # bound once, and not for every client
+
+    def __iter__(self) -> Iterator[Client]:
+        """Everybody whose handshake is awaited; they may go meanwhile."""
+        return iter([*self._shaking])
+
+    def accepted(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
+        """Somebody has connected from `address`."""
+        source = self._places.source_of(address[0])
+        if not self._places.admits(source):
+            sock.close()
+            return
+        sock.setblocking(False)
+        self._places.take(source)
+        client = Client(sock)
+        client.source = source
+        self.expect(client)
+
+    def expect(self, client: Client) -> None:
+        """Hear what `client`, which has just connected, or was handed on, has to say."""
+        if self._closed:
+            self._farewell.refuse(client, Refusal.BAD_HANDSHAKE)
+            return
+        self._deadlines.set(client, client.arrived + self._options.handshake_timeout)
+        self._shake_hands(client)
+
+    def _shake_hands(self, client: Client) -> None:
+        try:
+            # One byte more than a handshake can have tells everything there is to know.
+            chunk = client.sock.recv(LONGEST + 1 - len(client.received))
+        except BlockingIOError:
+            self._expect_more(client)
+            return
+        except OSError:
+            chunk = b""
+        client.received += chunk
+        verdict = read_handshake(client.received) if chunk else Refusal.BAD_HANDSHAKE
+        if verdict is None:
+            self._expect_more(client)
+            return
+        self.let_go(client)
+        if isinstance(verdict, Handshake):
+            client.token, client.side, client.received = verdict.token, verdict.side, b""
+            client.asked = time.monotonic()
+            self._admit(client)
+        elif chunk:
+            self._farewell.refuse(client, verdict)
+        else:
+            self._farewell.refuse_who_left(client, verdict)
+
+    def _expect_more(self, client: Client) -> None:
+        """Wait for the rest of a handshake. When too many are waited for, the oldest gives way: it has had the most
+        time, and an honest one needs no longer than a round trip."""
+        if client in self._shaking:
+            return
+        client.listen(self._loop, self._on_readable)
+        self._shaking[client] = None
+        if len(self._shaking) > self._options.max_handshakes:
+            self._places.bounds_met.note(Bound.HANDSHAKES)
+            self._turn_away(next(iter(self._shaking)))
+
+    def let_go(self, client: Client) -> None:
+        """`client` is somebody else's from now on; its watcher is as it was."""
+        self._deadlines.clear(client)
+        self._shaking.pop(client, None)
+
+    def _turn_away(self, client: Client) -> None:
+        self.let_go(client)
+        self._farewell.refuse(client, Refusal.BAD_HANDSHAKE)
+
+    def close(self) -> None:
+        """Turn away everybody who is here, and who will come."""
+        self._closed = True
+        for client in self:
+            self._turn_away(client)
+
+    def cut_off(self) -> None:
+        """End all connections at once."""
+        for client in self:
+            self.let_go(client)
+            self._farewell.finish(client, "errory")
+            self._farewell.close(client)
+
+    def every_second(self, now: float) -> None:
+        """Turn away those who have taken too long; `now` in monotonic seconds."""
+        for client in self._deadlines.take_due(now):
+            # What has come counts, however late we are to look.
+            self._shaking.pop(client, None)
+            self._shake_hands(client)
+            if client in self._shaking:
+                self._turn_away(client)

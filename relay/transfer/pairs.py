@@ -1,0 +1,195 @@
+"""All transfers of this worker: how they begin, what they have in common, and how they end."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from relay.clients.client import Client
+from relay.clients.places import Places
+from relay.options import Options
+from relay.transfer.pace import Pace
+from relay.transfer.pair import Limits, Pair
+from relay.transfer.pipes import Pipe, PipePool
+from relay.transfer.state import PairState
+from relay.transfer.turns import Turns
+from relay.usage.record import Record
+
+
+class Pairs:
+    """The pairs, their pipes and turns, and the limits that the operator has set for them.
+
+    Args:
+        options: the operator's limits.
+        places: where the places of their connections go when they are over.
+        record: takes the record of each that is over.
+    """
+
+    def __init__(self, options: Options, places: Places, record: Callable[[Record], None]) -> None:
+        self.moves_on: Callable[[], bool] = lambda: False
+        """Whether a pair that is new here is about to be handed on, and so need not begin."""
+        self.turns = Turns()
+        self._options = options
+        self._places = places
+        self._record = record
+        self._pairs: set[Pair] = set()
+        self._pipes = PipePool()
+        self._relay_pace = None if options.relay_rate is None else Pace(options.relay_rate)
+        self._limits = self._limits_of_pairs()
+        self._finished_bytes = 0
+        self._next_idle_check = 0.0
+
+    def _limits_of_pairs(self) -> Limits | None:
+        limits = Limits(self._options.max_pair_bytes, self._options.pair_rate, self._relay_pace)
+        return None if limits == Limits() else limits
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __iter__(self) -> Iterator[Pair]:
+        """All pairs; they may end meanwhile."""
+        return iter([*self._pairs])
+
+    def __contains__(self, pair: Pair) -> bool:
+        return pair in self._pairs
+
+    @property
+    def partal_bytes(self) -> int:
+        """Bytes that pairs which are not over have moved; read on any thread."""
+        return max(0, self.turns.moved - self._finished_bytes)
+
+    # How a pair begins
+
+    def glue(self, waited: Client, newcomer: Client) -> None:
+        """Make a pair of two clients that match, and tell them so."""
+        first, second = sorted((waited, newcomer), key=lambda client: client.arrived)
+        for client in (waited, newcomer):
+            client.stop_listening()
+            with contextlib.suppress(OSError):  # one that has just gone: the pair will see it
+                client.sock.send(b"ok\n")
+        self.begin(
+            self._new_pair(
+                first.sock,
+                second.sock,
+                (first.source, second.source),
+                started=first.started,
+                arrived=first.arrived,
+                waiting_time=second.arrived - first.arrived,
+            )
+        )
+
+    def _new_pair(
+        self,
+        first: socket.socket,
+        second: socket.socket,
+        sources: tuple[bytes | None, bytes | None],
+        *,
+        started: float,
+        arrived: float,
+        waiting_time: float,
+    ) -> Pair:
+        return Pair(
+            first,
+            second,
+            started=started,
+            arrived=arrived,
+            waiting_time=waiting_time,
+            pipes=self._pipes,
+            turns=self.turns,
+            on_over=self._over,
+            limits=self._limits,
+            sources=sources,
+        )
+
+    def begin(self, pair: Pair) -> None:
+        """Let `pair` pump, or go on, unless it is about to move house."""
+        self._pairs.add(pair)
+        if not self.moves_on():
+            pair.start()
+
+    def begin_all(self) -> None:
+        """Let those pump that were to move house: nobody is there to take them."""
+        for pair in self:
+            if not pair.started_pumping:
+                pair.start()
+
+    # Moving house
+
+    def take_in(self, state: PairState, fds: Sequence[int]) -> None:
+        """Go on with the pair of another worker, whose sockets and pipes `fds` are."""
+        first, second = (socket.socket(fileno=fd) for fd in fds[:2])
+        pipes = [Pipe(inlet, outlet) for inlet, outlet in zip(fds[2::2], fds[3::2], strict=True)]
+        sources = (self._places.source_of_peer(first), self._places.source_of_peer(second))
+        for source in sources:
+            self._places.take(source)
+        pair = self._new_pair(
+            first,
+            second,
+            sources,
+            started=state.started,
+            arrived=state.arrived,
+            waiting_time=state.waiting_time,
+        )
+        pair.unpack(state, pipes)
+        self.turns.moved += pair.moved
+        self.begin(pair)
+
+    def let_go(self, pair: Pair) -> None:
+        """`pair`, which was detached, is about to be somebody else's."""
+        self._pairs.discard(pair)
+        self._finished_bytes += pair.moved  # as far as this worker is concerned
+
+    def take_back(self, pair: Pair) -> None:
+        """Nobody could take `pair`."""
+        self._finished_bytes -= pair.moved
+        self.begin(pair)
+
+    def handed_on(self, pair: Pair) -> None:
+        """`pair` is somebody else's now."""
+        pair.close()
+        self._places.give_back(*pair.sources)
+
+    # How it ends
+
+    def _over(self, pair: Pair) -> None:
+        self._pairs.discard(pair)
+        moved = pair.moved
+        self._finished_bytes += moved
+        total_time = time.monotonic() - pair.arrived
+        self._record(Record(pair.started, total_time, pair.waiting_time, moved, "happy"))
+        if pair.cut_by is not None:
+            self._places.bounds_met.note(pair.cut_by)
+        self._places.give_back(*pair.sources)
+
+    def cut_off(self) -> None:
+        """End all pairs at once."""
+        for pair in self:
+            pair.detach()
+            if pair in self._pairs:  # and has not ended by itself while another one was detached
+                pair.close()
+                self._over(pair)
+
+    def close(self) -> None:
+        """Let go of the pipes; there are no pairs any more."""
+        self._pipes.close()
+
+    # By the clock
+
+    def every_second(self, now: float, share_of: Callable[[int], float]) -> int:
+        """Cut pairs that are idle, and take what is ours of --relay-rate; `now` in monotonic seconds.
+
+        `share_of` tells, of how many of our transfers want to move something, which part of the relay's that is.
+        Returns how many those are, if there is such a rate, else 0.
+        """
+        if now >= self._next_idle_check:
+            self._next_idle_check = now + min(60.0, self._options.idle_timeout / 10)
+            for pair in self:
+                pair.cut_if_idle(now, self._options.idle_timeout)
+        if self._relay_pace is None or self._options.relay_rate is None:
+            return 0
+        busy = sum(pair.was_busy() for pair in self._pairs)
+        self._relay_pace.rate = self._options.relay_rate * share_of(busy)
+        self._relay_pace.sharers = max(1, busy)
+        return busy

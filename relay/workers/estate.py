@@ -1,0 +1,66 @@
+"""What the workers of a relay have in common, and each newcomer gets from a sibling: the files of the homes, and the
+listening socket, which comes last so that workers of other languages find it, too.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+
+from relay.mistakes import Mistake
+from relay.workers.homes import FILES, Homes
+from relay.workers.language import LANGUAGE
+
+
+class Estate:
+    """This worker's hold on what is common; nothing as long as no sibling has given it, and it has made none."""
+
+    def __init__(self) -> None:
+        self.port: socket.socket | None = None
+        self.homes: Homes | None = None
+
+    def make_homes(self, run_dir: str, *, first: bool) -> None:
+        """Make the homes, as the `first` worker of the relay in `run_dir`, unless there are some.
+
+        Raises Mistake when they cannot be made, or should have come from a sibling.
+        """
+        if self.homes is not None:
+            return
+        try:
+            if first:
+                self.homes = Homes.make()
+                return
+            reason = errno.EMFILE  # those of a sibling did not all arrive
+        except OSError as error:
+            reason = error.errno or 0
+        advice = "raise the limit (ulimit -n)" if reason in (errno.EMFILE, errno.ENFILE) else "see memfd_create(2)"
+        raise Mistake(f"--run-dir {run_dir}: {os.strerror(reason)}; {advice}")
+
+    def fds_for(self, language: int) -> list[int]:
+        """What a newcomer of that language gets."""
+        listener = [] if self.port is None or self.port.fileno() < 0 else [self.port.fileno()]
+        homes = self.homes.fds if self.homes is not None and language == LANGUAGE else ()
+        return [*homes, *listener]
+
+    def take(self, language: int, fds: list[int]) -> None:
+        """A sibling of that language has given us these; what is left in `fds` is not needed.
+
+        To close homes that are ours already releases our locks. But when we have any, everybody is settled anew.
+        """
+        if self.port is None and len(fds) > (FILES if language == LANGUAGE else 0):
+            self.port = socket.socket(fileno=fds.pop())
+        if language != LANGUAGE or len(fds) < FILES:
+            return
+        try:
+            homes = Homes(fds[:FILES])
+        except OSError:
+            return  # no file descriptor left to map them
+        if self.homes is None:
+            self.homes = homes
+        elif homes.made < self.homes.made:  # it was too slow to be heard, so that we took ourselves for the first
+            self.homes.close()
+            self.homes = homes
+        else:
+            homes.close()
+        del fds[:FILES]

@@ -1,0 +1,259 @@
+"""What siblings ask of this worker, and what it asks of them: clients and transfers that move house.
+
+It knows the rooms that clients and transfers are in, and decides who goes where; `siblings` and `parcels` see that
+nobody is lost on the way.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+from collections.abc import Callable, Sequence
+
+import gevent
+
+from relay.clients.bounds import Bound
+from relay.clients.client import Client
+from relay.clients.door import Door
+from relay.clients.farewell import Farewell
+from relay.clients.matching import Matching
+from relay.clients.places import Places
+from relay.clients.reception import Reception
+from relay.transfer.pair import Pair
+from relay.transfer.pairs import Pairs
+from relay.transfer.state import PairState
+from relay.workers.balance import Balance
+from relay.workers.link import Link
+from relay.workers.load import FULL_LOAD, Load
+from relay.workers.run_dir import RunDir
+from relay.workers.siblings import Siblings
+
+MOST_HOPS = 8
+"""A client that has been handed on so often stays where it is for a second, in which the siblings may find out who is
+there: they do not all learn of a change in the same moment."""
+
+ROOM_FOR_HANDED_ON = 9 / 8
+"""How many times --max-connections a worker may hold when siblings hand it what they have: they may be leaving."""
+
+
+class Household:
+    """Who lives here, for the siblings; it is `relay.workers.siblings.AtHome`, and `relay.clients.matching.Elsewhere`.
+
+    Args:
+        run_dir: where the siblings are.
+        places, reception, matching, pairs, farewell: the rooms of this worker.
+        on_change: called when somebody has come or gone, or a transfer has arrived that has to be handed on.
+        on_gone: called when a sibling is here no longer, so that what all workers record is to be written anew.
+    """
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        *,
+        places: Places,
+        reception: Reception,
+        matching: Matching,
+        pairs: Pairs,
+        farewell: Farewell,
+        on_change: Callable[[], None],
+        on_gone: Callable[[], None],
+    ) -> None:
+        self.siblings = Siblings(run_dir, self)
+        self.give_up = self.siblings.tokens.give_up
+        self.matched = self.siblings.tokens.matched
+        self.last_match = self.siblings.tokens.last_match
+        self.sibling_gone = on_gone
+        self._places = places
+        self._reception = reception
+        self._matching = matching
+        self._pairs = pairs
+        self._farewell = farewell
+        self._on_change = on_change
+        self._door: Door | None = None
+        self._epoll = select.epoll.fromfd(os.dup(gevent.get_hub().loop.fileno()))
+        self._balance: Balance[Pair] = Balance()
+        self._load = Load()
+        matching.elsewhere = self
+        pairs.moves_on = self._moves_on_at_once
+
+    def open(self, door: Door, listener: socket.socket) -> None:
+        """Take part in the relay, whose `listener` this worker has behind `door`."""
+        self._door = door
+        self.siblings.announce(listener)
+
+    def leave(self) -> None:
+        """Tell everybody that we leave."""
+        self.siblings.leave()
+
+    def moves_on(self) -> bool:
+        """Whether we leave, and there is somebody to hand things to."""
+        return self.siblings.leaving and not self.siblings.alone
+
+    def _moves_on_at_once(self) -> bool:
+        """The same, for a pair that has just arrived: then `hand_everything_on` is to see it."""
+        if self.moves_on():
+            self._on_change()
+            return True
+        return False
+
+    def close(self) -> None:
+        """End all links."""
+        self.siblings.close()
+        self._epoll.close()
+
+    # Handing on
+
+    def sees_home(self, client: Client) -> bool:
+        """Hand `client`, whose handshake is whole, to the worker that its token lives with; False when that is us."""
+        if client.hops > MOST_HOPS:
+            self.siblings.tokens.ask_again()
+            return False
+        home = self.siblings.tokens.home(client.token)
+        if home is None:
+            return False
+        self._hand_on(client, home)
+        return True
+
+    def _hand_on(self, client: Client, home: Link) -> None:
+        if client.watcher is not None:
+            self._stop_watching(client.sock)
+            client.stop_listening()
+        home.hand_client(client)
+
+    def _uproot(self, client: Client, home: Link) -> None:
+        """Hand on a client that waits here and belongs elsewhere now."""
+        self._matching.leave(client)
+        client.hops = 0
+        self._hand_on(client, home)
+
+    def _hand_on_pair(self, pair: Pair, sibling: Link) -> None:
+        """Give a pair in mid-transfer to a sibling."""
+        pair.detach()
+        if pair not in self._pairs:
+            return  # it has ended meanwhile, or somebody else has handed it on
+        if not sibling.live:
+            self._pairs.begin(pair)
+            return
+        self._pairs.let_go(pair)
+        self._stop_watching(pair.first)
+        self._stop_watching(pair.second)
+        sibling.hand_pair(pair)
+
+    def hand_everything_on(self) -> None:
+        """Give everybody who is here to the siblings; there is one (see `moves_on`)."""
+        for client in self._matching:
+            self._uproot(client, self.siblings.tokens.heir(client.token))
+        for client in self._reception:
+            self._reception.let_go(client)
+            self._hand_on(client, self.siblings.any_home())
+        self._hand_on_pairs(list(self._pairs), None)
+
+    def _hand_on_pairs(self, pairs: list[Pair], link: Link | None) -> None:
+        """Hand `pairs` on over `link`, or to all in turn."""
+        for pair in pairs:
+            if link is None and self.siblings.alone:
+                return  # things have changed meanwhile
+            self._hand_on_pair(pair, link or self.siblings.any_home())
+
+    def _stop_watching(self, sock: socket.socket) -> None:
+        """Make the event loop's epoll forget a socket that lives on in another process. It would go on to report it
+        when we close ours, since what it watches is the open connection and not our number for it: epoll(7)."""
+        try:
+            self._epoll.unregister(sock)
+        except OSError:
+            pass  # it was never watched
+
+    # Taking in
+
+    def take_in(self, client: Client) -> None:
+        """A sibling has handed `client` on."""
+        client.source = self._places.source_of_peer(client.sock)
+        self._places.take(client.source)
+        if self._has_no_room_for(client):
+            self._farewell.turn_away(client, "lonely" if client.token else "errory")
+        else:
+            self.take_back(client)
+
+    def _has_no_room_for(self, client: Client) -> bool:
+        """Whether `client`, just handed on, meets a bound here: a source can choose tokens that all live with us."""
+        if self._places.has_too_many(client.source):
+            return True
+        if self._places.taken <= ROOM_FOR_HANDED_ON * self._places.most:
+            return False
+        self._places.bounds_met.note(Bound.CROWDED)
+        if not len(self._matching):
+            return True
+        self._matching.dismiss_oldest()
+        return False
+
+    def take_back(self, client: Client) -> None:
+        """A client is here anew."""
+        if client.token:
+            self._matching.admit(client)
+        elif self.moves_on():
+            self._hand_on(client, self.siblings.any_home())
+        else:
+            self._reception.expect(client)
+
+    def take_in_pair(self, state: PairState, fds: Sequence[int]) -> None:
+        """A sibling has handed on a pair in mid-transfer."""
+        self._pairs.take_in(state, fds)
+
+    def take_back_pair(self, pair: Pair) -> None:
+        """A sibling could not take `pair`."""
+        self._pairs.take_back(pair)
+
+    def handed_on(self, client: Client) -> None:
+        """A sibling has confirmed that `client` is its own now."""
+        client.sock.close()
+        self._places.give_back(client.source)
+
+    def handed_on_pair(self, pair: Pair) -> None:
+        """A sibling has confirmed that `pair` is its own now."""
+        self._pairs.handed_on(pair)
+
+    # What else siblings say
+
+    def siblings_changed(self) -> None:
+        """Look again where everybody belongs, and who is a spare."""
+        if not self.siblings.leaving:
+            for client in self._matching:
+                home = self.siblings.tokens.home(client.token)
+                if home is not None:
+                    self._uproot(client, home)
+                elif client.asked < self.last_match(client.token):
+                    self._matching.dismiss(client)
+            if self._door is not None:
+                self._door.shared = not self.siblings.alone
+                self._door.take_turn()  # whose it is may be unclear now
+        self._on_change()
+
+    def matched_elsewhere(self, token: bytes) -> None:
+        """A sibling has matched two sides for `token`."""
+        self._matching.dismiss_spares(token)
+
+    def turn_at_the_door(self, passed_by: int) -> None:
+        """A sibling has passed the door on to us."""
+        assert self._door is not None
+        if self.siblings.leaving or not self._door.has_room():
+            if self.siblings.pass_the_door_on(passed_by + 1):
+                return
+            if self._places.is_full():
+                self._places.bounds_met.note(Bound.CONNECTIONS)  # and so are all the others
+        self._door.take_turn()
+
+    # By the clock
+
+    def every_second(self, busy: int) -> None:
+        """Tell the siblings how we are, `busy` being how many of our transfers want to move something; and share the
+        work with the one that has the least."""
+        assert self._door is not None
+        load = self._load.lately()
+        self.siblings.every_second(busy, load if self._door.has_room() else FULL_LOAD)
+        link = self.siblings.idlest()
+        if link is not None and not self.siblings.leaving:
+            surplus = self._balance.surplus(list(self._pairs), load, link.load)
+            if surplus:
+                gevent.spawn(self._hand_on_pairs, surplus, link)
+        self._door.look_after_it()

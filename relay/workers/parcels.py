@@ -1,0 +1,152 @@
+"""What is handed on, while it is under way.
+
+Handing on never leaves a connection without an owner, nor with two:
+
+- the sender keeps its copies of the sockets until the receiver has confirmed, and takes everything back when
+  the link ends before that;
+- the receiver confirms first and acts then;
+- a worker that was stopped (SIGSTOP, a suspended machine) may find old parcels when it wakes. So a parcel is good for
+  `PARCEL_GOOD_SECONDS` only, and the sender takes it back when it is older than `PARCEL_LOST_SECONDS`, which is more.
+
+What becomes of a client that was handed here, or comes back, is decided `AtHome`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from relay.clients.client import Client
+from relay.transfer.pair import Pair
+from relay.transfer.state import PairState
+from relay.workers.estate import Estate
+from relay.workers.language import (
+    REFUSED,
+    Envelope,
+    HandedClient,
+    decode_clients,
+    decode_envelope,
+    decode_pair,
+    encode_answer,
+)
+from relay.workers.link import Link, Parcel
+
+PARCEL_GOOD_SECONDS = 1.0
+"""How old a parcel may be when it is opened."""
+
+PARCEL_LOST_SECONDS = 2.0
+"""How old a parcel has to be before it is taken back from a sibling that is silent but may wake at any moment."""
+
+
+class Receiver(Protocol):
+    """What this worker does with what comes to it."""
+
+    def take_in(self, client: Client) -> None:
+        """A sibling has handed this client on; it is ours now."""
+
+    def take_back(self, client: Client) -> None:
+        """A sibling could not take this client."""
+
+    def take_in_pair(self, state: PairState, fds: Sequence[int]) -> None:
+        """A sibling's pair is ours now, with its sockets and pipes in the order of `language.encode_pair`."""
+
+    def take_back_pair(self, pair: Pair) -> None:
+        """A sibling could not take this pair."""
+
+    def handed_on(self, client: Client) -> None:
+        """A sibling has taken this client over; our copy of its socket is to be closed."""
+
+    def handed_on_pair(self, pair: Pair) -> None:
+        """The same for a pair."""
+
+
+class Parcels:
+    """Parcels that come, and those that were confirmed, refused or lost."""
+
+    def __init__(self, receiver: Receiver, estate: Estate) -> None:
+        self._receiver = receiver
+        self._estate = estate
+        self._serial = 0
+        self._refused: list[Parcel] = []
+
+    def envelope(self) -> Envelope:
+        """What goes on the next parcel."""
+        self._serial += 1
+        return Envelope(self._serial, time.monotonic())
+
+    def take_clients(self, link: Link, packet: bytes, fds: list[int]) -> None:
+        """An ``H`` has come; raises Misunderstood."""
+        envelope = decode_envelope(packet)
+        clients = decode_clients(packet)
+        if not self._accepts(link, envelope, complete=len(clients) == len(fds)):
+            close_all(fds)
+            return
+        assert self._estate.port is not None
+        family = self._estate.port.family
+        for handed, fd in zip(clients, fds, strict=True):
+            sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=fd)
+            self._receiver.take_in(_client_from(handed, sock))
+
+    def take_pair(self, link: Link, packet: bytes, fds: list[int]) -> None:
+        """A ``P`` has come; raises Misunderstood."""
+        envelope = decode_envelope(packet)
+        state = decode_pair(packet)
+        if not self._accepts(link, envelope, complete=len(fds) == state.fds):
+            close_all(fds)
+            return
+        self._receiver.take_in_pair(state, fds)
+
+    def _accepts(self, link: Link, envelope: Envelope, *, complete: bool) -> bool:
+        """Confirm or refuse a parcel. Once it is confirmed it is ours, and the sender closes its copies."""
+        # To confirm later than now would be too late: the sender might take it back meanwhile. To refuse never is.
+        if complete and time.monotonic() - envelope.sent <= PARCEL_GOOD_SECONDS and link.confirm(envelope.serial):
+            return True
+        link.say(encode_answer(REFUSED, envelope.serial))  # too old, or no file descriptor was left for all that came
+        return False
+
+    def confirmed(self, link: Link, serial: int) -> None:
+        """A sibling has taken a parcel over."""
+        parcel = link.unconfirmed.pop(serial, None)
+        if parcel is None:
+            return
+        if parcel.pair is not None:
+            link.handed_pairs += 1
+            self._receiver.handed_on_pair(parcel.pair)
+        link.handed_clients += len(parcel.clients)
+        for client in parcel.clients:
+            self._receiver.handed_on(client)
+
+    def refused(self, link: Link, serial: int) -> None:
+        """A sibling could not take a parcel: it is ours again within a second."""
+        parcel = link.unconfirmed.pop(serial, None)
+        if parcel is not None:
+            self._refused.append(parcel)
+
+    def have_back(self, parcels: list[Parcel]) -> None:
+        """These are ours again."""
+        for parcel in parcels:
+            if parcel.pair is not None:
+                self._receiver.take_back_pair(parcel.pair)
+            for client in parcel.clients:
+                self._receiver.take_back(client)
+
+    def every_second(self) -> None:
+        """Begin anew with what was refused."""
+        refused, self._refused = self._refused, []
+        self.have_back(refused)
+
+
+def _client_from(handed: HandedClient, sock: socket.socket) -> Client:
+    client = Client(sock, handed.started, handed.arrived)
+    client.asked, client.token, client.side = handed.asked, handed.token, handed.side
+    client.received, client.hops = handed.received, handed.hops
+    return client
+
+
+def close_all(fds: list[int]) -> None:
+    """Close these file descriptors, and empty the list."""
+    while fds:
+        os.close(fds.pop())

@@ -1,0 +1,86 @@
+"""Which worker a token lives with, as this one has to know it: `homes` and who is there, put together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+
+from relay.workers.estate import Estate
+from relay.workers.language import encode_matched
+from relay.workers.link import Link
+
+
+class Tokens:
+    """The homes of tokens among the workers that are there.
+
+    Args:
+        estate: has the `homes`, once this worker takes part.
+        links: all siblings; kept up to date by whoever has them, as is
+        live: those that can be home, by their process ids.
+    """
+
+    def __init__(self, estate: Estate, links: Collection[Link], live: Mapping[int, Link]) -> None:
+        self.leaving = False
+        """Whether this worker can be home to nothing any more."""
+        self.unsettled = False
+        """Whether somebody waits here who may belong elsewhere."""
+        self.saw_stranger = False
+        """Whether some token's home is a worker that we have not met."""
+        self._estate = estate
+        self._links = links
+        self._live = live
+
+    def home(self, token: bytes) -> Link | None:
+        """The sibling that is home to `token`, or None when we are, or when nobody else could be.
+
+        Unless we leave, asking makes us its home when nobody is: until `give_up`. So it does a worker on its own, since
+        somebody may have come of whom it has not heard yet.
+        """
+        if self.leaving:
+            return self.heir(token) if self._live else None
+        assert self._estate.homes is not None
+        pid, certain = self._estate.homes.settle(token, self._can_be_home)
+        if not certain:
+            self.unsettled = True
+        return self._live.get(pid)
+
+    def _can_be_home(self, pid: int) -> bool:
+        if pid in self._live:
+            return True
+        if all(link.pid != pid for link in self._links):
+            self.saw_stranger = True
+        return False
+
+    def heir(self, token: bytes) -> Link:
+        """The live sibling to which those who wait for `token` go when we leave, all to the same; there is one."""
+        assert self._estate.homes is not None
+        holder = self._estate.homes.holder(token)
+        if holder is not None and holder in self._live:
+            return self._live[holder]
+        links = list(self._live.values())
+        return links[int(token[:8], 16) % len(links)]
+
+    def give_up(self, token: bytes) -> None:
+        """Be home to `token` no longer: nobody waits for it here."""
+        if self._estate.homes is not None:
+            self._estate.homes.give_up(token)
+
+    def matched(self, token: bytes) -> None:
+        """Two sides have just been matched for `token` here, and nobody waits for it any more. While workers come and
+        go another one can be home to it, too; who waits there is a spare."""
+        homes = self._estate.homes
+        assert homes is not None
+        homes.note_match(token, time.monotonic())
+        homes.give_up(token)
+        if self._links and homes.holder(token) is not None:
+            for link in self._links:
+                if link.greeting is not None:
+                    link.say(encode_matched(token))
+
+    def last_match(self, token: bytes) -> float:
+        """When a worker last matched two sides for `token`, in monotonic seconds; 0 if that is forgotten."""
+        return 0.0 if self._estate.homes is None else self._estate.homes.last_match(token)
+
+    def ask_again(self) -> None:
+        """Somebody waits here who may belong elsewhere: look again within a second."""
+        self.unsettled = True
