@@ -16,6 +16,7 @@ from relay.server import Relay
 from relay.transfer import pair as pair_module
 from relay.transfer.pair import Detached, Pair
 from relay.transfer.pipes import PipePool
+from relay.transfer.rest import Rest
 from relay.transfer.turns import Turns
 from relay.usage.record import Record
 from tests.harness import connect, handshake, new_side, new_token, wait_until
@@ -34,6 +35,7 @@ def clients_and_pair() -> Iterator[tuple[socket.socket, socket.socket, Pair]]:
     """Two clients, and the pair that the relay has made of them, in this process."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         (left, first), (right, second) = connection(listener), connection(listener)
+    turns = Turns()
     pair = Pair(
         first,
         second,
@@ -41,7 +43,8 @@ def clients_and_pair() -> Iterator[tuple[socket.socket, socket.socket, Pair]]:
         arrived=0.0,
         waiting_time=0.0,
         pipes=PipePool(),
-        turns=Turns(),
+        turns=turns,
+        rest=Rest(turns),
         on_over=lambda pair: None,
     )
     yield left, right, pair

@@ -1,4 +1,8 @@
-"""Two clients glued: a pump in each direction, one greenlet that waits for both, and how it ends.
+"""Two clients glued: a pump in each direction, who waits for both, and how it ends.
+
+A pair that has much to move has a greenlet, which waits with `gevent.select.poll` and queues for its `turns`. Once
+nothing has happened for a moment it does without, and is at `rest`: quiet, or passing small messages, or standing still
+since a side does not read. So only who moves much costs what a greenlet costs, and holds a pipe.
 
 A pair is over
 
@@ -24,39 +28,39 @@ import termios
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from select import EPOLLET, EPOLLIN, EPOLLOUT, POLLERR, POLLHUP
 
 import gevent
 from gevent.select import poll
 
 from relay.clients.bounds import Bound
 from relay.transfer.pace import Pace
-from relay.transfer.pipes import Pipe, PipePool
+from relay.transfer.pipes import PipePool
 from relay.transfer.pump import INPUT, OVER, ROOM, TURN, Pump
+from relay.transfer.rest import Rest
 from relay.transfer.state import PairState
 from relay.transfer.turns import Turns
 
 HALF_CLOSED_SECONDS = 10.0
 """How long the second side may say nothing once it has all of the first one's stream."""
 
-STALL_CHECK_SECONDS = 1.0
-"""How often a pair with a side that does not read looks whether both are still there: such a side's partner is not
-being read from, and so poll(2) does not tell of its reset."""
+GONE_CHECK_SECONDS = 1.0
+"""How often a pair of which one side has ended its stream and gone looks whether the other has acknowledged it all."""
 
 DEAD_SECONDS = 300.0
 """A side that has not acknowledged anything for so long while it was owed bytes is gone. A living one that does not
 read answers the kernel's zero-window probes, at least every two minutes (TCP_RTO_MAX)."""
 
+DEAD_CHECKS = 15
+"""How often, in that time, a pair of which a side is owed bytes looks whether that side is dead: keepalive does not,
+being silent while anything is unacknowledged, and TCP itself tries for a quarter of an hour (tcp_retries2)."""
+
+MUCH_BYTES = 256 << 10
 QUIET_SECONDS = 0.1
-"""When nothing has happened to a pair for so long, it does without its greenlet, unless a side is still owed bytes.
-Then it looks, once a second, whether that side is dead: keepalive does not, being silent while anything is
-unacknowledged, and TCP itself tries for a quarter of an hour (tcp_retries2)."""
+"""When a pair has moved less than this in that time, it does without its greenlet; and a pump that has moved nothing,
+since its receiver takes nothing, gives its pipe to somebody who does."""
 
 _TCP_INFO_LAST_ACK_RECV = 56  # offset of tcpi_last_ack_recv, milliseconds, in struct tcp_info of linux/tcp.h
-
-
-LOOK_BACK_TURNS = 4
-"""While one direction has turn after turn, poll(2) is not asked about the other; every so many turns it is tried."""
 
 
 class Detached(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types
@@ -64,7 +68,7 @@ class Detached(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no type
 
 
 class Quiet(Exception):
-    """There is nothing to wait for but that either side says something."""
+    """Not much has happened for a while."""
 
 
 class Cut(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types
@@ -94,23 +98,26 @@ class Pair:
     """
 
     __slots__ = (
+        "_delivered",
         "_idle_since",
         "_moved_a_second_ago",
         "_moved_then",
         "_pace",
-        "_watchers",
         "arrived",
         "cut_by",
+        "due",
         "first",
         "greenlet",
         "limits",
         "on_over",
         "pumps",
+        "rest",
         "second",
         "sources",
         "started",
         "turns",
         "waiting_time",
+        "watched",
     )
 
     def __init__(
@@ -123,6 +130,7 @@ class Pair:
         waiting_time: float,
         pipes: PipePool,
         turns: Turns,
+        rest: Rest,
         on_over: Callable[[Pair], None],
         limits: Limits | None = None,
         sources: tuple[bytes | None, bytes | None] = (None, None),
@@ -133,6 +141,10 @@ class Pair:
         self.arrived = arrived
         self.waiting_time = waiting_time
         self.turns = turns
+        self.rest = rest
+        self.due = 0
+        self.watched: tuple[int, int] | None = None
+        self._delivered: tuple[int, bool] | None = None
         self.on_over = on_over
         self.limits = limits
         self.sources = sources
@@ -143,12 +155,11 @@ class Pair:
         self._idle_since = 0.0
         self.pumps = (Pump(first, second, pipes, turns), Pump(second, first, pipes, turns))
         self.greenlet: gevent.Greenlet | None = None
-        self._watchers: list[Any] = []
 
     @property
     def started_pumping(self) -> bool:
-        """Whether the pair looks after itself, with a greenlet or, while it is quiet, without."""
-        return self.greenlet is not None or bool(self._watchers)
+        """Whether the pair looks after itself, with a greenlet or at rest."""
+        return self.greenlet is not None or self.watched is not None
 
     @property
     def moved(self) -> int:
@@ -157,29 +168,21 @@ class Pair:
         return there.moved + back.moved
 
     def start(self) -> None:
-        """Begin to pump, or go on: with a greenlet as soon as there is something to move or to end."""
+        """Begin to pump, or go on: at rest, until there is much to move."""
         for pump in self.pumps:
             pump.resume()
-        if all(pump.waits == INPUT for pump in self.pumps):
-            self._listen()
-        else:
-            self._wake()
-
-    def _wake(self) -> None:
-        self._stop_listening()
-        self._idle_since = 0.0  # so that it is not cut before its greenlet runs: that would never record it
-        self.greenlet = gevent.spawn(self._pump_until_over)
+        self._go_to_rest()
 
     def detach(self) -> None:
-        """Make the pair's greenlet let go of it, between two turns; to be called from another greenlet."""
-        self._stop_listening()
+        """Make the pair let go of its sockets, between two turns; to be called from another greenlet."""
+        self.rest.forget(self)
         while self.greenlet is not None:
             # The greenlet may fall quiet before this reaches it, and the pair even begin anew.
             greenlet = self.greenlet
             greenlet.kill(Detached)
             if self.greenlet is greenlet:
                 self.greenlet = None
-            self._stop_listening()
+            self.rest.forget(self)
 
     def was_busy(self) -> bool:
         """Whether anything has moved since this was last asked."""
@@ -192,7 +195,7 @@ class Pair:
         if moved != self._moved_then or not self._idle_since:
             self._moved_then, self._idle_since = moved, now
         elif now - self._idle_since > seconds:
-            if self._watchers:
+            if self.watched is not None:
                 self.cut_by = Bound.IDLE
                 self._end()
             elif self.greenlet is not None:
@@ -204,11 +207,11 @@ class Pair:
         state = PairState(self.started, self.arrived, self.waiting_time, there, back)
         return state, [self.first.fileno(), self.second.fileno(), *there_fds, *back_fds]
 
-    def unpack(self, state: PairState, pipes: Sequence[Pipe]) -> None:
-        """Go on where a pair in another process was; `pipes` are those that hold bytes, in the order of the pumps."""
-        left = list(pipes)
-        for pump, pump_state in zip(self.pumps, (state.there, state.back), strict=True):
-            pump.unpack(pump_state, left.pop(0) if pump_state.held and not pump_state.rest else None)
+    def unpack(self, state: PairState, fds: Sequence[int]) -> None:
+        """Go on where a pair in another process was; `fds` are those that came with the pumps, in their order."""
+        there, back = self.pumps
+        there.unpack(state.there, fds[: state.there.fds])
+        back.unpack(state.back, fds[state.there.fds :])
 
     def close(self) -> None:
         """Close both sockets and give up what is still held."""
@@ -216,6 +219,98 @@ class Pair:
             pump.abandon()
         self.first.close()
         self.second.close()
+
+    def _end(self) -> None:
+        self.rest.forget(self)
+        self.close()
+        self.on_over(self)
+
+    # At rest (what `rest` has to know)
+
+    @property
+    def fds(self) -> tuple[int, int]:
+        """The file descriptors of the first and the second side."""
+        return self.first.fileno(), self.second.fileno()
+
+    @property
+    def events(self) -> tuple[int, int]:
+        """What the pumps wait for, at the first and at the second side."""
+        there, back = self.pumps
+        return _events(there, back), _events(back, there)
+
+    def _go_to_rest(self) -> None:
+        for pump in self.pumps:
+            pump.put_away()
+        self.rest.watch(self)
+        self._plan_to_look_around()
+
+    def attend(self, fd: int, events: int) -> None:
+        """Something has happened to the side with that descriptor while the pair rests."""
+        if self.limits is not None:
+            self._wake()
+            return
+        there, back = self.pumps
+        out_of, into = (there, back) if there.source.fileno() == fd else (back, there)
+        much = False
+        try:
+            if not events & (EPOLLIN | EPOLLOUT):
+                _raise_error_of(out_of.source)
+            if into.waits == ROOM:
+                into.sip()
+            if out_of.waits == INPUT:
+                much = out_of.sip()
+        except OSError:
+            self._deliver_what_fits()
+            self._end()
+            return
+        if much:
+            self._wake()
+        elif out_of.waits == into.waits == INPUT and self.watched == _BOTH_INPUT and not out_of.discards:
+            if not self.due:
+                self.rest.look_at(self, time.monotonic() + DEAD_SECONDS / DEAD_CHECKS)
+        elif self._is_over():
+            self._end()
+        else:
+            self.rest.watch(self)
+            self._plan_to_look_around()
+
+    def _plan_to_look_around(self) -> None:
+        """See to it that the pair ends when nothing happens, if it has to."""
+        there, back = self.pumps
+        if there.discards or back.discards:
+            patience = GONE_CHECK_SECONDS
+        elif OVER in (there.waits, back.waits):
+            patience = HALF_CLOSED_SECONDS
+        elif any(pump.waits == ROOM or _unacknowledged(pump.sink) for pump in self.pumps):
+            patience = DEAD_SECONDS / DEAD_CHECKS
+        else:
+            return  # keepalive finds out
+        self._delivered = (self.moved, self._is_half_closed() and not self._owes())
+        self.rest.look_at(self, time.monotonic() + patience)
+
+    def look_around(self, now: float) -> None:
+        """Nothing may have happened for a while: end what is over or dead, by the clock."""
+        self.due = 0
+        if self._delivered == (self.moved, True):
+            self._end()  # the one side has ended its stream, the other has it all, and has said nothing since
+            return
+        try:
+            self._look_for_the_dead()
+        except OSError:
+            self._deliver_what_fits()
+            self._end()
+            return
+        if self._is_over():
+            self._end()
+        else:
+            self._plan_to_look_around()
+
+    # With much to move
+
+    def _wake(self) -> None:
+        self.rest.forget(self)
+        self._idle_since = 0.0  # so that it is not cut before its greenlet runs: that would never record it
+        self.greenlet = gevent.spawn(self._pump_until_over)
 
     def _pump_until_over(self) -> None:
         try:
@@ -227,7 +322,7 @@ class Pair:
             return
         except Quiet:
             self.greenlet = None
-            self._listen()
+            self._go_to_rest()
             return
         except Cut as cut:
             self.cut_by = cut.bound
@@ -236,55 +331,58 @@ class Pair:
             raise
         self._end()
 
-    def _listen(self) -> None:
-        """Do without a greenlet until either side says something again. It costs ten times what is left of an idle
-        pair without it, and pairs may be idle for hours."""
-        io = gevent.get_hub().loop.io
-        self._watchers = [io(sock.fileno(), 1) for sock in (self.first, self.second)]
-        for watcher in self._watchers:
-            watcher.start(self._wake)
-
-    def _stop_listening(self) -> None:
-        for watcher in self._watchers:
-            watcher.stop()
-            watcher.close()
-        self._watchers = []
-
-    def _end(self) -> None:
-        self._stop_listening()
-        self.close()
-        self.on_over(self)
-
     def _pump(self) -> None:
-        """Give the pumps their turns until the pair is over; raises OSError when a side was reset or is dead."""
-        there, back = self.pumps
+        """Give the pumps their turns until the pair is over; raises OSError when a side was reset or is dead, and
+        Quiet when not much has happened for a while."""
         poller = poll()
         watched: tuple[int, int] | None = None
-        ready: dict[int, int] = {}
-        turns = 0
+        moved = [pump.moved for pump in self.pumps]
+        look_back_at = time.monotonic() + QUIET_SECONDS
+        for pump in self.pumps:
+            if pump.waits == INPUT:
+                pump.waits = TURN  # whatever has woken this pair
         while not self._is_over():
-            if there.waits == TURN or back.waits == TURN:
-                self.turns.wait()
-                turns += 1
-                for pump in self.pumps:
-                    if pump.waits == TURN or (pump.waits != OVER and turns % LOOK_BACK_TURNS == 0):
-                        self._turn(pump)
+            now = time.monotonic()
+            if now >= look_back_at:
+                look_back_at = now + QUIET_SECONDS
+                moved = self._look_back(moved)
+            if any(pump.waits == TURN for pump in self.pumps):
+                self._take_turns()
                 continue
-            if watched != (there.waits, back.waits):
-                watched = (there.waits, back.waits)
-                self._watch(poller)
-            has_everything = self._is_half_closed() and not self._owes()
-            ready = dict(poller.poll(self._patience(happened=bool(ready))))
-            if not ready:
-                if has_everything:
-                    return
-                self._look_for_the_dead()
-                if self._is_quiet():
-                    raise Quiet
+            if watched != self.events:
+                watched = self.events
+                for sock, events in zip((self.first, self.second), watched, strict=True):
+                    _poll_for(poller, sock, events)
+            ready = dict(poller.poll(QUIET_SECONDS * 1000))
             for pump in self.pumps:
                 waits_at = pump.sink if pump.waits == ROOM else pump.source
-                if pump.waits > 0 and ready.get(waits_at.fileno(), 0) & pump.waits:
+                if pump.waits > 0 and ready.get(waits_at.fileno(), 0) & (pump.waits | POLLERR | POLLHUP):
                     self._turn(pump)
+
+    def _look_back(self, before: list[int]) -> list[int]:
+        """Find out what has become of the pumps that had moved so much `before`; returns what they have moved by now.
+
+        Raises Quiet if that is not much.
+        """
+        moved = [pump.moved for pump in self.pumps]
+        if all(pump.waits != TURN for pump in self.pumps) and sum(moved) - sum(before) < MUCH_BYTES:
+            raise Quiet
+        for pump, now, then in zip(self.pumps, moved, before, strict=True):
+            if pump.waits == ROOM and now == then:
+                pump.put_away()
+        return moved
+
+    def _take_turns(self) -> None:
+        """Let the pumps that have more to move queue, and look at the other direction each time."""
+        for pump in self.pumps:
+            if pump.waits == OVER:
+                continue
+            if self.limits is None and pump.waits == TURN:
+                self.turns.wait(pump)
+            else:
+                if pump.waits == TURN:
+                    self.turns.wait()
+                self._turn(pump)
 
     def _turn(self, pump: Pump) -> None:
         if self.limits is None:
@@ -314,25 +412,6 @@ class Pair:
             for pace in paces:
                 pace.give_back(unused)
 
-    def _watch(self, poller: poll) -> None:
-        """Tell `poller` what the pumps wait for."""
-        there, back = self.pumps
-        for sock, out_of_it, into_it in ((self.first, there, back), (self.second, back, there)):
-            events = (out_of_it.waits == INPUT and INPUT) | (into_it.waits == ROOM and ROOM)
-            if events:
-                poller.register(sock, events)
-            else:
-                with contextlib.suppress(KeyError):
-                    poller.unregister(sock)
-
-    def _patience(self, *, happened: bool) -> int:
-        """How long to wait for the sockets, in milliseconds; `happened` is whether the last time was not in vain."""
-        if any(pump.waits == ROOM or pump.discards for pump in self.pumps):
-            return int(STALL_CHECK_SECONDS * 1000)
-        if self._is_half_closed():
-            return int(HALF_CLOSED_SECONDS * 1000)
-        return int((QUIET_SECONDS if happened else STALL_CHECK_SECONDS) * 1000)
-
     def _is_over(self) -> bool:
         """Whether nothing can be delivered any more, in either direction."""
         there, back = self.pumps
@@ -345,24 +424,18 @@ class Pair:
         there, back = self.pumps
         return {there.waits, back.waits} == {OVER, INPUT}
 
-    def _is_quiet(self) -> bool:
-        """Whether neither stream is over, nothing is on its way in either, and so nothing can happen but input."""
-        return all(pump.waits == INPUT and not pump.discards and not _unacknowledged(pump.sink) for pump in self.pumps)
-
     def _owes(self) -> bool:
         """Whether the end of a stream that is over, or something before it, is still on its way."""
         return any(pump.waits == OVER and _unacknowledged(pump.sink) for pump in self.pumps)
 
     def _look_for_the_dead(self) -> None:
-        """Find out about a side that poll(2) is not asked about, or whose host has gone while it was owed bytes.
+        """Find out about a side that is not watched for input, or whose host has gone while it was owed bytes.
 
         Raises OSError when there is one.
         """
         for pump in self.pumps:
             if pump.waits == ROOM:
-                error = pump.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if error not in (0, errno.EPIPE):  # EPIPE: it had ended its stream before, and that is still delivered
-                    raise OSError(error, os.strerror(error))
+                _raise_error_of(pump.source)
             if _unacknowledged(pump.sink) and _silence(pump.sink) > DEAD_SECONDS:
                 raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
 
@@ -372,6 +445,29 @@ class Pair:
             with contextlib.suppress(OSError):
                 if pump.waits != OVER:
                     pump.turn(self.turns.size())
+
+
+_BOTH_INPUT = (INPUT, INPUT)
+
+
+def _events(out_of: Pump, into: Pump) -> int:
+    """What to watch a side for, as poll(2) and epoll_ctl(2) have it; see `rest` for a side that is not to be read."""
+    return (INPUT if out_of.waits == INPUT else 0) | (ROOM if into.waits == ROOM else 0) or EPOLLET
+
+
+def _poll_for(poller: poll, sock: socket.socket, events: int) -> None:
+    if events == EPOLLET:
+        with contextlib.suppress(KeyError):
+            poller.unregister(sock)
+    else:
+        poller.register(sock, events)
+
+
+def _raise_error_of(sock: socket.socket) -> None:
+    """Raise the OSError that `sock` has come to, if it has."""
+    error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error not in (0, errno.EPIPE):  # EPIPE: it had ended its stream before, and that is still delivered
+        raise OSError(error, os.strerror(error))
 
 
 def _has_more(sock: socket.socket) -> bool:

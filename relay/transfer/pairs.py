@@ -12,7 +12,8 @@ from relay.clients.places import Places
 from relay.options import Options
 from relay.transfer.pace import Pace
 from relay.transfer.pair import Limits, Pair
-from relay.transfer.pipes import Pipe, PipePool
+from relay.transfer.pipes import PipePool
+from relay.transfer.rest import Rest
 from relay.transfer.state import PairState
 from relay.transfer.turns import Turns
 from relay.usage.record import Record
@@ -31,6 +32,7 @@ class Pairs:
         self.moves_on: Callable[[], bool] = lambda: False
         """Whether a pair that is new here is about to be handed on, and so need not begin."""
         self.turns = Turns()
+        self._rest = Rest(self.turns)
         self._options = options
         self._places = places
         self._record = record
@@ -98,6 +100,7 @@ class Pairs:
             waiting_time=waiting_time,
             pipes=self._pipes,
             turns=self.turns,
+            rest=self._rest,
             on_over=self._over,
             limits=self._limits,
             sources=sources,
@@ -118,9 +121,8 @@ class Pairs:
     # Moving house
 
     def take_in(self, state: PairState, fds: Sequence[int]) -> None:
-        """Go on with the pair of another worker, whose sockets and pipes `fds` are."""
+        """Go on with the pair of another worker; `fds` are its sockets, and what rests in it."""
         first, second = (socket.socket(fileno=fd) for fd in fds[:2])
-        pipes = [Pipe(inlet, outlet) for inlet, outlet in zip(fds[2::2], fds[3::2], strict=True)]
         sources = (self._places.source_of_peer(first), self._places.source_of_peer(second))
         for source in sources:
             self._places.take(source)
@@ -132,7 +134,7 @@ class Pairs:
             arrived=state.arrived,
             waiting_time=state.waiting_time,
         )
-        pair.unpack(state, pipes)
+        pair.unpack(state, fds[2:])
         self.turns.moved += pair.moved
         self.begin(pair)
 
@@ -172,7 +174,8 @@ class Pairs:
                 self._over(pair)
 
     def close(self) -> None:
-        """Let go of the pipes; there are no pairs any more."""
+        """Let go of what pairs share; there are none any more."""
+        self._rest.close()
         self._pipes.close()
 
     # By the clock
@@ -183,6 +186,7 @@ class Pairs:
         `share_of` tells, of how many of our transfers want to move something, which part of the relay's that is.
         Returns how many those are, if there is such a rate, else 0.
         """
+        self._rest.every_second(now)
         if now >= self._next_idle_check:
             self._next_idle_check = now + min(60.0, self._options.idle_timeout / 10)
             for pair in self:

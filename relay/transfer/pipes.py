@@ -1,9 +1,12 @@
 """Kernel pipes, borrowed by a pump only while it has bytes in flight.
 
-An ordinary user gets 64 MiB of pipe memory in all (``fs.pipe-user-pages-soft``, see pipe(7)); past it, enlarging a
-pipe fails with EPERM and a new one has two pages. Both still work, so both are survived. When there is no file
-descriptor left for a pipe there is none to borrow, and the pump copies. The last descriptors are not for pipes: they
-are for what cannot do without, such as a new sibling, or a log that is opened again.
+A pipe is worth having only when it is large: a copy through 64 KiB is several times cheaper than splicing through two
+pages. An ordinary user gets 64 MiB of pipe memory in all (``fs.pipe-user-pages-soft``, see pipe(7)); past it, enlarging
+a pipe fails with EPERM. When one cannot be had, for that or any other reason, there is none to borrow, and the pump
+copies; after `TRY_AGAIN_SECONDS` it is tried again. Nothing that is smaller than wanted is ever kept.
+
+File descriptors, too, are lent only as far as they are left over: the last ones are for what cannot do without, such as
+a new sibling, or a log that is opened again.
 """
 
 from __future__ import annotations
@@ -11,16 +14,20 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
+import time
 from dataclasses import dataclass
 
 PIPE_BYTES = 1 << 20
-"""What a pipe is asked to hold; also the most that ever rests in the relay in one direction of a pair."""
+"""What a pipe holds; also the most that ever rests in the relay in one direction of a pair."""
 
-SPARE_PIPES = 32
+SPARE_PIPES = 16
 """How many unused pipes are kept for the next turn, instead of being made anew for each."""
 
 FDS_LEFT_FREE = 48
 """File descriptors below the process's limit that pipes leave alone: what comes with a new sibling is the most."""
+
+TRY_AGAIN_SECONDS = 0.25
+"""How long no further pipe is asked for when one could not be had: asking costs as much as copying 64 KiB."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,25 +49,20 @@ class PipePool:
     def __init__(self, spare: int = SPARE_PIPES) -> None:
         self._spare = spare
         self._pipes: list[Pipe] = []
+        self._scarce_until = 0.0
 
     def borrow(self) -> Pipe | None:
-        """An empty pipe, or None when the process or the machine has no file descriptor left for one."""
+        """An empty pipe that holds `PIPE_BYTES`, or None when it cannot be had."""
         if self._pipes:
             return self._pipes.pop()
-        try:
-            outlet, inlet = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
-            return None
-        fds, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if inlet >= fds - FDS_LEFT_FREE:  # the kernel gives the lowest number that is free
-            os.close(inlet)
-            os.close(outlet)
-            return None
-        try:
-            fcntl.fcntl(inlet, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        except OSError:
-            pass  # EPERM: this user's pipe memory is used up. A smaller pipe only takes more turns.
-        return Pipe(inlet, outlet)
+        if self._scarce_until:
+            if time.monotonic() < self._scarce_until:
+                return None
+            self._scarce_until = 0.0
+        pipe = _new_pipe()
+        if pipe is None:
+            self._scarce_until = time.monotonic() + TRY_AGAIN_SECONDS
+        return pipe
 
     def give_back(self, pipe: Pipe) -> None:
         """Take back `pipe`, which is empty."""
@@ -73,3 +75,20 @@ class PipePool:
         """Close the pipes that nobody has borrowed."""
         while self._pipes:
             self._pipes.pop().close()
+
+
+def _new_pipe() -> Pipe | None:
+    try:
+        outlet, inlet = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    pipe = Pipe(inlet, outlet)
+    fds, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        if inlet < fds - FDS_LEFT_FREE:  # the kernel gives the lowest number that is free
+            fcntl.fcntl(inlet, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+            return pipe
+    except OSError:
+        pass  # EPERM: this user's pipe memory is used up; or whatever a sandbox says
+    pipe.close()
+    return None

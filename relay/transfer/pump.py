@@ -1,9 +1,11 @@
 """One direction of bytes: from a source socket, through a pipe, into a sink socket, without entering Python.
 
 A pump never waits. Its `turn` moves what can be moved now and leaves in `waits` what has to happen before the next
-one; the greenlet of its pair does the waiting (see `pair`). Bytes go from socket to pipe to socket with splice(2),
-which moves references to pages instead of bytes. Where splicing cannot be had (EINVAL from the kernel, no pipe left to
-borrow, a platform without it) the same turn copies through a small buffer.
+one; its pair does the waiting (see `pair`). Bytes go from socket to pipe to socket with splice(2), which moves
+references to pages instead of bytes. Where splicing cannot be had (whatever the kernel or a sandbox says, no pipe to
+borrow, a platform without it) the same turn copies through one small buffer that all pumps share.
+
+A `sip` is the turn of who has only a little to move: one read and one write, copied, since a pipe costs more than that.
 """
 
 from __future__ import annotations
@@ -12,37 +14,56 @@ import contextlib
 import errno
 import os
 import socket
+from collections.abc import Sequence
 from select import POLLIN, POLLOUT
 
 from relay.transfer.pipes import Pipe, PipePool
-from relay.transfer.state import PumpState
+from relay.transfer.state import PIPE_FDS, PumpState
+from relay.transfer.turns import TURN as TURN
 from relay.transfer.turns import Turns
 
-# What a pump waits for. The first two are poll(2)'s own, since that is where they go.
+# What a pump waits for, besides `TURN`: there is more to move, and it is somebody else's turn. The first two are
+# poll(2)'s own, since that is where they go.
 INPUT = POLLIN
 """The source has nothing more to read."""
 ROOM = POLLOUT
 """The sink takes nothing more, and bytes rest in the pipe: backpressure."""
-TURN = 0
-"""Nothing: there is more to move, and it is somebody else's turn."""
 OVER = -1
 """The source has ended its stream, all of it was delivered, and the sink was told."""
 
 COPY_BYTES = 64 << 10
-"""The most that rests in a pump that copies, in bytes."""
+"""What is copied at a time, in bytes, and the most that rests in a pump that copies."""
 
 FEW_BYTES = 16 << 10
 """A read below this has most likely emptied the source, and asking again would only cost a system call."""
 
+RESET = (
+    errno.ECONNRESET,
+    errno.EPIPE,
+    errno.ETIMEDOUT,
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.EHOSTUNREACH,
+    errno.EHOSTDOWN,
+    errno.ENETUNREACH,
+    errno.ENETDOWN,
+)
+"""What the kernel says when a connection is broken. Anything else that it says of splice(2) means that there is no
+splicing, for whatever reason; then copying shows what it is about the connection, if it is."""
+
 _SPLICE = getattr(os, "splice", None)
 _FLAGS = getattr(os, "SPLICE_F_MOVE", 1) | getattr(os, "SPLICE_F_NONBLOCK", 2)
+
+_buffer = memoryview(bytearray(COPY_BYTES))  # empty between two turns
+_NOTHING = memoryview(b"")
 
 
 class Pump:
     """Moves bytes from `source` to `sink`, both non-blocking stream sockets.
 
     `moved` counts the bytes that the sink has taken, `held` those that rest here; `waits` is one of `INPUT`, `ROOM`,
-    `TURN` and `OVER`. `held` is never above `turns.LARGEST_TURN`, and nothing is read while anything is held.
+    `TURN` and `OVER`. `held` is never above `turns.LARGEST_TURN`, and nothing is read while anything is held. What is
+    held is in a pipe while it is in flight, and in memory once it was put away.
 
     `discards` says that the sink's peer has ended its own stream and then gone. What still comes from the source is
     thrown away, for what that peer had sent may be on its way in the other direction, and closing a socket with unread
@@ -74,83 +95,158 @@ class Pump:
         self._pipes = pipes
         self._turns = turns
         self._pipe: Pipe | None = None
-        self._rest = b""
+        self._rest = _NOTHING
 
     def turn(self, most: int) -> None:
         """Move what is held and up to `most` bytes more, and set `waits`.
 
         Raises OSError when either socket was reset, unless its peer had ended its stream before: see `discards`.
         """
-        left = most
         try:
-            while True:
-                if self.held:
-                    self._drain()
-                elif left <= 0:
-                    self.waits = TURN
-                    return
-                else:
-                    got = self._fill(left, first=left == most)
-                    if got == 0:
-                        self._end()
-                        return
-                    left -= got
-                    self._drain()
-                    if got < FEW_BYTES and not self.held:
-                        if left + got == most:
-                            self._turns.moved_little()
-                        self.waits = INPUT
-                        return
+            self._move(most)
         except BlockingIOError:
             self.waits = ROOM if self.held else INPUT
         except BrokenPipeError:
-            # The kernel says EPIPE, and not ECONNRESET, of a reset that follows the peer's end of stream: tcp_reset()
-            # in net/ipv4/tcp_input.c.
-            self._drop()
-            self.discards = True
-            self.waits = INPUT
+            self._begin_to_discard()
         finally:
             if self._pipe is not None and (self._rest or not self.held):
                 self._pipes.give_back(self._pipe)
                 self._pipe = None
 
+    def sip(self) -> bool:
+        """Move what is held or what one small read brings, and set `waits`.
+
+        Returns whether there may be more than that to move at once. Raises OSError as `turn` does.
+        """
+        try:
+            if self.held:
+                self._drain()
+                self.waits = ROOM if self.held else INPUT
+                return False
+            got = self._copy_in(COPY_BYTES)
+            if not got:
+                self._end()
+                return False
+            self.waits = INPUT
+            return got == COPY_BYTES
+        except BlockingIOError:
+            self.waits = ROOM if self.held else INPUT
+        except BrokenPipeError:
+            self._begin_to_discard()
+        return False
+
+    def _move(self, most: int) -> None:
+        left = most
+        while True:
+            if self.held:
+                self._drain()
+            elif left <= 0:
+                self.waits = TURN
+                return
+            else:
+                got = self._fill(left, first=left == most)
+                if got == 0:
+                    self._end()
+                    return
+                left -= got
+                self._drain()
+                if got < FEW_BYTES and not self.held:
+                    if left + got == most:
+                        self._turns.moved_little()
+                    self.waits = INPUT
+                    return
+
     def _fill(self, most: int, *, first: bool) -> int:
         """Read up to `most` bytes from the source, `first` in this turn; 0 means that it has ended its stream."""
-        if self.discards:
-            return len(self.source.recv(min(most, COPY_BYTES)))
-        if self.splices and self._pipe is None:
+        if self.splices and self._pipe is None and not self.discards:
             self._pipe = self._pipes.borrow()
-        if self.splices and self._pipe is not None:
+        if self._pipe is not None:
             try:
                 self.held = os.splice(self.source.fileno(), self._pipe.inlet, most, flags=_FLAGS)
             except BlockingIOError:
                 if not first:
                     raise
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if error.errno in RESET:
                     raise
                 self.splices = False
             if self.held:
                 return self.held
             # Splicing stops at urgent data (tcp_read_sock() in net/ipv4/tcp.c) for good, and says that nothing is there
             # or that the stream has ended. Receiving steps over it, as the copying relays do.
-        self._rest = self.source.recv(min(most, COPY_BYTES))
-        self.held = len(self._rest)
-        return self.held
+        return self._copy_in(min(most, COPY_BYTES))
+
+    def _copy_in(self, most: int) -> int:
+        """Read up to `most` bytes, and write them as far as the sink takes them; returns how many were read.
+
+        Raises BlockingIOError when nothing was read, or when something is held now.
+        """
+        got = self.source.recv_into(_buffer, most)
+        if got and not self.discards:
+            self._write_out(_buffer[:got])
+        return got
+
+    def _write_out(self, chunk: memoryview) -> None:
+        try:
+            taken = self.sink.send(chunk)
+        except BlockingIOError:
+            taken = 0
+        self.moved += taken
+        self._turns.moved += taken
+        if taken < len(chunk):
+            self._keep(memoryview(bytes(chunk[taken:])))
+            raise BlockingIOError
 
     def _drain(self) -> None:
-        """Write what is held to the sink, as much as it takes at once."""
-        if self.discards:
-            return  # nothing is held
+        """Write what is held to the sink, if there is anything, as much as it takes at once."""
         if self._rest:
             taken = self.sink.send(self._rest)
-            self._rest = self._rest[taken:]
+            self._rest = self._rest[taken:] if taken < len(self._rest) else _NOTHING
+            self._turns.held -= taken
+        elif self.held and self._pipe is not None:
+            taken = self._splice_out(self._pipe)
         else:
-            assert self._pipe is not None
-            taken = os.splice(self._pipe.outlet, self.sink.fileno(), self.held, flags=_FLAGS)
+            return
         self.held -= taken
         self.moved += taken
         self._turns.moved += taken
+
+    def _splice_out(self, pipe: Pipe) -> int:
+        try:
+            return os.splice(pipe.outlet, self.sink.fileno(), self.held, flags=_FLAGS)
+        except OSError as error:
+            if isinstance(error, BlockingIOError) or error.errno in RESET:
+                raise
+        # Refused in the middle of a transfer: what is in the pipe is still to be delivered.
+        self.splices = False
+        self.put_away()
+        return 0
+
+    def _keep(self, rest: memoryview) -> None:
+        """Hold `rest` in memory."""
+        self._rest = rest
+        self.held = len(rest)
+        self._turns.held += self.held
+
+    def put_away(self) -> None:
+        """Hold in memory what rests in a pipe, and give the pipe to who moves something."""
+        if self._pipe is None:
+            return
+        chunks = []
+        left = self.held
+        while left > 0:
+            chunks.append(os.read(self._pipe.outlet, left))
+            left -= len(chunks[-1])
+        self._keep(memoryview(b"".join(chunks)))
+        self._pipes.give_back(self._pipe)
+        self._pipe = None
+
+    def _begin_to_discard(self) -> None:
+        # The kernel says EPIPE, and not ECONNRESET, of a reset that follows the peer's end of stream: tcp_reset()
+        # in net/ipv4/tcp_input.c.
+        self._drop()
+        self.discards = True
+        self.waits = INPUT
 
     def _end(self) -> None:
         """Pass the source's end of stream on to the sink."""
@@ -159,14 +255,31 @@ class Pump:
             self.sink.shutdown(socket.SHUT_WR)
 
     def pack(self) -> tuple[PumpState, list[int]]:
-        """This pump as it is, for another process, and the file descriptors of its pipe if that holds anything."""
-        state = PumpState(self.moved, self.held, self.waits == OVER, self.splices, self._rest)
-        return state, [] if self._pipe is None else [self._pipe.inlet, self._pipe.outlet]
+        """This pump as it is, for another process, and the file descriptors of what it holds if that is much: of its
+        pipe, or of a file in memory, which is its receiver's to close.
 
-    def unpack(self, state: PumpState, pipe: Pipe | None) -> None:
-        """Go on where a pump in another process was."""
-        self.moved, self.held, self.splices, self._rest = state.moved, state.held, state.splices, state.rest
-        self._pipe = pipe
+        Raises OSError when there can be no such file.
+        """
+        fds = []
+        rest = bytes(self._rest)
+        if self._pipe is not None and self.held:
+            fds = [self._pipe.inlet, self._pipe.outlet]
+        elif len(rest) > COPY_BYTES:
+            fds = [_file_of(rest)]
+            rest = b""
+        return PumpState(self.moved, self.held, self.waits == OVER, self.splices, rest, len(fds)), fds
+
+    def unpack(self, state: PumpState, fds: Sequence[int]) -> None:
+        """Go on where a pump in another process was; `fds` are those that came with it."""
+        self.moved, self.splices = state.moved, state.splices
+        if len(fds) == PIPE_FDS:
+            self._pipe = Pipe(*fds)
+            self.held = state.held
+        elif fds:
+            with open(fds[0], "rb", buffering=0) as file:
+                self._keep(memoryview(os.pread(file.fileno(), state.held, 0)))
+        elif state.rest:
+            self._keep(memoryview(state.rest))
         self.resume()
         if state.over:
             self.waits = OVER
@@ -185,5 +298,19 @@ class Pump:
         if self._pipe is not None:
             self._pipe.close()  # it may hold bytes, so it cannot go back
             self._pipe = None
-        self._rest = b""
+        self._turns.held -= len(self._rest)
+        self._rest = _NOTHING
         self.held = 0
+
+
+def _file_of(content: bytes) -> int:
+    """A file in memory with that content; the number of its descriptor."""
+    fd = os.memfd_create("relay-rest", os.MFD_CLOEXEC)
+    try:
+        view = memoryview(content)
+        while view:
+            view = view[os.write(fd, view) :]
+    except OSError:
+        os.close(fd)
+        raise
+    return fd

@@ -6,16 +6,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PIPE_FDS = 2
+"""File descriptors of a pipe."""
+
 
 @dataclass(frozen=True, slots=True)
 class PumpState:
-    """One direction of a pair. `held` bytes rest in it: in its pipe, which travels along, unless they are `rest`."""
+    """One direction of a pair. `held` bytes rest in it: in `rest`, or in what travels along as so many `fds`, a pipe
+    (inlet and outlet) or a file in memory."""
 
     moved: int
     held: int
     over: bool
     splices: bool
     rest: bytes
+    fds: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,4 +36,4 @@ class PairState:
     @property
     def fds(self) -> int:
         """How many file descriptors travel beside it."""
-        return 2 + sum(2 for pump in (self.there, self.back) if pump.held and not pump.rest)
+        return 2 + self.there.fds + self.back.fds

@@ -1,16 +1,22 @@
 """Whose turn it is to move bytes, and how many.
 
 One thread moves the bytes of all pairs. What a pump moves in one turn is a trade: the more, the cheaper is a gigabyte;
-the less, the shorter everybody else waits. So a pump that still has bytes after its turn queues here, and of that queue
-one pump goes at a time; between two, the sockets are looked at, and whoever has only a little to move goes first. And
-as long as there is somebody who moves only a little, the turns of the others are smaller.
+the less, the shorter everybody else waits. So a pump that still has bytes after its turn queues here, and its turns run
+right in the event loop, one pump after the other. Between two calls the sockets are looked at, and whoever has only a
+little to move goes first.
+
+The time is shared: in each iteration of the loop the queue gets one turn at the least, and goes on until it has had
+`SHARE` of what everything else has taken since. Otherwise thousands of pairs that each say one byte now and then would
+leave one turn, in each iteration, to all that move gigabytes. And as long as there is somebody who moves only a little,
+the turns of the others are smaller.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
-from typing import Any
+from typing import Any, Protocol
 
 import gevent
 
@@ -29,6 +35,42 @@ ROUND_BYTES = 256 << 20
 """Once so many pumps are busy that they would move more than this in a round, their turns become smaller. What bounds
 the others' wait is not the round, since only one pump of it goes at a time, but busy pairs wait for each other."""
 
+SHARE = 0.5
+"""What the queue gets of the time, as a part of what everything else takes."""
+
+HELD_BYTES = 64 << 20
+WARY_TURN = 64 << 10
+"""When so many bytes rest in the relay, for receivers that do not take them, a turn takes no more than this, so that
+whoever stalls next leaves less behind."""
+
+TURNS_IN_A_ROW = 4
+"""How many turns a pump has before its pair looks after its other direction."""
+
+TURN = 0
+"""What a pump `waits` for that has more to move; see `relay.transfer.pump`."""
+
+
+class Moving(Protocol):
+    """A pump."""
+
+    waits: int
+
+    def turn(self, most: int) -> None:
+        """Move up to `most` bytes, and set `waits`; raises OSError."""
+
+
+class _Place:
+    """A place in the queue: the greenlet that waits there, and the pump that has its turns, if it is not the greenlet
+    itself that moves something."""
+
+    __slots__ = ("error", "greenlet", "pump", "turns")
+
+    def __init__(self, greenlet: Any, pump: Moving | None) -> None:  # noqa: ANN401  # gevent has no types
+        self.greenlet = greenlet
+        self.pump = pump
+        self.turns = TURNS_IN_A_ROW
+        self.error: OSError | None = None
+
 
 class Turns:
     """The queue of the pumps that have more to move, and the bytes that all pumps have moved."""
@@ -36,10 +78,13 @@ class Turns:
     def __init__(self) -> None:
         self.moved = 0
         """Bytes that all pumps of this process have moved since it started."""
+        self.held = 0
+        """Bytes that pumps have put away, since their receivers do not take them."""
         self._considerate = 0
         self._hub = gevent.get_hub()
-        self._queue: deque[Any] = deque()
+        self._queue: deque[_Place] = deque()
         self._timer = self._hub.loop.timer(0.0)
+        self._last = 0.0  # when the queue has last had its time, or began
 
     def busy(self) -> bool:
         """Whether a pump waits for its turn."""
@@ -47,6 +92,8 @@ class Turns:
 
     def size(self) -> int:
         """Bytes that a pump may move in the turn it is about to have."""
+        if self.held > HELD_BYTES:
+            return WARY_TURN
         if self._considerate:
             self._considerate -= 1
             largest = CONSIDERATE_TURN
@@ -58,26 +105,60 @@ class Turns:
         """A pump has moved only a little, and its source has no more: bytes that somebody waits for, perhaps."""
         self._considerate = CONSIDERATE_FOR
 
-    def wait(self) -> None:
-        """Let the event loop look at all sockets, and the pumps go that have queued before the calling greenlet."""
-        pump = gevent.getcurrent()
-        self._queue.append(pump)
-        if len(self._queue) == 1:
+    def wait(self, pump: Moving | None = None) -> None:
+        """Let the event loop look at all sockets, and the pumps go that have queued before.
+
+        Then `pump` has its turns, until it has no more to move or had `TURNS_IN_A_ROW`. Without one, the calling
+        greenlet goes on when its turn has come.
+
+        Raises OSError when the pump did.
+        """
+        place = _Place(gevent.getcurrent(), pump)
+        if not self._queue:
+            self._last = time.monotonic()
             self._timer.start(self._next, update=False)
+        self._queue.append(place)
         try:
             self._hub.switch()
         except BaseException:  # this greenlet is being ended, it must not be switched to any more
+            place.greenlet = None
             with contextlib.suppress(ValueError):  # its turn may have come in the same iteration of the loop
-                self._queue.remove(pump)
+                self._queue.remove(place)
+            if place.error is not None:
+                raise place.error from None  # the socket tells it only once
             raise
+        if place.error is not None:
+            raise place.error
 
     def _next(self) -> None:
         """Runs in the hub, once per iteration of the loop while somebody queues."""
         self._timer.stop()
-        if not self._queue:
-            return
-        pump = self._queue.popleft()
+        until = time.monotonic()
+        until += SHARE * (until - self._last)
+        while self._queue:
+            self._give_a_turn(self._queue.popleft())
+            if time.monotonic() >= until:
+                break
+        self._last = time.monotonic()
         if self._queue:
             self._timer.start(self._next, update=False)
+
+    def _give_a_turn(self, place: _Place) -> None:
+        pump = place.pump
+        if pump is not None:
+            try:
+                pump.turn(self.size())
+            except OSError as error:
+                place.error = error
+            else:
+                place.turns -= 1
+                if pump.waits == TURN and place.turns:
+                    self._queue.append(place)
+                    return
         # Behind those that this iteration has woken: they have waited for input, and most of them move little.
-        self._hub.loop.run_callback(pump.switch)
+        self._hub.loop.run_callback(_go_on, place)
+
+
+def _go_on(place: _Place) -> None:
+    if place.greenlet is not None:  # and was not ended meanwhile
+        place.greenlet.switch()

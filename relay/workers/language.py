@@ -13,7 +13,7 @@ of the language `LANGUAGE`: the files of `homes`, which come before the listenin
 ``D``      your turn at the door, which so many had no room to take (see `door`)
 ``M``      matched: two sides for that token, here, while somebody else was home to it, too
 ``H``      clients that have no partner yet, their sockets beside the packet
-``P``      a pair in mid-transfer, its sockets and pipes beside the packet
+``P``      a pair in mid-transfer, its sockets, and what rests in it, beside the packet
 ``C``      confirmed: what came with that serial number is mine now
 ``N``      no: I could not take what came with that serial number, it remains yours
 =========  ===========================================================================================
@@ -31,7 +31,7 @@ from typing import Any, Protocol
 
 from relay.transfer.state import PairState, PumpState
 
-LANGUAGE = 3
+LANGUAGE = 4
 """Raised whenever a message of before would be misunderstood."""
 
 READY = b"R"
@@ -57,7 +57,7 @@ _CLIENT = struct.Struct("!dddBBBB")  # started, arrived, asked, hops, length of 
 _STILL_HERE = struct.Struct("!cIf")  # kind, transfers, load
 _TURN = struct.Struct("!cI")  # kind, how many had no room
 _PAIR = struct.Struct("!ddd")  # started, arrived, waiting time
-_PUMP = struct.Struct("!QI??I")  # moved, held, over, splices, length of what rests in it
+_PUMP = struct.Struct("!QI??IB")  # moved, held, over, splices, length of what rests in it, file descriptors beside it
 
 
 class Misunderstood(Exception):
@@ -225,13 +225,14 @@ def decode_clients(packet: bytes) -> list[HandedClient]:
 
 
 def encode_pair(envelope: Envelope, pair: PairState) -> bytes:
-    """A ``P``. Beside it go the sockets of both sides, then inlet and outlet of each pump's pipe that holds bytes."""
+    """A ``P``. Beside it go the sockets of both sides, then what each pump holds, if that is much: inlet and outlet of
+    a pipe, or a file."""
     return b"".join(
         (
             _ENVELOPE.pack(HANDED_PAIR, envelope.serial, envelope.sent),
             _PAIR.pack(pair.started, pair.arrived, pair.waiting_time),
             *(
-                _PUMP.pack(pump.moved, pump.held, pump.over, pump.splices, len(pump.rest))
+                _PUMP.pack(pump.moved, pump.held, pump.over, pump.splices, len(pump.rest), pump.fds)
                 for pump in (pair.there, pair.back)
             ),
             pair.there.rest,
@@ -248,13 +249,13 @@ def decode_pair(packet: bytes) -> PairState:
     rest_at = at + 2 * _PUMP.size
     pumps = []
     for _ in range(2):
-        moved, held, over, splices, length = _unpack(_PUMP, packet, at)
+        moved, held, over, splices, length, fds = _unpack(_PUMP, packet, at)
         at += _PUMP.size
         rest = packet[rest_at : rest_at + length]
         rest_at += length
-        if length not in (0, held):
+        if length != (0 if fds else held) or (fds and not held):
             raise Misunderstood("a pair that holds more, or less, than it brings")
-        pumps.append(PumpState(moved, held, over, splices, rest))
+        pumps.append(PumpState(moved, held, over, splices, rest, fds))
     if rest_at != len(packet):
         raise Misunderstood("a pair of the wrong length")
     there, back = pumps
