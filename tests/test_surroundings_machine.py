@@ -165,7 +165,7 @@ def test_with_the_pipe_memory_of_its_user_used_up_it_still_relays(tmp_path: Path
         with contextlib.suppress(TimeoutError):
             while True:
                 stalled[0].sendall(bytes(1 << 16))
-        assert 0 < largest_pipe(relay.pid) < 1 << 20, "a pipe as large as it likes to have was not to be had"
+        assert largest_pipe(relay.pid) == 0, "a pipe that is not large is worse than a copy"
         honest_transfer(relay.port, 20_000_000)
 
 

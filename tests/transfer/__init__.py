@@ -1,0 +1,1 @@
+"""A pair: pumps, turns, rest."""

@@ -1,0 +1,357 @@
+"""Pairs at rest: who has little to move costs little, who stands still costs nothing, and time is shared.
+
+Nothing here measures speed: clocks are the test's own, and what is counted is calls, descriptors and wake-ups.
+`misc/siege.py` has the figures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import gevent
+import pytest
+
+from relay.transfer import rest as rest_module
+from relay.transfer import turns as turns_module
+from relay.transfer.pump import TURN
+from relay.transfer.rest import BATCH, SLICE_SECONDS, Rest
+from relay.transfer.turns import CONSIDERATE_TURN, HELD_BYTES, SHARE, WARY_TURN, Turns
+from tests.crowd import Crowd
+from tests.harness import Relay, Service, Workers, connect, handshake, new_side, new_token, read_exactly, wait_until
+from tests.kernel_view import bytes_in_pipes
+
+MIB = 1 << 20
+
+
+class Clock:
+    """Time that passes only when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        """As `time.monotonic`."""
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of `rest` and `turns`."""
+    clock = Clock()
+    monkeypatch.setattr(rest_module, "time", clock)
+    monkeypatch.setattr(turns_module, "time", clock)
+    return clock
+
+
+class Speaker:
+    """Somebody at rest whose two sides are the ends of one connection; each attention takes it some time."""
+
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        self.due = 0
+        self.watched: tuple[int, int] | None = None
+        self.first, self.second = socket.socketpair()
+        self.attended = 0
+        self.looked = 0
+        self._clock = clock
+        self._seconds = seconds
+
+    @property
+    def fds(self) -> tuple[int, int]:
+        """Of its sides."""
+        return self.first.fileno(), self.second.fileno()
+
+    @property
+    def events(self) -> tuple[int, int]:
+        """Both wait for input."""
+        return 1, 1
+
+    def attend(self, fd: int, events: int) -> None:
+        """Takes its time and reads."""
+        self.attended += 1
+        self._clock.now += self._seconds
+        (self.first if fd == self.first.fileno() else self.second).recv(100)
+
+    def look_around(self, now: float) -> None:
+        """Takes its time."""
+        self.looked += 1
+        self._clock.now += self._seconds
+
+    def close(self) -> None:
+        """Both sides."""
+        self.first.close()
+        self.second.close()
+
+
+@pytest.fixture
+def speakers(clock: Clock) -> Iterator[Callable[[int, float], list[Speaker]]]:
+    """Make speakers that are at rest in `Rest`, which is the attribute of the first."""
+    made: list[Speaker] = []
+
+    def make(count: int, seconds: float) -> list[Speaker]:
+        made.extend(Speaker(clock, seconds) for _ in range(count))
+        return made[-count:]
+
+    yield make
+    for speaker in made:
+        speaker.close()
+
+
+Speakers = Callable[[int, float], list[Speaker]]
+
+
+def test_a_call_serves_for_a_moment_and_everybody_in_their_turn(clock: Clock, speakers: Speakers) -> None:
+    rest = Rest(Turns())
+    crowd = speakers(200, SLICE_SECONDS / 40)
+    for speaker in crowd:
+        rest.watch(speaker)
+        speaker.second.send(b"x")
+    calls = 0
+    while any(not speaker.attended for speaker in crowd):
+        before = clock.now
+        rest._serve()
+        calls += 1
+        assert clock.now - before <= SLICE_SECONDS + BATCH * SLICE_SECONDS / 40, "it stops after its slice"
+        assert calls <= 10, "who is left comes first the next time"
+    assert calls > 1
+    assert [speaker.attended for speaker in crowd] == [1] * 200, "nobody is served twice before another one is"
+    for speaker in crowd:
+        rest.forget(speaker)
+    assert len(rest) == 0
+    rest.close()
+
+
+def test_who_keeps_talking_does_not_keep_others_from_their_turn(clock: Clock, speakers: Speakers) -> None:
+    rest = Rest(Turns())
+    crowd = speakers(100, SLICE_SECONDS / 20)
+    for speaker in crowd:
+        rest.watch(speaker)
+        speaker.second.send(bytes(100_000))
+    for _ in range(60):
+        rest._serve()
+    counts = [speaker.attended for speaker in crowd]
+    assert min(counts) > 0
+    assert max(counts) <= min(counts) + 2, "a round robin"
+    for speaker in crowd:
+        rest.forget(speaker)
+    rest.close()
+
+
+def test_deadlines_that_come_together_are_met_in_slices(clock: Clock, speakers: Speakers) -> None:
+    rest = Rest(Turns())
+    crowd = speakers(300, SLICE_SECONDS / 30)
+    for speaker in crowd:
+        rest.watch(speaker)
+        rest.look_at(speaker, clock.now + 5)
+    rest.every_second(clock.now + 4)
+    gevent.sleep(0)
+    assert not any(speaker.looked for speaker in crowd)
+    rest.every_second(clock.now + 6)
+    slices = 0
+    while not all(speaker.looked for speaker in crowd):
+        before = sum(speaker.looked for speaker in crowd)
+        rest._look_around()  # as the loop calls it in one iteration
+        slices += 1
+        assert 0 < sum(speaker.looked for speaker in crowd) - before <= 40
+    assert slices > 5
+    assert [speaker.looked for speaker in crowd] == [1] * 300
+    for speaker in crowd:
+        rest.forget(speaker)
+    rest.close()
+
+
+class Hauler:
+    """A pump that always has more; each turn takes so many seconds."""
+
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        self.waits = TURN
+        self.sizes: list[int] = []
+        self.busy = 0.0
+        self._clock = clock
+        self._seconds = seconds
+
+    def turn(self, most: int) -> None:
+        """As `Pump.turn`."""
+        self.sizes.append(most)
+        self.busy += self._seconds
+        self._clock.now += self._seconds
+
+
+def test_those_that_move_much_have_their_share_of_the_time_however_many_speak(clock: Clock) -> None:
+    turns = Turns()
+    haulers = [Hauler(clock, 0.0002) for _ in range(4)]
+    queued = [gevent.spawn(_keep_moving, turns, hauler) for hauler in haulers]
+    gevent.sleep(0)
+    others = 0.0
+    began = clock.now
+    for _ in range(100):
+        clock.now += 0.005  # what an iteration of the loop takes for thousands who have a little to say
+        others += 0.005
+        turns._next()
+        gevent.sleep(0)
+    busy = sum(hauler.busy for hauler in haulers)
+    assert busy == pytest.approx(SHARE * others, rel=0.2)
+    assert clock.now - began == pytest.approx(busy + others, rel=0.01)
+    assert max(hauler.busy for hauler in haulers) < 1.2 * min(hauler.busy for hauler in haulers)
+    gevent.killall(queued)
+
+
+def _keep_moving(turns: Turns, hauler: Hauler) -> None:
+    while True:
+        turns.wait(hauler)
+
+
+def test_alone_a_turn_follows_another_and_the_sockets_are_looked_at_in_between(clock: Clock) -> None:
+    turns = Turns()
+    hauler = Hauler(clock, 0.0002)
+    queued = gevent.spawn(_keep_moving, turns, hauler)
+    gevent.sleep(0)
+    for _ in range(10):
+        before = len(hauler.sizes)
+        turns._next()
+        gevent.sleep(0)
+        assert len(hauler.sizes) - before <= 2
+    gevent.kill(queued)
+
+
+def test_a_pump_whose_turn_goes_wrong_tells_who_waits_for_it_even_when_that_is_being_ended(clock: Clock) -> None:
+    turns = Turns()
+
+    class Broken(Hauler):
+        def turn(self, most: int) -> None:
+            raise ConnectionResetError
+
+    ended: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            turns.wait(Broken(clock, 0))
+        except BaseException as error:
+            ended.append(error)
+
+    for is_killed in (False, True):
+        greenlet = gevent.spawn(wait)
+        gevent.sleep(0)
+        if is_killed:
+            greenlet.kill(block=False)
+        turns._next()
+        gevent.sleep(0.01)
+        assert [type(error) for error in ended] == [ConnectionResetError]
+        ended.clear()
+
+
+def test_when_much_rests_for_those_who_do_not_read_a_turn_takes_little() -> None:
+    turns = Turns()
+    turns.moved_little()
+    assert turns.size() == CONSIDERATE_TURN
+    turns.held = HELD_BYTES + 1
+    assert turns.size() == WARY_TURN
+
+
+# The same seen from outside
+
+
+Clients = tuple[socket.socket, socket.socket]
+
+
+def met(stack: contextlib.ExitStack, port: int) -> Clients:
+    """Two clients that were told ok."""
+    token = new_token()
+    first, second = (stack.enter_context(connect(port)) for _ in range(2))
+    for client in (first, second):
+        client.sendall(handshake(token, new_side()))
+    assert read_exactly(first, 3) == read_exactly(second, 3) == b"ok\n"
+    return first, second
+
+
+def stall(sender: socket.socket) -> int:
+    """Send to a partner that does not read, until nothing is taken any more; return how much was."""
+    sent = 0
+    sender.settimeout(0.3)
+    with contextlib.suppress(TimeoutError):
+        while True:
+            sent += sender.send(bytes(range(256)) * 1024)
+    sender.settimeout(10)
+    return sent
+
+
+def switches(pids: list[int]) -> int:
+    """How often these processes have woken up to do something, so far."""
+    statuses = [Path(f"/proc/{pid}/status").read_text() for pid in pids]
+    return sum(
+        int(line.split()[1]) for text in statuses for line in text.splitlines() if line.startswith("voluntary_ctxt")
+    )
+
+
+def test_pairs_that_stand_still_have_no_pipe_and_wake_nobody(any_relay: Service) -> None:
+    with contextlib.ExitStack() as stack:
+        pairs = [met(stack, any_relay.port) for _ in range(30)]
+        for number, (first, second) in enumerate(pairs):
+            if number % 3 == 2:
+                second.shutdown(socket.SHUT_WR)  # half-closed, and stalled in the other direction
+            first.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+            stall(first)
+        wait_until(lambda: not any(bytes_in_pipes(pid) for pid in any_relay.pids), what="who stalls gives its pipe up")
+        time.sleep(1.5)  # the records of a second ago, and whatever else was under way
+        before, began = switches(any_relay.pids), time.monotonic()
+        time.sleep(3)
+        seconds = time.monotonic() - began
+        # Every worker ticks once a second and tells the others; a pair that stands still adds nothing to that.
+        assert switches(any_relay.pids) - before < 10 * len(any_relay.pids) * seconds
+
+
+def test_what_rests_for_those_who_do_not_read_moves_house_whole(tmp_path: Path) -> None:
+    with Workers(tmp_path, count=1) as workers, Crowd(workers.port) as crowd:
+        transfers = [crowd.transfer(1e9) for _ in range(12)]
+        crowd.begin(transfers)
+        for transfer in transfers:
+            transfer.right.stop_reading()
+        crowd.run_for(1.5)  # all stand still, with up to a megabyte each in the relay
+        for number in range(3):
+            crowd.run_beside(workers.start_one)
+            crowd.run_beside(partial(workers.stop_one, number))
+        assert "transfers 12" in workers.workers[0].log_text()
+        for transfer in transfers:
+            transfer.left.rate = 0
+            transfer.right.read_again()
+        crowd.run_for(0.5)
+        crowd.end(transfers)
+        for transfer in transfers:
+            transfer.assert_intact()
+        assert len(workers.wait_for_rows("usage", 12)) == 12
+
+
+@pytest.mark.parametrize("size", [1, 1000, 40_000])
+def test_pairs_that_trickle_arrive_whole_and_hold_nothing(any_relay: Service, size: int) -> None:
+    with contextlib.ExitStack() as stack:
+        pairs = [met(stack, any_relay.port) for _ in range(40)]
+        for round_number in range(5):
+            message = bytes([round_number]) * size
+            for first, second in pairs:
+                first.sendall(message)
+                second.sendall(message[: size // 2])
+            for first, second in pairs:
+                assert read_exactly(second, size) == message
+                assert read_exactly(first, size // 2) == message[: size // 2]
+        assert not any(bytes_in_pipes(pid) for pid in any_relay.pids)
+        for first, second in pairs:
+            first.close()
+            assert second.recv(10) == b""
+    records = any_relay.wait_for_records(40)
+    assert {record["total_bytes"] for record in records} == {5 * (size + size // 2)}
+
+
+def test_a_worker_has_no_more_descriptors_than_connections_while_its_pairs_stand_still(relay: Relay) -> None:
+    with contextlib.ExitStack() as stack:
+        before = len(os.listdir(f"/proc/{relay.pid}/fd"))
+        for _ in range(20):
+            first, _ = met(stack, relay.port)
+            stall(first)
+        wait_until(lambda: not bytes_in_pipes(relay.pid), what="who stalls gives its pipe up")
+        spare_pipes = 2 * 16
+        assert len(os.listdir(f"/proc/{relay.pid}/fd")) <= before + 40 + spare_pipes
