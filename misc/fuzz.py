@@ -3,8 +3,8 @@
 
     misc/fuzz.py --minutes 10
 
-Ends with exit status 1, and the shortest run that Hypothesis found to show it, when the relay and tests/relay_model.py
-disagree. Prints a summary otherwise.
+Ends with exit status 1, and the shortest run that Hypothesis found to show it, when the relay and
+tests/support/relay_model.py disagree. Prints a summary otherwise.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.relay_model import RelayModel
+from tests.support.relay_model import RelayModel
 
 
 def main() -> None:

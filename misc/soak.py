@@ -30,8 +30,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.crowd import Crowd, Transfer
-from tests.harness import CHECKOUT, Workers, handshake, new_side, new_token, open_fds, own_memory, wait_until
+from tests.support.crowd import Crowd, Transfer
+from tests.support.harness import CHECKOUT, Workers, handshake, new_side, new_token, open_fds, own_memory, wait_until
 
 WORKERS = 4
 WARM_UP_SECONDS = 45.0

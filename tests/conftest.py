@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.harness import Relay, Service, Workers
+from tests.support.harness import Relay, Service, Workers
 
 NO_SKIPS = "RELAY_TESTS_NO_SKIPS"
 

@@ -22,9 +22,19 @@ from relay.transfer import turns as turns_module
 from relay.transfer.pump import TURN
 from relay.transfer.rest import BATCH, SLICE_SECONDS, Rest
 from relay.transfer.turns import CONSIDERATE_TURN, HELD_BYTES, SHARE, WARY_TURN, Turns
-from tests.crowd import Crowd
-from tests.harness import Relay, Service, Workers, connect, handshake, new_side, new_token, read_exactly, wait_until
-from tests.kernel_view import bytes_in_pipes
+from tests.support.crowd import Crowd
+from tests.support.harness import (
+    Relay,
+    Service,
+    Workers,
+    connect,
+    handshake,
+    new_side,
+    new_token,
+    read_exactly,
+    wait_until,
+)
+from tests.support.kernel_view import bytes_in_pipes
 
 MIB = 1 << 20
 

@@ -1,0 +1,1 @@
+"""Before a pair: who is told what, and who matches whom."""

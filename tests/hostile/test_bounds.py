@@ -1,0 +1,443 @@
+"""Each bound, met at a real relay: what the client gets, that others do not notice, that it recovers, what is logged.
+
+The times that bounds set are in tests/clients/test_protocol.py (test_whoever_takes_too_long_is_sent_away) too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import resource
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from relay.cli import RESERVED_FDS, read_options
+from tests.support import namespaces
+from tests.support.harness import (
+    CHECKOUT,
+    Relay,
+    Service,
+    Workers,
+    connect,
+    handshake,
+    new_side,
+    new_token,
+    read_exactly,
+    wait_until,
+)
+from tests.support.hostile import ATTACKER, NOISE, answer, dial, honest_transfer, is_open, met, reset
+from tests.support.kernel_view import relays_end, unread
+
+RelayFactory = Callable[..., Relay]
+
+
+@pytest.fixture
+def stack() -> Iterator[contextlib.ExitStack]:
+    """Closes what a test has opened."""
+    with contextlib.ExitStack() as opened:
+        yield opened
+
+
+def times_said(relay: Relay, option: str) -> int:
+    """Stop the relay; return how often it says the bound was met, and make sure that it was said once while it ran."""
+
+    def said() -> list[int]:
+        found = re.findall(rf"\] {option}: .* \((\d+) since this was last said\)$", relay.log_text(), re.MULTILINE)
+        return [int(count) for count in found]
+
+    wait_until(said, 10, f"{option} in the log")
+    time.sleep(1.1)  # in which it would be said again
+    assert len(said()) == 1, relay.log_text()
+    assert relay.stop() == 0
+    assert len(said()) <= 2, relay.log_text()
+    return sum(said())
+
+
+def test_of_too_many_pending_handshakes_the_oldest_give_way(
+    relay_factory: RelayFactory, stack: contextlib.ExitStack
+) -> None:
+    relay = relay_factory("--grace", "0", "--max-handshakes", "20", recording=True)
+    slow = [stack.enter_context(dial(relay.port)) for _ in range(60)]
+    for sock in slow[:40]:
+        assert answer(sock) == b"bad handshake\n"
+    assert all(is_open(sock) for sock in slow[40:])
+    honest_transfer(relay.port)
+    # One of those that were left may still say what it wants.
+    token = new_token()
+    slow[-1].sendall(handshake(token, new_side()))
+    partner = stack.enter_context(connect(relay.port))
+    partner.sendall(handshake(token, new_side()))
+    assert read_exactly(slow[-1], 3) == read_exactly(partner, 3) == b"ok\n"
+    for sock in slow[40:-1]:
+        sock.close()
+    assert [record["mood"] for record in relay.wait_for_records(60)].count("errory") == 59
+    again = [stack.enter_context(dial(relay.port)) for _ in range(18)]
+    honest_transfer(relay.port)
+    assert all(is_open(sock) for sock in again)
+    # An honest client may be pending for a moment, too, and take the place of one of the slow ones.
+    assert 40 <= times_said(relay, "--max-handshakes") <= 44
+
+
+def test_connections_above_the_most_wait_in_the_listen_queue(
+    relay_factory: RelayFactory, stack: contextlib.ExitStack
+) -> None:
+    relay = relay_factory("--grace", "0", "--max-connections", "6", "--max-waiting", "6", recording=True)
+    pair = [stack.enter_context(sock) for sock in met(relay.port)]
+    waiting = [stack.enter_context(dial(relay.port)) for _ in range(4)]
+    for sock in waiting:
+        sock.sendall(handshake(new_token(), new_side()))
+    wait_until(lambda: relay.rows("current")[0]["waiting"] == 4, what="four wait")
+    token = new_token()
+    queued = [stack.enter_context(connect(relay.port)) for _ in range(2)]
+    for sock in queued:
+        sock.sendall(handshake(token, new_side()))
+    wait_until(lambda: "--max-connections" in relay.log_text(), 5, "the bound in the log")
+    assert all(is_open(sock) for sock in queued + waiting)
+    pair[0].sendall(b"are we disturbed?")
+    assert read_exactly(pair[1], 17) == b"are we disturbed?"
+    waiting[0].close()
+    reset(waiting[1])
+    for sock in queued:
+        assert read_exactly(sock, 3) == b"ok\n"
+    for sock in [*pair, *queued, *waiting[2:]]:
+        sock.close()
+    wait_until(lambda: relay.rows("current")[0]["waiting"] == 0, what="nobody waits")
+    honest_transfer(relay.port)
+    assert times_said(relay, "--max-connections") >= 1
+
+
+def test_a_source_has_at_most_its_share_of_connections(
+    relay_factory: RelayFactory, stack: contextlib.ExitStack
+) -> None:
+    relay = relay_factory("--grace", "0", "--max-per-source", "5", recording=True)
+    held = [stack.enter_context(dial(relay.port)) for _ in range(5)]
+    for _ in range(3):
+        assert answer(stack.enter_context(dial(relay.port))) == b""
+    assert all(is_open(sock) for sock in held)
+    honest_transfer(relay.port)  # from another address
+    honest_transfer(relay.port, source="127.1.0.2")
+    held[0].close()
+    relay.wait_for_records(3)
+    token = new_token()
+    held[1].sendall(handshake(token, new_side()))
+    newcomer = stack.enter_context(dial(relay.port))
+    newcomer.sendall(handshake(token, new_side()))
+    assert read_exactly(newcomer, 3) == read_exactly(held[1], 3) == b"ok\n"
+    assert answer(stack.enter_context(dial(relay.port))) == b"", "those of a pair count, too"
+    for sock in [*held[1:], newcomer]:
+        sock.close()
+    relay.wait_for_records(7)
+    honest_transfer(relay.port, source=ATTACKER)
+    assert len(relay.wait_for_records(8)) == 8, "whoever was turned away at the door is not on record"
+    assert times_said(relay, "--max-per-source") == 4
+
+
+def test_a_source_that_comes_with_one_token_has_no_more_with_its_home(
+    tmp_path: Path, stack: contextlib.ExitStack
+) -> None:
+    # Each worker would let in twenty, and hand them on to the one where the first of them waits.
+    with Workers(tmp_path, "--max-per-source", "20", "--max-waiting-per-token", "200", count=2) as workers:
+        crowd = []
+        token, side = new_token(), new_side()
+        for _ in range(120):
+            sock = stack.enter_context(dial(workers.port))
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(handshake(token, side))
+            crowd.append(sock)
+            time.sleep(0.002)
+        wait_until(lambda: len([sock for sock in crowd if is_open(sock)]) <= 20, 5, "the rest was turned away")
+        assert len([sock for sock in crowd if is_open(sock)]) == 20
+        for _ in range(5):
+            honest_transfer(workers.port)
+        for sock in crowd:
+            sock.close()
+        workers.wait_for_records(20 + 5)
+        wait_until(lambda: "--max-per-source" in workers.log_text(), 10, "the bound in the log")
+
+
+def test_new_connections_of_a_source_in_a_second_are_bounded(
+    relay_factory: RelayFactory, stack: contextlib.ExitStack
+) -> None:
+    relay = relay_factory("--grace", "0", "--max-new-per-source", "10")
+    burst = [stack.enter_context(dial(relay.port)) for _ in range(60)]
+    honest_transfer(relay.port)
+    time.sleep(0.3)
+    turned_away = len([sock for sock in burst if not is_open(sock)])
+    assert turned_away >= 60 - 10 * 3, "the burst may have gone on into a third second"
+    assert {answer(sock) for sock in burst if not is_open(sock)} == {b""}
+    time.sleep(1.1)
+    assert all(is_open(stack.enter_context(dial(relay.port))) for _ in range(5))
+    honest_transfer(relay.port, source=ATTACKER)
+    assert times_said(relay, "--max-new-per-source") == turned_away
+
+
+def test_an_ipv6_network_of_64_bits_is_one_source_and_other_machines_need_no_option(
+    tmp_path: Path, stack: contextlib.ExitStack
+) -> None:
+    if reason := namespaces.not_allowed():
+        pytest.skip(reason)
+    host = namespaces.Host(f"rg{new_side()[:8]}-v6")
+    stack.callback(host.remove)
+    host.create()
+    addresses = [f"2001:db8:0:{net}::{number}" for net in (1, 2) for number in range(1, 9)]
+    for address in addresses:
+        namespaces.run_ip("-n", host.name, "address", "add", f"{address}/128", "dev", "lo", "nodad")
+    namespaces.run_ip("-n", host.name, "address", "add", "192.0.2.1/32", "dev", "lo")
+    # Of 96 connections a source may have half when nothing is said, and these are not the machine's own addresses.
+    relay = stack.enter_context(
+        Relay(tmp_path, "--max-connections", "96", "--max-new-per-source", "1000", interface="::", inside=host.inside)
+    )
+
+    def from_address(source: str) -> socket.socket:
+        sock = socket.socket(socket.AF_INET6)
+        stack.callback(sock.close)
+        sock.settimeout(10)
+        sock.bind((source, 0))
+        sock.connect((addresses[0], relay.port))
+        return sock
+
+    held = [host.make_there(lambda n=n: from_address(addresses[n % 8])) for n in range(50)]  # type: ignore[misc]
+    wait_until(lambda: len([sock for sock in held if not is_open(sock)]) == 2, 10, "two were turned away")
+    assert all(is_open(host.make_there(lambda n=n: from_address(addresses[8 + n]))) for n in range(8))  # type: ignore[misc]
+    as_ipv4 = host.make_there(lambda: socket.create_connection(("192.0.2.1", relay.port), 10, ("192.0.2.1", 0)))
+    stack.callback(as_ipv4.close)
+    as_ipv4.sendall(b"?")
+    assert answer(as_ipv4) == b"bad handshake\n"
+
+
+def test_of_too_many_who_wait_the_one_that_has_waited_longest_gives_way(
+    relay_factory: RelayFactory, stack: contextlib.ExitStack
+) -> None:
+    relay = relay_factory("--grace", "0", "--max-waiting", "5", recording=True)
+    pair = [stack.enter_context(sock) for sock in met(relay.port)]
+    tokens = [new_token() for _ in range(8)]
+    waiting = []
+    for number, token in enumerate(tokens):
+        sock = stack.enter_context(dial(relay.port))
+        sock.sendall(handshake(token, new_side()))
+        waiting.append(sock)
+        if number < 5:  # so that they come in this order
+            with relays_end([relay.pid], sock) as end:
+                wait_until(lambda end=end: unread(end) == 0, what="its line is read")  # type: ignore[misc]
+        if number == 4:
+            wait_until(lambda: relay.rows("current")[0]["waiting"] == 5, what="five wait")
+        if number >= 5:
+            assert answer(waiting[number - 5]) == b""
+    assert all(is_open(sock) for sock in waiting[3:])
+    pair[0].sendall(b"undisturbed")
+    assert read_exactly(pair[1], 11) == b"undisturbed"
+    for token, sock in zip(tokens[3:], waiting[3:], strict=True):
+        partner = stack.enter_context(connect(relay.port))
+        partner.sendall(handshake(token, new_side()))
+        assert read_exactly(partner, 3) == read_exactly(sock, 3) == b"ok\n"
+    honest_transfer(relay.port)
+    assert [record["mood"] for record in relay.wait_for_records(4)].count("lonely") == 3
+    assert times_said(relay, "--max-waiting") == 3
+
+
+def test_a_token_flooded_with_spares_turns_further_ones_away_and_still_meets_its_partner(
+    relay_factory: RelayFactory, stack: contextlib.ExitStack
+) -> None:
+    relay = relay_factory("--grace", "0", "--max-waiting-per-token", "3", recording=True)
+    token, side, other = new_token(), new_side(), stack.enter_context(connect(relay.port))
+    other.sendall(handshake(new_token(), new_side()))
+    flood = [stack.enter_context(dial(relay.port)) for _ in range(3)]
+    for sock in flood:
+        sock.sendall(handshake(token, side))
+    wait_until(lambda: relay.rows("current")[0]["waiting"] == 4, what="four wait")
+    for _ in range(20):
+        sock = stack.enter_context(dial(relay.port))
+        sock.sendall(handshake(token, side))
+        assert answer(sock) == b""
+    assert is_open(other)
+    assert all(is_open(sock) for sock in flood)
+    partner = stack.enter_context(connect(relay.port))
+    partner.sendall(handshake(token, new_side()))
+    assert read_exactly(partner, 3) == read_exactly(flood[0], 3) == b"ok\n"
+    assert [answer(sock) for sock in flood[1:]] == [b"", b""]
+    again = stack.enter_context(dial(relay.port))
+    again.sendall(handshake(token, side))
+    honest_transfer(relay.port)
+    assert is_open(again), "the token has room again"
+    assert [record["mood"] for record in relay.wait_for_records(23)].count("lonely") == 22
+    assert times_said(relay, "--max-waiting-per-token") == 20
+
+
+def test_transfers_in_which_nothing_moves_are_ended(relay_factory: RelayFactory, stack: contextlib.ExitStack) -> None:
+    relay = relay_factory("--grace", "0", "--idle-timeout", "2", recording=True)
+    idle = [[stack.enter_context(sock) for sock in met(relay.port)] for _ in range(20)]
+    left, right = met(relay.port)
+    stack.enter_context(left)
+    stack.enter_context(right)
+    left.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            left.send(NOISE)  # until its partner, who does not read, has made everything stand still
+    left.setblocking(True)
+    busy = [stack.enter_context(sock) for sock in met(relay.port)]
+    began = time.monotonic()
+    while len(relay.records()) < 21:
+        assert time.monotonic() - began < 15, relay.log_text()
+        busy[0].sendall(b".")
+        assert read_exactly(busy[1], 1) == b"."
+        time.sleep(0.1)
+    assert all(answer(sock) == b"" for pair in idle for sock in pair)
+    assert {record["mood"] for record in relay.records()} == {"happy"}
+    assert min(record["total_time"] for record in relay.records()) >= 2
+    busy[0].sendall(b"still here")
+    assert read_exactly(busy[1], 10) == b"still here"
+    honest_transfer(relay.port)
+    for sock in busy:
+        sock.close()
+    assert times_said(relay, "--idle-timeout") == 21
+
+
+def pour(sock: socket.socket, size: int) -> int:
+    """Send `size` bytes, as far as that goes; return how many went."""
+    sent = 0
+    with contextlib.suppress(ConnectionError):
+        while sent < size:
+            sent += sock.send(NOISE[: size - sent])
+        sock.shutdown(socket.SHUT_WR)
+    return sent
+
+
+def heard(sock: socket.socket) -> int:
+    """How many bytes come before the end of whichever kind."""
+    count = 0
+    with contextlib.suppress(ConnectionError):
+        while chunk := sock.recv(1 << 18):
+            count += len(chunk)
+    return count
+
+
+def test_a_transfer_larger_than_allowed_is_ended_and_one_of_exactly_that_size_is_not(
+    relay_factory: RelayFactory, stack: contextlib.ExitStack
+) -> None:
+    relay = relay_factory("--grace", "0", "--max-pair-bytes", "1000000", recording=True)
+    beside = [stack.enter_context(sock) for sock in met(relay.port)]
+    honest_transfer(relay.port, 1_000_000 - 6)  # and six bytes back
+    assert relay.wait_for_records(1)[0]["total_bytes"] == 1_000_000
+    left, right = (stack.enter_context(sock) for sock in met(relay.port))
+    right.sendall(NOISE[:100])
+    assert read_exactly(left, 100) == NOISE[:100]
+    sender = threading.Thread(target=pour, args=(left, 50_000_000))
+    sender.start()
+    assert heard(right) == 1_000_000 - 100
+    sender.join(10)
+    assert not sender.is_alive()
+    assert [record["total_bytes"] for record in relay.wait_for_records(2)] == [1_000_000, 1_000_000]
+    beside[0].sendall(b"undisturbed")
+    assert read_exactly(beside[1], 11) == b"undisturbed"
+    honest_transfer(relay.port)
+    assert times_said(relay, "--max-pair-bytes") == 1
+
+
+class Sink:
+    """Transfers that are poured into as fast as may be, and how many bytes came out of each."""
+
+    def __init__(self, port: int, transfers: int, stack: contextlib.ExitStack) -> None:
+        self.pairs = [[stack.enter_context(sock) for sock in met(port)] for _ in range(transfers)]
+        for pair in self.pairs:
+            for sock in pair:
+                sock.setblocking(False)
+        self._ended = time.monotonic()
+
+    def run(self, seconds: float, rate: float = 1) -> list[float]:
+        """Pour for so long; what each receiver has got meanwhile, by what `rate` (bytes a second) would have made.
+
+        What was held up may come at once: the time since the end of the run before counts.
+        """
+        got = {right: 0 for _, right in self.pairs}
+        until = time.monotonic() + seconds
+        poller = select.epoll()
+        by_fd = {}
+        for left, right in self.pairs:
+            poller.register(left.fileno(), select.EPOLLOUT)
+            poller.register(right.fileno(), select.EPOLLIN)
+            by_fd.update({left.fileno(): left, right.fileno(): right})
+        with poller:
+            while (now := time.monotonic()) < until:
+                for fd, _ in poller.poll(until - now):
+                    sock = by_fd[fd]
+                    with contextlib.suppress(BlockingIOError):
+                        if sock in got:
+                            got[sock] += len(sock.recv(1 << 18))
+                        else:
+                            sock.send(NOISE)
+        since, self._ended = self._ended, time.monotonic()
+        return [size / rate / (self._ended - since) for size in got.values()]
+
+
+def test_no_transfer_is_faster_than_the_rate_of_a_pair(
+    relay_factory: RelayFactory, stack: contextlib.ExitStack
+) -> None:
+    relay = relay_factory("--pair-rate", "400000", recording=True)
+    sink = Sink(relay.port, 4, stack)
+    sink.run(0.5)
+    runs = []
+    for _ in range(3):
+        runs.append(sink.run(2.5, rate=400_000))
+        assert max(runs[-1]) < 1.15
+        if min(runs[-1]) > 0.7:  # unless the machine did something else meanwhile
+            break
+    assert min(runs[-1]) > 0.7, runs
+    assert 1.2 < honest_transfer(relay.port, 600_000) < 8
+
+
+def test_the_rate_of_the_relay_is_shared_by_the_transfers_that_have_something_to_move(
+    any_service: Callable[..., Service], stack: contextlib.ExitStack
+) -> None:
+    service = any_service("--relay-rate", "1500000")
+    for _ in range(12):
+        for sock in met(service.port):
+            stack.enter_context(sock)  # idle: these need nothing
+    sink = Sink(service.port, 10, stack)
+    sink.run(2)  # in which the workers hear of each other's transfers
+    runs = []
+    for _ in range(3):
+        runs.append(sink.run(3, rate=1_500_000))
+        assert sum(runs[-1]) < 1.2
+        if sum(runs[-1]) > 0.7 and min(runs[-1]) > 0.5 * max(runs[-1]):
+            break
+    assert sum(runs[-1]) > 0.7, runs
+    assert min(runs[-1]) > 0.5 * max(runs[-1]), runs
+    honest_transfer(service.port, 30_000)
+
+
+@pytest.fixture(params=["one-worker", "two-workers"])
+def any_service(request: pytest.FixtureRequest, tmp_path: Path, stack: contextlib.ExitStack) -> Callable[..., Service]:
+    """A relay with the options of the call, as one worker and as two."""
+
+    def start(*options: str) -> Service:
+        options = ("--grace", "0", *options)
+        if request.param == "one-worker":
+            return stack.enter_context(Relay(tmp_path, *options, recording=True))
+        return stack.enter_context(Workers(tmp_path, *options, count=2))
+
+    return start
+
+
+def test_the_page_about_security_names_tests_that_exist_and_defaults_that_are_so() -> None:
+    page = (CHECKOUT / "docs" / "security.md").read_text()
+    file = ""
+    for test_file, test in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?`", page):
+        file = test_file or file
+        assert (CHECKOUT / "tests" / file).exists(), file
+        if test:
+            assert f"def {test}(" in (CHECKOUT / "tests" / file).read_text(), f"{file}::{test}"
+    options = read_options([])
+    for option, default in re.findall(r"^\| `--([a-z-]+)` \| (\d+)", page, re.MULTILINE):
+        kept = getattr(options, option.replace("-", "_"))
+        assert kept in (int(default), int(default) * 3600), option
+    fds, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert options.max_connections == (fds - RESERVED_FDS) * 4 // 5
+    assert options.max_waiting == options.max_connections * 3 // 4
+    assert options.max_per_source == options.max_connections // 2
+    assert options.max_new_per_source == 200

@@ -1,0 +1,440 @@
+"""Moving over from the Twisted relay: its own database, made by itself, brought into ours."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from relay.usage.record import blur_size
+from relay.usage.schema import open_database
+from tests.support.harness import (
+    CHECKOUT,
+    Relay,
+    connect,
+    free_port,
+    handshake,
+    new_side,
+    new_token,
+    read_exactly,
+    read_to_end,
+    running,
+    wait_until,
+)
+
+PROGRAM = CHECKOUT / "misc" / "import-twisted-usage"
+MAPPED = {
+    "happy": "happy",
+    "jilted": "happy",
+    "lonely": "lonely",
+    "redundant": "lonely",
+    "errory": "errory",
+    "impatient": "errory",
+    "empty": "errory",
+}
+MOODS_IT_WRITES = {"happy", "lonely", "redundant", "errory", "impatient", "empty"}
+
+
+def run_import(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the importer; whatever its exit status."""
+    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def said(*arguments: str | Path) -> str:
+    """Return what the importer says; AssertionError when it failed."""
+    result = run_import(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return result.stdout
+
+
+def rows(path: Path, sql: str) -> list[tuple[object, ...]]:
+    """Return the rows of a query."""
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)) as database:
+        return database.execute(sql).fetchall()
+
+
+def usage(path: Path) -> list[tuple[object, ...]]:
+    """Return the rows of our `usage`."""
+    return rows(path, "SELECT started, total_time, waiting_time, bytes, result FROM usage ORDER BY rowid")
+
+
+def all_time(path: Path) -> tuple[object, ...]:
+    """Return the row of our `all_time`."""
+    (row,) = rows(path, "SELECT connections, bytes, mood_happy, mood_lonely, mood_errory FROM all_time")
+    return row
+
+
+def in_our_words(twisted: Path) -> list[tuple[object, ...]]:
+    """Return the rows of the Twisted relay's `usage`, its moods mapped."""
+    source = rows(twisted, "SELECT started, total_time, waiting_time, total_bytes, result FROM usage ORDER BY rowid")
+    return [(*row[:4], MAPPED[str(row[4])]) for row in source]
+
+
+def sums_of(told: list[tuple[object, ...]]) -> tuple[int, ...]:
+    """Return what the sums over rows of ours have to be."""
+    moods = [row[4] for row in told]
+    counts = [moods.count(mood) for mood in ("happy", "lonely", "errory")]
+    return (len(told), sum(int(str(row[3])) for row in told), *counts)
+
+
+class TwistedRelay:
+    """A Twisted relay that keeps usage, with as many connections of each mood as one asks for."""
+
+    def __init__(self, database: Path, port: int) -> None:
+        self.database = database
+        self.port = port
+
+    def count(self) -> int:
+        """Return how many rows its database has."""
+        with contextlib.suppress(sqlite3.OperationalError):
+            return int(str(rows(self.database, "SELECT count(*) FROM usage")[0][0]))
+        return 0
+
+    def wait_for(self, count: int) -> None:
+        """Wait until its database has so many rows."""
+        wait_until(lambda: self.count() == count, what=f"{count} rows (there are {self.count()})")
+
+    def every_mood(self, transferred: int) -> None:
+        """Let connections of each mood that it can write come and go, one after another; makes 8 rows."""
+        before = self.count()
+        token, side = new_token(), new_side()
+        with connect(self.port) as first, connect(self.port) as spare, connect(self.port) as second:
+            for client in (first, spare):
+                client.sendall(handshake(token, side))
+            second.sendall(handshake(token, new_side()))
+            # Which of the two is the spare is the relay's choice.
+            assert read_exactly(second, 3) == b"ok\n"
+            second.sendall(b"x" * transferred)
+            answers = sorted(self._answer(client, transferred) for client in (first, spare))
+            assert [len(answer) for answer in answers] == [0, 3 + transferred]
+        self.wait_for(before + 2)  # happy, redundant
+        with connect(self.port) as lonely:
+            lonely.sendall(handshake(new_token(), new_side()))
+        with connect(self.port) as old_form:
+            old_form.sendall(handshake(new_token()))
+        with connect(self.port) as wrong:
+            wrong.sendall(b"please relay nonsense\n")
+            assert read_to_end(wrong) == b"bad handshake\n"
+        with connect(self.port) as impatient:
+            impatient.sendall(handshake(new_token(), new_side()) + b"hello")
+            assert read_to_end(impatient) == b"impatient\n"
+        with connect(self.port):
+            pass  # empty
+        with connect(self.port) as unfinished:
+            unfinished.sendall(b"please re")
+        self.wait_for(before + 8)
+
+    @staticmethod
+    def _answer(client: socket.socket, transferred: int) -> bytes:
+        received = b""
+        while len(received) < 3 + transferred and (chunk := client.recv(65536)):
+            received += chunk
+        return received
+
+
+@contextlib.contextmanager
+def twisted_relay(folder: Path, *options: str) -> Iterator[TwistedRelay]:
+    """Run `twist transitrelay` with a usage database in the folder."""
+    pytest.importorskip("wormhole_transit_relay", reason="pip install magic-wormhole-transit-relay")
+    folder.mkdir(exist_ok=True)
+    port = free_port()
+    database = folder / "usage.sqlite"
+    command = [sys.executable, "-m", "twisted", "transitrelay", "--port", f"tcp:{port}:interface=127.0.0.1"]
+    command += ["--usage-db", str(database), *options]
+    with running(command, folder / "twist.log", cwd=folder):
+
+        def listens() -> bool:
+            with contextlib.suppress(ConnectionRefusedError), connect(port):
+                return True
+            return False
+
+        wait_until(listens, 20, "the Twisted relay")
+        relay = TwistedRelay(database, port)
+        relay.wait_for(1)  # the question just asked is an "empty" one
+        yield relay
+
+
+def test_what_the_twisted_relay_recorded_is_imported_with_its_sums(tmp_path: Path) -> None:
+    ours = tmp_path / "ours.sqlite"
+    with twisted_relay(tmp_path / "twisted") as twisted:
+        twisted.every_mood(123_456)
+        source = rows(twisted.database, "SELECT result FROM usage")
+        assert {mood for (mood,) in source} == MOODS_IT_WRITES
+        output = said(twisted.database, ours)
+        assert usage(ours) == in_our_words(twisted.database)
+        assert all_time(ours) == sums_of(usage(ours)) == (9, 123_456, 1, 3, 5)
+        assert output == "9 records imported (1 happy, 3 lonely, 5 errory; 123 kB), 0 were there already\n"
+
+
+def test_a_second_import_adds_only_what_came_since(tmp_path: Path) -> None:
+    ours = tmp_path / "ours.sqlite"
+    with twisted_relay(tmp_path / "twisted") as twisted:
+        twisted.every_mood(1000)
+        said(twisted.database, ours)
+        assert "0 records imported" in said(twisted.database, ours)
+        assert "9 were there already" in said(twisted.database, ours)
+        assert all_time(ours) == (9, 1000, 1, 3, 5)
+        twisted.every_mood(2000)
+        assert "8 records imported (1 happy, 3 lonely, 4 errory; 2 kB), 9 were there" in said(twisted.database, ours)
+        assert usage(ours) == in_our_words(twisted.database)
+        assert all_time(ours) == sums_of(usage(ours))
+        assert "0 records imported" in said(twisted.database, ours)
+        assert len(rows(ours, "SELECT * FROM imported")) == 1
+
+
+def test_the_twisted_relay_s_own_blur_is_kept(tmp_path: Path) -> None:
+    ours = tmp_path / "ours.sqlite"
+    with twisted_relay(tmp_path / "twisted", "--blur-usage", "600") as twisted:
+        twisted.every_mood(123_456)
+        said("--blur-usage", "600", twisted.database, ours)
+        assert usage(ours) == in_our_words(twisted.database)
+        assert all_time(ours)[1] == 130_000
+
+
+def test_an_import_into_a_running_relay_s_database_disturbs_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "twisted.sqlite"
+    twisted_database(source, 50_000)
+    (tmp_path / "ours").mkdir()
+    with Relay(tmp_path / "ours", recording=True) as relay:
+        finished = threading.Event()
+        made = 0
+
+        def transfer() -> None:
+            nonlocal made
+            while not finished.is_set():
+                token = new_token()
+                with connect(relay.port) as left, connect(relay.port) as right:
+                    for client in (left, right):
+                        client.sendall(handshake(token, new_side()))
+                    assert read_exactly(left, 3) == read_exactly(right, 3) == b"ok\n"
+                    left.sendall(b"x" * 10)
+                    read_exactly(right, 10)
+                made += 1
+
+        thread = threading.Thread(target=transfer)
+        thread.start()
+        try:
+            relay.wait_for_rows("usage", 10)
+            assert "50000 records imported" in said(source, relay.usage_db)
+            assert "0 records imported" in said(source, relay.usage_db)
+            after_import = made
+            wait_until(lambda: made > after_import + 10, what="transfers after the import")
+        finally:
+            finished.set()
+            thread.join()
+        relay.wait_for_rows("usage", 50_000 + made)
+        assert all_time(relay.usage_db) == sums_of(usage(relay.usage_db))
+        assert tuple(relay.rows("since_reboot")[0])[:2] == (10 * made, made)
+        assert "locked" not in relay.log_text()
+
+
+WRITER = """
+import sys
+from relay.usage.schema import open_database
+database = open_database(sys.argv[1])
+database.execute("PRAGMA wal_autocheckpoint = 20")
+while True:
+    database.execute("BEGIN IMMEDIATE")
+    database.executemany("INSERT INTO usage VALUES (1, 2, 3, 4, 'happy')", [()] * 400)
+    database.execute("COMMIT")
+"""
+
+
+def test_a_database_that_a_relay_is_just_checkpointing_is_not_taken_for_a_damaged_one(tmp_path: Path) -> None:
+    ours = tmp_path / "ours.sqlite"
+    open_database(str(ours)).close()
+    with running([sys.executable, "-c", WRITER, str(ours)], tmp_path / "writer.log", cwd=CHECKOUT):
+        wait_until(lambda: len(rows(ours, "SELECT 1 FROM usage LIMIT 1")) == 1, what="a writer at work")
+        for _ in range(3000):
+            open_database(str(ours)).close()
+
+
+def twisted_database(path: Path, count: int, *, moods: tuple[str, ...] = ("happy",), seed: int = 0) -> None:
+    """Make a database of the Twisted relay's schema version 1, with rows that no other seed has."""
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript(
+            "CREATE TABLE version (version INTEGER);"
+            "INSERT INTO version VALUES (1);"
+            "CREATE TABLE current (rebooted INTEGER, updated INTEGER, connected INTEGER, waiting INTEGER,"
+            " incomplete_bytes INTEGER);"
+            "CREATE TABLE usage (started INTEGER, total_time INTEGER, waiting_time INTEGER, total_bytes INTEGER,"
+            " result VARCHAR);"
+        )
+        database.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?)", twisted_rows(count, moods, seed))
+        database.commit()
+
+
+def twisted_rows(count: int, moods: tuple[str, ...], seed: int) -> Iterator[tuple[float, float, float, int, str]]:
+    """Return rows as that relay writes them, unblurred."""
+    for number in range(count):
+        total = 1.5 + seed / 7 + number / 1024
+        yield 1700000000.25 + number, total, 0.25 + number / 4096, 1234 * number, moods[number % len(moods)]
+
+
+def add_rows(path: Path, *numbers: int) -> None:
+    """Add more rows of the same kind."""
+    with closing(sqlite3.connect(path)) as database:
+        wanted = [row for number, row in enumerate(twisted_rows(max(numbers) + 1, ("happy",), 0)) if number in numbers]
+        database.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?)", wanted)
+        database.commit()
+
+
+def test_every_mood_of_its_history_is_mapped(tmp_path: Path) -> None:
+    source, ours = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite"
+    twisted_database(source, len(MAPPED), moods=tuple(MAPPED))
+    said(source, ours)
+    assert [row[4] for row in usage(ours)] == list(MAPPED.values())
+
+
+def test_a_mood_that_it_never_writes_has_to_be_explained(tmp_path: Path) -> None:
+    source, ours = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite"
+    twisted_database(source, 4, moods=("happy", "pruney"))
+    refused = run_import(source, ours)
+    assert refused.returncode == 2
+    assert "the mood 'pruney' in row 2" in refused.stderr
+    assert usage(ours) == []
+    said("--other-moods", "lonely", source, ours)
+    assert [row[4] for row in usage(ours)] == ["happy", "lonely"] * 2
+
+
+def test_an_exact_history_is_blurred_on_the_way(tmp_path: Path) -> None:
+    source, ours = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite"
+    twisted_database(source, 1000)
+    said("--blur-usage", "600", source, ours)
+    for ours_row, theirs in zip(usage(ours), in_our_words(source), strict=True):
+        assert ours_row[0] == int(float(str(theirs[0]))) // 600 * 600
+        assert ours_row[1:3] == theirs[1:3]
+        assert ours_row[3] == blur_size(int(str(theirs[3])))
+    assert all_time(ours) == sums_of(usage(ours))
+    add_rows(source, 1000)
+    assert "1 records imported" in said("--blur-usage", "3600", source, ours)
+
+
+def test_an_earlier_copy_adds_nothing(tmp_path: Path) -> None:
+    source, earlier, ours = tmp_path / "twisted.sqlite", tmp_path / "earlier.sqlite", tmp_path / "ours.sqlite"
+    twisted_database(source, 10)
+    shutil.copy(source, earlier)
+    add_rows(source, 10, 11)
+    said(source, ours)
+    assert "0 records imported" in said(earlier, ours)
+    assert all_time(ours)[0] == 12
+
+
+def test_two_relays_histories_go_into_one(tmp_path: Path) -> None:
+    first, second, ours = tmp_path / "first.sqlite", tmp_path / "second.sqlite", tmp_path / "ours.sqlite"
+    twisted_database(first, 10)
+    twisted_database(second, 20, seed=1)
+    said(first, ours)
+    said(second, ours)
+    assert "0 records imported" in said(first, ours)
+    assert "0 records imported" in said(second, ours)
+    assert all_time(ours)[0] == 30
+
+
+@pytest.mark.parametrize("deleted", ["rowid = 1", "rowid = 5"])
+def test_a_history_that_was_cut_is_refused_rather_than_counted_twice(tmp_path: Path, deleted: str) -> None:
+    source, ours = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite"
+    twisted_database(source, 10)
+    said(source, ours)
+    with closing(sqlite3.connect(source)) as database:
+        database.execute(f"DELETE FROM usage WHERE {deleted}")
+        database.commit()
+    add_rows(source, 10, 11, 12)
+    refused = run_import(source, ours)
+    assert refused.returncode == 2
+    assert "nothing was imported" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert all_time(ours)[0] == 10
+
+
+def test_a_vacuumed_history_is_still_the_same(tmp_path: Path) -> None:
+    source, ours = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite"
+    twisted_database(source, 10)
+    said(source, ours)
+    with closing(sqlite3.connect(source)) as database:
+        database.execute("VACUUM")
+    add_rows(source, 10)
+    assert "1 records imported" in said(source, ours)
+
+
+def test_a_dry_run_changes_nothing(tmp_path: Path) -> None:
+    source, ours = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite"
+    twisted_database(source, 10)
+    assert "10 records would be imported" in said("--dry-run", source, ours)
+    assert usage(ours) == []
+    assert "10 records imported" in said(source, ours)
+
+
+def test_what_was_written_before_is_added_to(tmp_path: Path) -> None:
+    source, ours = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite"
+    twisted_database(source, 10)
+    with closing(open_database(str(ours))) as database:
+        database.execute("INSERT INTO all_time (connections, bytes, mood_happy, mood_lonely, mood_errory)"
+                         " VALUES (7, 8, 1, 2, 4)")  # fmt: skip
+    said(source, ours)
+    assert all_time(ours) == (17, 8 + 1234 * 45, 11, 2, 4)
+
+
+def test_a_database_that_its_relay_left_half_written_is_recovered_in_a_copy(tmp_path: Path) -> None:
+    source, ours = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite"
+    twisted_database(source, 10)
+    # The journal gets to the disk when the pages do, which a small cache brings about before the commit.
+    program = (
+        "import sqlite3, os, signal, sys; database = sqlite3.connect(sys.argv[1]);"
+        "database.execute('PRAGMA cache_size = 1');"
+        "database.executemany('INSERT INTO usage VALUES (1, 2, 3, 4, ?)', [('happy' * 100,)] * 5000);"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, str(source)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    journal = Path(f"{source}-journal").read_bytes()
+    assert "10 records imported" in said(source, ours)
+    assert Path(f"{source}-journal").read_bytes() == journal
+
+
+def test_the_source_is_not_written_to(tmp_path: Path) -> None:
+    source = tmp_path / "twisted.sqlite"
+    twisted_database(source, 10)
+    before = source.read_bytes()
+    said(source, tmp_path / "ours.sqlite")
+    assert source.read_bytes() == before
+
+
+def test_mistakes_are_one_line_and_exit_status_2(tmp_path: Path) -> None:
+    source, ours = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite"
+    twisted_database(source, 1)
+    newer, text = tmp_path / "newer.sqlite", tmp_path / "text"
+    twisted_database(newer, 1)
+    with closing(sqlite3.connect(newer)) as database:
+        database.execute("UPDATE version SET version = 2")
+        database.commit()
+    text.write_text("no database " * 100)
+    open_database(str(ours)).close()
+    for arguments, complaint in (
+        ([source], "give two files"),
+        ([tmp_path / "nowhere", ours], "no such file"),
+        ([text, ours], "not a database"),
+        ([ours, ours], "not the usage database of a Twisted relay"),
+        ([newer, ours], "schema version 2"),
+        ([source, source], "it is the Twisted relay's usage database"),
+        ([source, tmp_path / "no" / "folder.sqlite"], "does not exist"),
+        (["--blur-usage", "0", source, ours], "--blur-usage 0"),
+        (["--other-moods", "sad", source, ours], "--other-moods sad"),
+    ):
+        result = run_import(*arguments)
+        assert result.returncode == 2, result.stdout
+        assert re.fullmatch(r"import-twisted-usage: error: [^\n]*\n", result.stderr)
+        assert complaint in result.stderr

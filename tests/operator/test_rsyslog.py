@@ -1,0 +1,493 @@
+"""The way of the JSON lines into rsyslogd: the shipped configuration, real rsyslogd and logrotate, and two workers.
+
+What is changed of the shipped files are the paths, nothing else. rsyslogd needs no root for this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relay.usage.reopen import FollowedFile
+from tests.support.harness import (
+    CHECKOUT,
+    Service,
+    Workers,
+    connect,
+    free_port,
+    handshake,
+    new_side,
+    new_token,
+    read_exactly,
+    read_to_end,
+    wait_until,
+    whole_lines,
+)
+
+CONFIGURATION = CHECKOUT / "etc" / "rsyslog.d" / "relay-gevent.conf"
+ROTATION = CHECKOUT / "etc" / "logrotate.d" / "relay-gevent"
+RSYSLOGD = shutil.which("rsyslogd") or "/usr/sbin/rsyslogd"
+LOGROTATE = shutil.which("logrotate") or "/usr/sbin/logrotate"
+PATIENCE = 30  # seconds; it polls once a second, and the machine may be busy
+
+needs_logrotate = pytest.mark.skipif(not os.path.exists(LOGROTATE), reason="apt-get install logrotate")
+pytestmark = pytest.mark.skipif(not os.path.exists(RSYSLOGD), reason="apt-get install rsyslog")
+
+FIELDS = re.compile(
+    r"(?P<when>\S+) mood=(?P<mood>happy|lonely|errory) bytes=(?P<bytes>\d+) waiting=(?P<waiting>[-.e\d]+)"
+    r" total=(?P<total>[-.e\d]+) started=(?P<started>[.\d]+)"
+)
+Key = tuple[float, float, float | None, int, str]
+
+
+class Rsyslog:
+    """rsyslogd with the shipped configuration, on the files of a folder."""
+
+    def __init__(self, folder: Path, change: dict[str, str] | None = None) -> None:
+        self.folder = folder
+        self.output = folder / "relay-gevent.log"
+        self.unparsed = folder / "relay-gevent-unparsed.log"
+        self.log = folder / "rsyslogd.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.starts = 0
+        (folder / "spool").mkdir()
+        text = CONFIGURATION.read_text().replace("/var/lib/relay-gevent/var/", f"{folder}/")
+        text = text.replace("/var/log/", f"{folder}/")
+        for old, new in (change or {}).items():
+            assert old in text
+            text = text.replace(old, new)
+        (folder / "relay-gevent.conf").write_text(text)
+        self.configuration = folder / "rsyslog.conf"
+        self.configuration.write_text(
+            f'global(workDirectory="{folder}/spool")\ninclude(file="{folder}/relay-gevent.conf")\n'
+        )
+
+    def start(self) -> None:
+        """Start it in the foreground of a process of its own."""
+        self.starts += 1
+        command = [RSYSLOGD, "-n", "-f", str(self.configuration), "-i", str(self.folder / f"pid{self.starts}")]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the one that runs."""
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """End it, with SIGTERM as its service does, and wait."""
+        self.send(number)
+        assert self.process is not None
+        self.process.wait(20)
+        self.process = None
+
+    def lines(self) -> list[str]:
+        """Return what it wrote so far."""
+        return whole_lines(self.output.read_text()) if self.output.exists() else []
+
+    def records(self) -> list[Key]:
+        """Return the lines it wrote, as keys of the records; AssertionError for one that is not in fields."""
+        return [key_of_line(line) for line in self.lines()]
+
+
+def key_of_line(line: str) -> Key:
+    """Return the record that a line in fields tells of."""
+    match = FIELDS.fullmatch(line)
+    assert match is not None, line
+    waiting = None if match["waiting"] == "-" else float(match["waiting"])
+    return float(match["started"]), float(match["total"]), waiting, int(match["bytes"]), match["mood"]
+
+
+def key_of_record(record: dict[str, Any]) -> Key:
+    """Return the same of a JSON line."""
+    started, total, waiting = record["started"], record["total_time"], record["waiting_time"]
+    return started, total, waiting, record["total_bytes"], record["mood"]
+
+
+def written_by_the_relay(folder: Path) -> list[Key]:
+    """Return all records in the JSON lines, rotated or not."""
+    lines = [line for path in folder.glob("usage*.jsonl") for line in path.read_text().splitlines()]
+    return [key_of_record(json.loads(line)) for line in lines]
+
+
+@contextlib.contextmanager
+def running(rsyslog: Rsyslog) -> Iterator[Rsyslog]:
+    """Start rsyslogd, and end the one that runs at last."""
+    rsyslog.start()
+    try:
+        yield rsyslog
+    finally:
+        if rsyslog.process is not None:
+            rsyslog.send(signal.SIGCONT)
+            rsyslog.stop()
+
+
+def rotate(folder: Path) -> None:
+    """Run logrotate with the shipped configuration, but for the paths and the user, whom this machine has not."""
+    text = ROTATION.read_text().replace("/var/lib/relay-gevent/var/", f"{folder}/").replace("/var/log/", f"{folder}/")
+    text = text.replace("    su relay-gevent relay-gevent\n", "")
+    # There is no rsyslog.service here; what its script does, to the rsyslogd of this test.
+    text = text.replace("/usr/lib/rsyslog/rsyslog-rotate", f"{folder}/rotated")
+    script = folder / "rotated"
+    script.write_text(f"#!/bin/sh\nfor pid in {folder}/pid*; do kill -HUP $(cat $pid); done\n")
+    script.chmod(0o755)
+    configuration = folder / "logrotate.conf"
+    configuration.write_text(text)
+    configuration.chmod(0o644)
+    before = set(folder.glob("usage*.jsonl"))
+    # Two rotations within a second would get the same name, and logrotate's clock, time(2), may be a little behind.
+    wait_until(
+        lambda: not any(folder.joinpath(f"usage-{second}.jsonl").exists() for second in seconds_of_logrotate()),
+        what="a new second",
+    )
+    command = [LOGROTATE, "--force", "--state", str(folder / "logrotate.state"), str(configuration)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert result.returncode == 0, result.stderr
+    assert len(set(folder.glob("usage-*.jsonl")) - before) == 1, result.stderr
+
+
+def seconds_of_logrotate() -> list[str]:
+    """Return the present second, and the one before, in the form of the rotated files' names."""
+    now = time.time()
+    return [time.strftime("%Y%m%d-%H%M%S", time.localtime(now - ago)) for ago in (0, 1)]
+
+
+def make_connections(relay: Service, transfers: int) -> int:
+    """Let transfers, a client that leaves and one that talks nonsense come; return how many records that makes."""
+    for number in range(transfers):
+        token = new_token()
+        with connect(relay.port) as left, connect(relay.port) as right:
+            for client in (left, right):
+                client.sendall(handshake(token, new_side()))
+            assert read_exactly(left, 3) == read_exactly(right, 3) == b"ok\n"
+            left.sendall(b"x" * (number + 1))
+            read_exactly(right, number + 1)
+    with connect(relay.port) as lonely:
+        lonely.sendall(handshake(new_token(), new_side()))
+    with connect(relay.port) as wrong:
+        wrong.sendall(b"GET / HTTP/1.1\r\n")
+        read_to_end(wrong)
+    return transfers + 2
+
+
+@needs_logrotate
+def test_every_record_arrives_once_through_a_restart_and_a_rotation(tmp_path: Path) -> None:
+    with Workers(tmp_path, count=2) as relay, running(Rsyslog(tmp_path)) as rsyslog:
+        made = make_connections(relay, 20)
+        wait_until(lambda: len(rsyslog.lines()) == made, PATIENCE, "the first records in rsyslogd's file")
+        made += make_connections(relay, 20)
+        rsyslog.stop()
+        made += make_connections(relay, 20)
+        rsyslog.start()
+        made += make_connections(relay, 20)
+        rotate(tmp_path)
+        made += make_connections(relay, 20)
+        rotate(tmp_path)
+        made += make_connections(relay, 20)
+        relay.wait_for_rows("usage", made)
+        wait_until(lambda: len(arrived(tmp_path)) >= made, PATIENCE, "all records in rsyslogd's files")
+        rsyslog.stop()
+        assert len(list(tmp_path.glob("usage-*.jsonl"))) == 2
+        assert not rsyslog.unparsed.exists()
+        assert Counter(arrived(tmp_path)) == Counter(written_by_the_relay(tmp_path))
+        assert Counter(arrived(tmp_path)) == Counter(
+            (row["started"], row["total_time"], row["waiting_time"], row["bytes"], row["result"])
+            for row in relay.rows("usage")
+        )
+        assert len(set(arrived(tmp_path))) == made
+
+
+def arrived(folder: Path) -> list[Key]:
+    """Return the records in what rsyslogd wrote; its own file is rotated, and at its second rotation compressed."""
+    written = [path.read_bytes() for path in folder.glob("relay-gevent.log*")]
+    texts = [gzip.decompress(text) if text.startswith(b"\x1f\x8b") else text for text in written]
+    return [key_of_line(line) for text in texts for line in whole_lines(text.decode())]
+
+
+class Writers:
+    """What the relay's workers do to their log, without the relay: processes' worth of lines, each its own."""
+
+    def __init__(self, folder: Path, count: int = 2) -> None:
+        self.path = folder / "usage.jsonl"
+        self.logs = []
+        for _ in range(count):
+            self.logs.append(FollowedFile(os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)))
+        self.written = 0
+
+    def write(self, lines: int) -> None:
+        """Write so many lines, by turns."""
+        for _ in range(lines):
+            log = self.logs[self.written % len(self.logs)]
+            log.follow()
+            times = f'"started": 1795176000, "total_time": {self.written}.0, "waiting_time": 0.5'
+            os.write(log.fd, f'{{{times}, "total_bytes": 1000, "mood": "happy"}}\n'.encode())
+            self.written += 1
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        for log in self.logs:
+            os.close(log.fd)
+
+
+@pytest.fixture
+def writers(tmp_path: Path) -> Iterator[Writers]:
+    """Two workers' logs on one file."""
+    writers = Writers(tmp_path)
+    yield writers
+    writers.close()
+
+
+def assert_all_arrived(rsyslog: Rsyslog, writers: Writers, *, once: bool = True) -> None:
+    """Wait until every line has arrived; `once` as well as at all."""
+    wait_until(lambda: len(set(rsyslog.lines())) == writers.written, PATIENCE, "every line in rsyslogd's file")
+    if once:
+        assert len(rsyslog.lines()) == writers.written
+
+
+@needs_logrotate
+def test_rotations_while_rsyslogd_is_down_lose_no_line(tmp_path: Path, writers: Writers) -> None:
+    with running(Rsyslog(tmp_path)) as rsyslog:
+        writers.write(300)
+        assert_all_arrived(rsyslog, writers)
+        writers.write(300)
+        rsyslog.stop()
+        for _ in range(2):
+            writers.write(300)
+            os.rename(writers.path, tmp_path / f"usage-2026112{writers.written}.jsonl")
+        writers.write(300)
+        rsyslog.start()
+        assert_all_arrived(rsyslog, writers)
+
+
+def test_lines_written_to_the_renamed_file_are_not_lost(tmp_path: Path, writers: Writers) -> None:
+    with running(Rsyslog(tmp_path)) as rsyslog:
+        writers.write(20)
+        assert_all_arrived(rsyslog, writers)
+        writers.path.rename(tmp_path / "usage-20261120-000000.jsonl")
+        writers.logs[0].path = None  # a worker that has not noticed yet
+        writers.write(20)
+        assert_all_arrived(rsyslog, writers)
+
+
+def test_a_worker_that_never_stops_writing_is_read_through_rotations(tmp_path: Path, writers: Writers) -> None:
+    with running(Rsyslog(tmp_path)) as rsyslog:
+        ended = threading.Event()
+
+        def write() -> None:
+            for _ in range(400):
+                writers.write(10)
+                ended.wait(0.01)
+            ended.set()
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        for number in range(1000):
+            if ended.wait(0.7):
+                break
+            with contextlib.suppress(FileNotFoundError):
+                writers.path.rename(tmp_path / f"usage-2026-{number:04d}.jsonl")
+        thread.join()
+        assert_all_arrived(rsyslog, writers)
+        assert len(list(tmp_path.glob("usage-*.jsonl"))) > 3
+
+
+def test_a_killed_rsyslogd_loses_no_line(tmp_path: Path, writers: Writers) -> None:
+    with running(Rsyslog(tmp_path)) as rsyslog:
+        for _ in range(4):
+            writers.write(2000)
+            wait_until(lambda: len(rsyslog.lines()) > writers.written - 2000, PATIENCE, "some lines")
+            rsyslog.stop(signal.SIGKILL)
+            writers.write(100)
+            rsyslog.start()
+        assert_all_arrived(rsyslog, writers, once=False)
+
+
+def test_a_slow_rsyslogd_holds_up_no_transfer(tmp_path: Path) -> None:
+    with Workers(tmp_path, count=2) as relay, running(Rsyslog(tmp_path)) as rsyslog:
+        made = make_connections(relay, 5)
+        wait_until(lambda: len(rsyslog.lines()) == made, PATIENCE, "the first records in rsyslogd's file")
+        rsyslog.send(signal.SIGSTOP)
+        made += make_connections(relay, 50)
+        relay.wait_for_records(made)
+        assert len(rsyslog.lines()) < made
+        rsyslog.send(signal.SIGCONT)
+        wait_until(lambda: len(rsyslog.lines()) >= made, PATIENCE, "all records in rsyslogd's file")
+        assert Counter(rsyslog.records()) == Counter(written_by_the_relay(tmp_path))
+
+
+def test_a_backlog_of_a_day_is_worked_off_in_seconds(tmp_path: Path, writers: Writers) -> None:
+    writers.write(50_000)
+    with running(Rsyslog(tmp_path)) as rsyslog:
+        assert_all_arrived(rsyslog, writers)
+
+
+def test_what_is_blurred_stays_blurred(tmp_path: Path) -> None:
+    with Workers(tmp_path, "--blur-usage", "600", count=2) as relay, running(Rsyslog(tmp_path)) as rsyslog:
+        made = make_connections(relay, 3)
+        wait_until(lambda: len(rsyslog.lines()) == made, PATIENCE, "all records in rsyslogd's file")
+        for line in rsyslog.lines():
+            assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d0:00Z ", line)
+            assert key_of_line(line)[0] % 600 == 0
+            assert key_of_line(line)[3] in (0, 10_000)
+
+
+def test_a_line_that_is_not_json_is_kept_apart(tmp_path: Path, writers: Writers) -> None:
+    writers.write(1)
+    with writers.path.open("a") as file:
+        file.write("somebody's echo\n")
+    writers.write(1)
+    with running(Rsyslog(tmp_path)) as rsyslog:
+        assert_all_arrived(rsyslog, writers)
+        assert rsyslog.unparsed.read_text() == "somebody's echo\n"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of a quarter of a megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("takes root, to mount a small disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_what_a_full_disk_takes_from_rsyslogd_is_still_in_the_json_lines(
+    tmp_path: Path, small_disk: Path, writers: Writers
+) -> None:
+    rsyslog = Rsyslog(tmp_path, {f"{tmp_path}/relay-gevent.log": f"{small_disk}/relay-gevent.log"})
+    rsyslog.output = small_disk / "relay-gevent.log"
+    (small_disk / "something else").write_bytes(b"x" * 240_000)
+    with running(rsyslog):
+        writers.write(500)
+        wait_until(lambda: "No space left" in rsyslog.log.read_text(errors="replace"), PATIENCE, "a full disk")
+        (small_disk / "something else").unlink()
+        writers.write(1)
+        wait_until(
+            lambda: any(" total=500 " in line or " total=500.0 " in line for line in rsyslog.lines()),
+            PATIENCE,
+            "a line that has room again",
+        )
+        rsyslog.stop()
+        # As the docs say: forget how far it had read, and read it all again.
+        rsyslog.output.unlink()
+        for state in (tmp_path / "spool").glob("imfile-state:*"):
+            state.unlink()
+        rsyslog.start()
+        assert_all_arrived(rsyslog, writers)
+
+
+def test_lines_wait_while_the_output_cannot_be_opened(tmp_path: Path, writers: Writers) -> None:
+    rsyslog = Rsyslog(tmp_path)
+    rsyslog.output.mkdir()
+    with running(rsyslog):
+        writers.write(500)
+        wait_until(lambda: "relay-gevent.log" in rsyslog.log.read_text(errors="replace"), PATIENCE, "a complaint")
+        rsyslog.output.rmdir()
+        # It tries again every ten seconds.
+        wait_until(rsyslog.output.exists, 60, "rsyslogd's file")
+        assert_all_arrived(rsyslog, writers)
+
+
+UNCOMMENTED = re.compile(r"^#(action\(type=\"omfwd\".*?)^#\)", re.MULTILINE | re.DOTALL)
+
+
+def with_forwarding(port: int) -> dict[str, str]:
+    """Return what to change in the configuration: the commented block's first signs, and the host."""
+    text = CONFIGURATION.read_text()
+    match = UNCOMMENTED.search(text)
+    assert match is not None
+    block = match.group(0)
+    uncommented = "\n".join(line.removeprefix("#") for line in block.splitlines())
+    return {block: uncommented.replace('"loghost.example.org" port="514"', f'"127.0.0.1" port="{port}"')}
+
+
+class CentralHost:
+    """A host that takes syslog over TCP, on as many connections as come."""
+
+    def __init__(self, port: int) -> None:
+        self._received: list[bytearray] = []
+        self._listener = socket.create_server(("127.0.0.1", port))
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            threading.Thread(target=self._take, args=[client], daemon=True).start()
+
+    def _take(self, client: socket.socket) -> None:
+        taken = bytearray()
+        self._received.append(taken)
+        with client:
+            while chunk := client.recv(65536):
+                taken += chunk
+
+    def messages(self) -> list[str]:
+        """Return the messages so far, one a line."""
+        return [line for taken in self._received for line in whole_lines(taken.decode())]
+
+    def close(self) -> None:
+        """Take no further connection."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+RFC5424 = re.compile(r"<134>1 (\S+) (\S+) relay-gevent - usage - (\{.*\})")
+
+
+def test_the_forward_works_when_uncommented_and_waits_for_its_host(tmp_path: Path, writers: Writers) -> None:
+    port = free_port()
+    with running(Rsyslog(tmp_path, with_forwarding(port))) as rsyslog:
+        writers.write(200)
+        assert_all_arrived(rsyslog, writers)  # the local file does not wait for the host
+        rsyslog.stop()
+        assert list((tmp_path / "spool").glob("relay-gevent-forward*"))
+        rsyslog.start()
+        host = CentralHost(port)
+        writers.write(200)
+        # A host that was away is tried again, at first every ten seconds.
+        wait_until(lambda: len(host.messages()) >= writers.written, 50, "all records at the central host")
+        host.close()
+    found = [RFC5424.fullmatch(message) for message in host.messages()]
+    assert all(found)
+    times = sorted(json.loads(match[3])["total_time"] for match in found if match)
+    assert times == [float(number) for number in range(writers.written)]
+    assert {match[1] for match in found if match} == {"2026-11-20T12:00:00Z"}
+
+
+def test_rsyslogd_finds_nothing_wrong_in_the_configuration(tmp_path: Path) -> None:
+    for change in (None, with_forwarding(514)):
+        folder = tmp_path / str(bool(change))
+        folder.mkdir()
+        rsyslog = Rsyslog(folder, change)
+        command = [RSYSLOGD, "-N1", "-f", str(rsyslog.configuration)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        assert result.returncode == 0, result.stderr
+        assert len(result.stderr.splitlines()) == 2, result.stderr  # its greeting and its farewell
+
+
+@needs_logrotate
+def test_rotation_cuts_nothing_off_and_makes_nothing() -> None:
+    stanza = ROTATION.read_text().partition("}")[0]
+    settings = {line.strip() for line in stanza.splitlines()}
+    assert {"nocreate", "nocompress", "extension .jsonl"} <= settings
+    assert "copytruncate" not in settings

@@ -1,0 +1,15 @@
+"""What the tests share; nothing here is a test.
+
+===============  ===================================================================================
+`harness`        relays as real processes, clients as plain blocking sockets, and waiting for conditions
+`crowd`          many clients at once, and whether every byte of theirs arrives
+`hostile`        clients that mean no good, and honest ones beside them
+`ledger`         everything that was recorded, against what was done
+`relay_model`    what a relay has to answer and to record, as a model for Hypothesis
+`kernel_view`    the relay's own sockets, pipes and locks, as the kernel knows them
+`namespaces`     hosts of the test's own
+`wormholes`      the real clients, and a mailbox server for them
+`told_process`   processes that do what a test says: `homes_worker`, `usage_worker`
+`usage_disk`     a small disk that can be full
+===============  ===================================================================================
+"""

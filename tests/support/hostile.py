@@ -1,0 +1,135 @@
+"""Clients that mean no good, from addresses of their own, and honest ones beside them that must not notice.
+
+    relay = relay_factory("--max-per-source", "20")
+    held = [dial(relay.port, "127.1.0.1") for _ in range(30)]
+    honest_transfer(relay.port)     # from 127.0.0.1; AssertionError unless every byte arrives
+
+All of 127.0.0.0/8 is this machine's own, so any of its addresses will do as another source. Sizes are bytes, times
+seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tests.support.harness import handshake, new_side, new_token, read_exactly
+
+NOISE = random.Random(1).randbytes(1 << 18)
+ATTACKER = "127.1.0.1"
+
+
+def dial(port: int, source: str = ATTACKER, host: str = "127.0.0.1") -> socket.socket:
+    """Connect from the address `source`; every call fails after ten seconds."""
+    return socket.create_connection((host, port), timeout=10, source_address=(source, 0))
+
+
+def reset(sock: socket.socket) -> None:
+    """Close with a reset instead of an end of stream."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def answer(sock: socket.socket, seconds: float = 10) -> bytes:
+    """Everything the relay says until it ends the connection, in whichever way."""
+    sock.settimeout(seconds)
+    said = b""
+    with contextlib.suppress(ConnectionError):
+        while chunk := sock.recv(4096):
+            said += chunk
+    return said
+
+
+def is_open(sock: socket.socket) -> bool:
+    """Whether the relay has neither said anything nor ended the connection, as far as one knows by now."""
+    return not select.select([sock], [], [], 0)[0]
+
+
+def met(port: int, source: str = "127.0.0.1") -> tuple[socket.socket, socket.socket]:
+    """Two sides of a transfer that were told ok."""
+    token = new_token()
+    sides = (dial(port, source), dial(port, source))
+    for sock in sides:
+        sock.sendall(handshake(token, new_side()))
+    for sock in sides:
+        assert read_exactly(sock, 3) == b"ok\n"
+    return sides
+
+
+def honest_transfer(port: int, size: int = 300_000, source: str = "127.0.0.1") -> float:
+    """Send `size` bytes of noise from one side to the other, and an answer back; return the seconds it took.
+
+    Raises:
+        AssertionError: not every byte arrived in its place.
+    """
+    began = time.perf_counter()
+    left, right = met(port, source)
+    with left, right:
+        said = hashlib.sha256()
+
+        def send() -> None:
+            rest = size
+            while rest > 0:
+                chunk = NOISE[: min(rest, len(NOISE))]
+                left.sendall(chunk)
+                said.update(chunk)
+                rest -= len(chunk)
+            left.shutdown(socket.SHUT_WR)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        heard = hashlib.sha256()
+        while chunk := right.recv(1 << 18):
+            heard.update(chunk)
+        sender.join()
+        assert heard.digest() == said.digest()
+        right.sendall(b"got it")
+        right.shutdown(socket.SHUT_WR)
+        assert read_exactly(left, 6) == b"got it"
+        assert left.recv(1) == b""
+    return time.perf_counter() - began
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time a process has used so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def load_while(seconds: float, *pids: int) -> float:
+    """How many processors the processes keep busy together, measured for so long."""
+    before, began = sum(map(cpu_seconds, pids)), time.monotonic()
+    time.sleep(seconds)
+    return (sum(map(cpu_seconds, pids)) - before) / (time.monotonic() - began)
+
+
+@contextlib.contextmanager
+def beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Run `work` on a thread until the block is left; it gets the event that says so. What it raises is raised."""
+    over = threading.Event()
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work(over)
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(60)
+    if raised:
+        raise raised[0]

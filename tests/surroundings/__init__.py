@@ -1,0 +1,1 @@
+"""What is not the relay: the machine, its disk, its other programs."""

@@ -1,0 +1,120 @@
+"""What a worker does when the file that it writes its JSON lines to was renamed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from relay.usage.reopen import FollowedFile, path_of
+from tests.support.harness import Relay, connect, handshake, new_side, new_token
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[FollowedFile]:
+    """A log opened as the shell does it, `3>>usage.jsonl`."""
+    fd = os.open(tmp_path / "usage.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.write(fd, b"first\n")
+    yield FollowedFile(fd)
+    os.close(fd)
+
+
+def test_nothing_happens_while_the_path_names_the_file(log: FollowedFile, tmp_path: Path) -> None:
+    assert not log.follow()
+    os.write(log.fd, b"second\n")
+    assert (tmp_path / "usage.jsonl").read_text() == "first\nsecond\n"
+
+
+def test_after_a_rename_a_new_file_is_made_and_the_same_descriptor_writes_to_it(
+    log: FollowedFile, tmp_path: Path
+) -> None:
+    os.fchmod(log.fd, 0o640)
+    (tmp_path / "usage.jsonl").rename(tmp_path / "usage.1")
+    assert log.follow()
+    assert not log.follow()
+    os.write(log.fd, b"second\n")
+    assert (tmp_path / "usage.1").read_text() == "first\n"
+    assert (tmp_path / "usage.jsonl").read_text() == "second\n"
+    assert stat.S_IMODE((tmp_path / "usage.jsonl").stat().st_mode) == 0o640
+
+
+def test_two_workers_agree_on_the_new_file(log: FollowedFile, tmp_path: Path) -> None:
+    other = FollowedFile(os.open(tmp_path / "usage.jsonl", os.O_WRONLY | os.O_APPEND))
+    (tmp_path / "usage.jsonl").rename(tmp_path / "usage.1")
+    for worker in (log, other, log, other):
+        worker.follow()
+        os.write(worker.fd, b"x\n")
+    os.close(other.fd)
+    assert (tmp_path / "usage.jsonl").read_text() == "x\n" * 4
+
+
+def test_a_file_that_was_put_in_its_place_is_appended_to(log: FollowedFile, tmp_path: Path) -> None:
+    (tmp_path / "usage.jsonl").rename(tmp_path / "usage.1")
+    (tmp_path / "usage.jsonl").write_text("made by logrotate's create\n")
+    assert log.follow()
+    os.write(log.fd, b"second\n")
+    assert (tmp_path / "usage.jsonl").read_text() == "made by logrotate's create\nsecond\n"
+
+
+def test_where_no_new_file_can_be_made_the_old_one_is_written_to(log: FollowedFile, tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    moved = FollowedFile(os.open(folder / "usage.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT))
+    folder.rename(tmp_path / "elsewhere")
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError):
+            moved.follow()
+    os.write(moved.fd, b"kept\n")
+    assert (tmp_path / "elsewhere" / "usage.jsonl").read_text() == "kept\n"
+    folder.mkdir()
+    assert moved.follow()
+    os.close(moved.fd)
+
+
+def test_the_descriptor_is_inherited_or_not_as_before(log: FollowedFile, tmp_path: Path) -> None:
+    for inheritable in (True, False):
+        os.set_inheritable(log.fd, inheritable)
+        (tmp_path / "usage.jsonl").rename(tmp_path / "usage.1")
+        assert log.follow()
+        assert os.get_inheritable(log.fd) == inheritable
+
+
+def test_what_is_no_file_or_has_no_name_is_left_alone(log: FollowedFile, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    left, right = socket.socketpair()
+    terminal, end = os.openpty()
+    (tmp_path / "usage.jsonl").unlink()
+    for fd in (writing, left.fileno(), end, log.fd):
+        assert path_of(fd) is None
+        assert not FollowedFile(fd).follow()
+    for fd in (reading, writing, terminal, end):
+        os.close(fd)
+    left.close()
+    right.close()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_fifo_put_in_its_place_does_not_hold_anybody_up(log: FollowedFile, tmp_path: Path) -> None:
+    (tmp_path / "usage.jsonl").unlink()
+    os.mkfifo(tmp_path / "usage.jsonl")
+    with pytest.raises(OSError, match="No such device"):
+        log.follow()
+
+
+def test_the_relay_goes_on_in_a_new_file_after_a_rotation(relay: Relay) -> None:
+    def leave_alone() -> None:
+        with connect(relay.port) as client:
+            client.sendall(handshake(new_token(), new_side()))
+
+    leave_alone()
+    relay.wait_for_records(1)
+    relay.json_lines.rename(relay.folder / "usage-1.jsonl")
+    leave_alone()
+    relay.wait_for_records(1)
+    leave_alone()
+    relay.wait_for_records(2)
+    assert len((relay.folder / "usage-1.jsonl").read_text().splitlines()) == 1
