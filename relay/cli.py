@@ -25,13 +25,16 @@ How it ends, and how long it waits:
   --idle-timeout SECONDS       How long a transfer may go on without a byte [default: 86400]
 
 What nobody gets more of (for each worker, unless it says otherwise):
-  --max-connections N          Connections at a time; further ones wait in the listen queue. Without it,
-                               as many as the limit of file descriptors allows.
+  --max-connections N          Connections at a time; when there are more, what has been idle longest gives way, of
+                               whoever has most, or new ones wait in the listen queue. Without it, as many as the limit
+                               of file descriptors allows, or, with --run-dir, half of that: then a worker has room for
+                               what another one hands it when that leaves.
   --max-handshakes N           Clients that have not said what they want; the oldest gives way [default: 1000]
   --max-waiting N              Clients that wait for a partner; the oldest gives way. Without it, three quarters
                                of --max-connections.
-  --max-waiting-per-token N    Clients that wait with the same token; further ones are turned away [default: 16]
-  --max-per-source N           Connections from one address (IPv6: one /64). Without it, half of --max-connections.
+  --max-waiting-per-token N    Clients that wait with the same token; the oldest gives way [default: 16]
+  --max-per-source N           Connections from one address (IPv6: one /64). Without it, a sixteenth of the
+                               connections at a time, but 64 where that is not more than half of them.
   --max-new-per-source N       New connections a second from one address; without it, 200. Both of these spare
                                this machine's own addresses, unless they are given.
   --max-pair-bytes BYTES       What one transfer may move, both directions together; without it, anything.
@@ -67,6 +70,10 @@ those that `pipes` leaves free."""
 
 LEAST_FDS = RESERVED_FDS + 6
 """Room for one transfer: two connections, and two pipes."""
+
+MOST_PIPES = 1000
+"""How many pipes a worker has at the most, however many file descriptors. Only transfers in which much moves hold one,
+and one after the other does that; those who get none copy."""
 
 RECORDS_SECONDS = 10.0
 """How long the last thing a worker does, writing the records that are still queued, may take."""
@@ -162,7 +169,8 @@ def read_options(arguments: Sequence[str]) -> Options:
     except docopt.DocoptExit as refusal:
         raise Mistake(_what_docopt_means(arguments, str(refusal))) from None
     port, interface = _endpoint(given["--port"], given["--interface"])
-    most = _max_connections(given)
+    held, pipes = _shares_of_fds()
+    most = _max_connections(given, held)
     return Options(
         port=port,
         interface=interface,
@@ -175,10 +183,12 @@ def read_options(arguments: Sequence[str]) -> Options:
         wait_timeout=_seconds(given, "--wait-timeout", 0.1),
         idle_timeout=_seconds(given, "--idle-timeout", 1),
         max_connections=most,
+        most_held=max(held, most),
+        most_pipes=min(pipes, (held + 2 * pipes - most) // 2),
         max_handshakes=_whole(given, "--max-handshakes", 1),
         max_waiting=_whole_or(given, "--max-waiting", most * 3 // 4),
         max_waiting_per_token=_whole(given, "--max-waiting-per-token", 1),
-        max_per_source=_whole_or(given, "--max-per-source", most // 2),
+        max_per_source=_whole_or(given, "--max-per-source", max(most // 16, min(most // 2, 64))),
         max_new_per_source=_whole_or(given, "--max-new-per-source", 200),
         bounds_loopback=given["--max-per-source"] is not None or given["--max-new-per-source"] is not None,
         max_pair_bytes=_whole_or(given, "--max-pair-bytes", None),
@@ -223,18 +233,24 @@ def _log_fd(given: dict[str, Any]) -> int | None:
     return log_fd
 
 
-def _max_connections(given: dict[str, Any]) -> int:
+def _shares_of_fds() -> tuple[int, int]:
+    """For how many connections, and for how many pipes beside them, there are file descriptors."""
     fds, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if fds < LEAST_FDS:
         raise Mistake(f"the limit of file descriptors is {fds}; raise it to {LEAST_FDS} or more (ulimit -n)")
-    # A pair with bytes in flight borrows pipes, four file descriptors at most, and copies when it gets none.
-    possible = (fds - RESERVED_FDS) * 4 // 5
+    free = fds - RESERVED_FDS
+    pipes = min(MOST_PIPES, free // 16)
+    return free - 2 * pipes, pipes
+
+
+def _max_connections(given: dict[str, Any], held: int) -> int:
     if given["--max-connections"] is None:
-        return possible
+        return held if given["--run-dir"] is None else max(2, held // 2)
     most = _whole(given, "--max-connections", 2)
-    if most > fds - RESERVED_FDS:
+    possible = held + 2 * _shares_of_fds()[1]
+    if most > possible:
         raise Mistake(
-            f"--max-connections {most}: the limit of file descriptors allows {fds - RESERVED_FDS}; raise it (ulimit -n)"
+            f"--max-connections {most}: the limit of file descriptors allows {possible}; raise it (ulimit -n)"
         )
     return most
 

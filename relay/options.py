@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options of `relay-gevent`; times in seconds. docs/running.md describes each."""
+    """The options of `relay-gevent`; times in seconds. docs/running.md describes each.
+
+    `most_held` is how many connections there are descriptors for, those included that siblings hand on; `most_pipes`,
+    for how many pipes beside `max_connections`. Both follow from the limit of file descriptors.
+    """
 
     port: int = 4001
     interface: str = "::"
@@ -19,6 +23,8 @@ class Options:
     handshake_timeout: float = 30.0
     wait_timeout: float = 3600.0
     max_connections: int = 1000
+    most_held: int = 2000
+    most_pipes: int = 100
     max_handshakes: int = 1000
     max_per_source: int = 500
     max_new_per_source: int = 200

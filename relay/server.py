@@ -22,6 +22,7 @@ from relay.clients.places import Places
 from relay.clients.reception import Reception
 from relay.mistakes import Mistake
 from relay.options import Options
+from relay.transfer.eviction import Eviction
 from relay.transfer.pairs import Pairs
 from relay.usage.record import Current, Record
 from relay.usage.recorder import Recorder
@@ -48,6 +49,7 @@ class Relay:
         self.pairs = Pairs(options, self._places, self._record)
         self._matching = Matching(loop, options, self._places, self._farewell, self.pairs.glue)
         self._reception = Reception(loop, options, self._places, self._farewell, self._matching.admit)
+        self._eviction = Eviction(self._places, self._matching, self.pairs, self._is_awaited)
         self._changed = Event()
         self._ended = Event()
         self._household = None if options.run_dir is None else self._make_household(options.run_dir)
@@ -125,6 +127,9 @@ class Relay:
         if self._household is not None:
             self._household.open(self._door, listener)
 
+    def _is_awaited(self) -> bool:
+        return self._door is not None and self._door.is_awaited()
+
     def _pass_the_door_on(self) -> bool:
         return self._household is not None and self._household.siblings.pass_the_door_on()
 
@@ -157,15 +162,18 @@ class Relay:
 
     def _clear_out(self) -> None:
         """Give everything that is here into other hands, or, when there are none, begin to end it."""
-        if self._household is not None and self._household.moves_on():
+        has_siblings = self._household is not None and self._household.moves_on()
+        if self._household is not None and has_siblings and self._household.hand_everything_on():
             self._grace_ends = None
-            self._household.hand_everything_on()
             return
         self.pairs.begin_all()
         if self._grace_ends is None:
             self._grace_ends = time.monotonic() + self.options.grace
-            logger.info("stopping: %d transfers have %g seconds to finish", len(self.pairs), self.options.grace)
-        if not self._given_up and (self._household is None or not self._household.siblings.hopes):
+            lack = "; the other workers have no room for them" if has_siblings else ""
+            logger.info("stopping: %d transfers have %g seconds to finish%s", len(self.pairs), self.options.grace, lack)
+        if has_siblings or self._given_up:
+            return
+        if self._household is None or not self._household.siblings.hopes:
             self._give_up()
 
     def _give_up(self) -> None:
@@ -186,6 +194,7 @@ class Relay:
         self._tick.stop()
         for line in self._bounds_met.lines(math.inf):
             logger.warning("%s", line)
+        self._eviction.close()
         if self._current_greenlet is not None:
             gevent.kill(self._current_greenlet)
         if self._household is not None:
@@ -230,6 +239,8 @@ class Relay:
             self.pairs.every_second(now, lambda busy: 1.0)
         else:
             self._household.every_second(self.pairs.every_second(now, self._household.siblings.share))
+        if not self._stopping:
+            self._eviction.every_second()
         for line in self._bounds_met.lines(now):
             logger.warning("%s", line)
         if self._connected_and_waiting() != self._told:

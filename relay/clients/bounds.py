@@ -27,11 +27,11 @@ class Bound(enum.Enum):
     PER_SOURCE = "--max-per-source: turned away new connections from an address that had its share"
     NEW_PER_SOURCE = "--max-new-per-source: turned away new connections from an address that made too many"
     WAITING = "--max-waiting: turned away the client that had waited longest"
-    PER_TOKEN = "--max-waiting-per-token: turned away further clients with the same token"
+    PER_TOKEN = "--max-waiting-per-token: turned away the client that had waited longest with the same token"
     IDLE = "--idle-timeout: ended transfers in which nothing moved"
     PAIR_BYTES = "--max-pair-bytes: ended transfers that were too large"
     CONNECTIONS = "--max-connections: let new connections wait to be accepted"
-    CROWDED = "--max-connections: turned away the client that had waited longest, for one that a sibling handed on"
+    PLACES = "--max-connections: ended what had been idle longest, of whoever had most, for new connections"
     EXHAUSTED = "no file descriptor or memory was left: let new connections wait to be accepted"
 
 
@@ -59,7 +59,7 @@ class Sources:
     def __init__(self, most: int, most_new: int) -> None:
         self._most = most
         self._most_new = most_new
-        self._here: Counter[bytes] = Counter()
+        self._here: Counter[bytes] = Counter()  # only those that are here
         self._new: Counter[bytes] = Counter()
 
     def __len__(self) -> int:
@@ -82,6 +82,10 @@ class Sources:
     def has_too_many(self, source: bytes) -> bool:
         """Whether more connections from `source` are here than may be; siblings may have handed them on."""
         return self._here[source] > self._most
+
+    def count(self, source: bytes | None) -> int:
+        """How many connections from `source` are here; 0 for one that nobody counts."""
+        return 0 if source is None else self._here[source]
 
     def remove(self, source: bytes) -> None:
         """A connection from `source` is here no longer."""

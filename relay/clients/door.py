@@ -167,10 +167,13 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
 
     def look_after_it(self) -> None:
         """Take the turn of a worker that does not use it; to be called every now and then."""
-        if self.started and not self._has_turn and self._is_awaited():
+        if not self._has_turn and self.is_awaited():
             self.take_turn()
 
-    def _is_awaited(self) -> bool:
+    def is_awaited(self) -> bool:
+        """Whether somebody waits to be accepted."""
+        if not self.started:
+            return False
         queue = select.poll()
         queue.register(self.socket, select.POLLIN)
         return bool(queue.poll(0))

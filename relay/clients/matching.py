@@ -94,10 +94,20 @@ class Matching:
         """Everybody who waits; they may go meanwhile."""
         return iter(self._room)
 
+    def __contains__(self, client: Client) -> bool:
+        return client in self._room.all_for(client.token)
+
     def admit(self, client: Client) -> None:
         """See a client whose handshake is whole to its token's home."""
         if self._room.waiting_for(client.token) or not self.elsewhere.sees_home(client):
             self._meet(client)
+
+    def readmit(self, client: Client) -> None:
+        """The same for one that was under way between workers, and may have left or spoken meanwhile."""
+        if self._has_kept_quiet(client):
+            self.admit(client)
+        else:
+            self._judge(client)
 
     def _meet(self, client: Client) -> None:
         """Pair `client`, or let it wait."""
@@ -124,10 +134,10 @@ class Matching:
             self._farewell.turn_away(client)
             return
         if self._room.waiting_for(client.token) >= self._options.max_waiting_per_token:
-            # Only who knows the token can do this, and so to nobody but itself and its partner.
+            # Only who knows the token can do this, and so to nobody but itself and its partner. The oldest gives way:
+            # the newest is the likeliest to be alive.
             self._note(Bound.PER_TOKEN)
-            self._farewell.turn_away(client)
-            return
+            self.dismiss(self._room.oldest_for(client.token))
         self._deadlines.set(client, client.arrived + self._options.wait_timeout)
         self._room.enter(client)
         client.listen(self._loop, self._on_readable)
@@ -147,6 +157,11 @@ class Matching:
         """Send away somebody who waits here."""
         self.leave(client)
         self._farewell.turn_away(client)
+
+    def evict(self, client: Client) -> None:
+        """End the connection of somebody who waits here, at once, for its place."""
+        self.leave(client)
+        self._farewell.let_leave(client)
 
     def dismiss_oldest(self) -> None:
         """The same for the one that has waited longest; there is one."""
@@ -169,13 +184,16 @@ class Matching:
 
     def _interrupted(self, client: Client) -> None:
         """A waiting client has left, or has said something before it was told ``ok``."""
+        if not self._has_kept_quiet(client):  # no false alarm
+            self.leave(client)
+            self._judge(client)
+
+    def _judge(self, client: Client) -> None:
+        """Turn away somebody who has left or spoken, and does not wait here."""
         try:
             spoke = bool(client.sock.recv(1, socket.MSG_PEEK))
-        except BlockingIOError:
-            return  # a false alarm
         except OSError:
             spoke = False
-        self.leave(client)
         if spoke:
             self._farewell.refuse(client, Refusal.IMPATIENT)
         else:
@@ -207,8 +225,7 @@ class Matching:
     def cut_off(self) -> None:
         """End the connections of all who wait at once."""
         for client in self:
-            self.leave(client)
-            self._farewell.let_leave(client)
+            self.evict(client)
 
     def every_second(self, now: float) -> None:
         """Send away those who have waited too long; `now` in monotonic seconds."""

@@ -24,6 +24,7 @@ class Places:
     def __init__(self, options: Options, bounds_met: BoundsMet, on_free: Callable[[], None]) -> None:
         self.taken = 0
         self.most = options.max_connections
+        self._most_held = options.most_held
         self.bounds_met = bounds_met
         self._counts_loopback = options.bounds_loopback
         self._sources = Sources(options.max_per_source, options.max_new_per_source)
@@ -32,6 +33,15 @@ class Places:
     def is_full(self) -> bool:
         """Whether no further connection is to be accepted."""
         return self.taken >= self.most
+
+    @property
+    def room(self) -> int:
+        """For how many connections that siblings hand on there are descriptors."""
+        return max(0, self._most_held - self.taken)
+
+    def count_of(self, source: bytes | None) -> int:
+        """How many connections from `source` are here; 0 for one that nobody counts."""
+        return self._sources.count(source)
 
     def source_of(self, host: str) -> bytes | None:
         """Whom a connection from the numeric address `host` counts for; None for one that nobody counts."""

@@ -4,7 +4,8 @@ Invariants, which the tests hold:
 
 - two clients match when their tokens are equal and their sides differ; a client with no side matches any;
 - so everybody who waits for one token is of one side, and a client with no side waits alone;
-- a newcomer gets the one who has waited longest;
+- a newcomer gets the one that came last: an earlier one may be dead without anybody knowing yet, its client having
+  come back on another connection;
 - nobody is in the room twice, and nobody stays in it after `leave` or `take_all`.
 """
 
@@ -48,8 +49,8 @@ class WaitingRoom(Generic[W]):
         return iter([client for clients in self._by_token.values() for client in clients])
 
     def partner_for(self, newcomer: W) -> W | None:
-        """The client that has waited longest of those who match `newcomer`; it stays in the room."""
-        for client in self._by_token.get(newcomer.token, ()):
+        """The client that came last of those who match `newcomer`; it stays in the room."""
+        for client in reversed(self._by_token.get(newcomer.token, ())):
             if client.side is None or newcomer.side is None or client.side != newcomer.side:
                 return client
         return None
@@ -82,6 +83,10 @@ class WaitingRoom(Generic[W]):
     def all_for(self, token: bytes) -> list[W]:
         """Everybody who waits for `token`; they stay in the room, which may change meanwhile."""
         return [*self._by_token.get(token, ())]
+
+    def oldest_for(self, token: bytes) -> W:
+        """The one who has waited longest for `token`; somebody does."""
+        return self._by_token[token][0]
 
     def oldest(self) -> W:
         """The one who waits for the token that somebody has waited for longest; the room is not empty."""

@@ -189,17 +189,21 @@ class Pair:
         before, self._moved_a_second_ago = self._moved_a_second_ago, self.moved
         return self.moved != before
 
-    def cut_if_idle(self, now: float, seconds: float) -> None:
-        """End the pair if nothing has moved for so long; to be asked regularly, `now` being monotonic seconds."""
+    def idle_for(self, now: float) -> float:
+        """For how many seconds nothing has moved, as far as that is known: since the last time but one that somebody
+        asked. `now` is in monotonic seconds."""
         moved = self.moved
         if moved != self._moved_then or not self._idle_since:
             self._moved_then, self._idle_since = moved, now
-        elif now - self._idle_since > seconds:
-            if self.watched is not None:
-                self.cut_by = Bound.IDLE
-                self._end()
-            elif self.greenlet is not None:
-                self.greenlet.kill(Cut(Bound.IDLE), block=False)
+        return now - self._idle_since
+
+    def cut(self, bound: Bound) -> None:
+        """End the pair, which has met a bound of the operator's."""
+        if self.watched is not None:
+            self.cut_by = bound
+            self._end()
+        elif self.greenlet is not None:
+            self.greenlet.kill(Cut(bound), block=False)
 
     def pack(self) -> tuple[PairState, list[int]]:
         """This pair as it is, for another process, and the file descriptors that go with it; after `detach`."""

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from relay.clients.bounds import Bound
 from relay.clients.client import Client
 from relay.clients.places import Places
 from relay.options import Options
@@ -37,7 +38,7 @@ class Pairs:
         self._places = places
         self._record = record
         self._pairs: set[Pair] = set()
-        self._pipes = PipePool()
+        self._pipes = PipePool(most=options.most_pipes)
         self._relay_pace = None if options.relay_rate is None else Pace(options.relay_rate)
         self._limits = self._limits_of_pairs()
         self._finished_bytes = 0
@@ -190,7 +191,8 @@ class Pairs:
         if now >= self._next_idle_check:
             self._next_idle_check = now + min(60.0, self._options.idle_timeout / 10)
             for pair in self:
-                pair.cut_if_idle(now, self._options.idle_timeout)
+                if pair.idle_for(now) > self._options.idle_timeout:
+                    pair.cut(Bound.IDLE)
         if self._relay_pace is None or self._options.relay_rate is None:
             return 0
         busy = sum(pair.was_busy() for pair in self._pairs)

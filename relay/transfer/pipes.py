@@ -5,8 +5,8 @@ pages. An ordinary user gets 64 MiB of pipe memory in all (``fs.pipe-user-pages-
 a pipe fails with EPERM. When one cannot be had, for that or any other reason, there is none to borrow, and the pump
 copies; after `TRY_AGAIN_SECONDS` it is tried again. Nothing that is smaller than wanted is ever kept.
 
-File descriptors, too, are lent only as far as they are left over: the last ones are for what cannot do without, such as
-a new sibling, or a log that is opened again.
+File descriptors, too, are used only as far as they are left over: what connections were promised is theirs, and the
+last ones are for what cannot do without, such as a new sibling, or a log that is opened again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from dataclasses import dataclass
 
 PIPE_BYTES = 1 << 20
 """What a pipe holds; also the most that ever rests in the relay in one direction of a pair."""
+
+MOST_PIPES = 1000
+"""How many pipes a pool has at the most, unless its owner says otherwise."""
 
 SPARE_PIPES = 16
 """How many unused pipes are kept for the next turn, instead of being made anew for each."""
@@ -46,8 +49,10 @@ class Pipe:
 class PipePool:
     """Empty pipes, lent and taken back."""
 
-    def __init__(self, spare: int = SPARE_PIPES) -> None:
+    def __init__(self, spare: int = SPARE_PIPES, most: int = MOST_PIPES) -> None:
         self._spare = spare
+        self._most = most
+        self._open = 0
         self._pipes: list[Pipe] = []
         self._scarce_until = 0.0
 
@@ -59,22 +64,34 @@ class PipePool:
             if time.monotonic() < self._scarce_until:
                 return None
             self._scarce_until = 0.0
-        pipe = _new_pipe()
+        pipe = _new_pipe() if self._open < self._most else None
         if pipe is None:
             self._scarce_until = time.monotonic() + TRY_AGAIN_SECONDS
+        else:
+            self._open += 1
         return pipe
+
+    def adopt(self, inlet: int, outlet: int) -> Pipe:
+        """A pipe that has come from another process, and counts here now; it may hold bytes."""
+        self._open += 1
+        return Pipe(inlet, outlet)
 
     def give_back(self, pipe: Pipe) -> None:
         """Take back `pipe`, which is empty."""
         if len(self._pipes) < self._spare:
             self._pipes.append(pipe)
         else:
-            pipe.close()
+            self.throw_away(pipe)
+
+    def throw_away(self, pipe: Pipe) -> None:
+        """Take back `pipe`, whatever is in it."""
+        self._open -= 1
+        pipe.close()
 
     def close(self) -> None:
         """Close the pipes that nobody has borrowed."""
         while self._pipes:
-            self._pipes.pop().close()
+            self.throw_away(self._pipes.pop())
 
 
 def _new_pipe() -> Pipe | None:

@@ -273,7 +273,7 @@ class Pump:
         """Go on where a pump in another process was; `fds` are those that came with it."""
         self.moved, self.splices = state.moved, state.splices
         if len(fds) == PIPE_FDS:
-            self._pipe = Pipe(*fds)
+            self._pipe = self._pipes.adopt(*fds)
             self.held = state.held
         elif fds:
             with open(fds[0], "rb", buffering=0) as file:
@@ -296,7 +296,7 @@ class Pump:
 
     def _drop(self) -> None:
         if self._pipe is not None:
-            self._pipe.close()  # it may hold bytes, so it cannot go back
+            self._pipes.throw_away(self._pipe)  # it may hold bytes, so it cannot go back
             self._pipe = None
         self._turns.held -= len(self._rest)
         self._rest = _NOTHING

@@ -24,7 +24,8 @@ from relay.transfer.pair import Pair
 from relay.transfer.pairs import Pairs
 from relay.transfer.state import PairState
 from relay.workers.balance import Balance
-from relay.workers.link import Link
+from relay.workers.language import Standing
+from relay.workers.link import CONNECTIONS_OF_A_PAIR, Link
 from relay.workers.load import FULL_LOAD, Load
 from relay.workers.run_dir import RunDir
 from relay.workers.siblings import Siblings
@@ -32,9 +33,6 @@ from relay.workers.siblings import Siblings
 MOST_HOPS = 8
 """A client that has been handed on so often stays where it is for a second, in which the siblings may find out who is
 there: they do not all learn of a change in the same moment."""
-
-ROOM_FOR_HANDED_ON = 9 / 8
-"""How many times --max-connections a worker may hold when siblings hand it what they have: they may be leaving."""
 
 
 class Household:
@@ -74,6 +72,7 @@ class Household:
         self._epoll = select.epoll.fromfd(os.dup(gevent.get_hub().loop.fileno()))
         self._balance: Balance[Pair] = Balance()
         self._load = Load()
+        self._busy, self._lately = 0, FULL_LOAD
         matching.elsewhere = self
         pairs.moves_on = self._moves_on_at_once
 
@@ -140,21 +139,34 @@ class Household:
         self._stop_watching(pair.second)
         sibling.hand_pair(pair)
 
-    def hand_everything_on(self) -> None:
-        """Give everybody who is here to the siblings; there is one (see `moves_on`)."""
+    def hand_everything_on(self) -> bool:
+        """Give everybody who is here to the siblings, as far as these have room. Returns whether they had it for all;
+        whoever found none stays, and a pair among them has to begin again."""
+        found_room = True
         for client in self._matching:
-            self._uproot(client, self.siblings.tokens.heir(client.token))
+            heir = self.siblings.tokens.heir(client.token)
+            if heir is None:
+                found_room = False
+                break
+            self._uproot(client, heir)
         for client in self._reception:
+            link = self.siblings.any_with_room(1)
+            if link is None:
+                found_room = False
+                break
             self._reception.let_go(client)
-            self._hand_on(client, self.siblings.any_home())
-        self._hand_on_pairs(list(self._pairs), None)
+            self._hand_on(client, link)
+        for pair in self._pairs:
+            link = self.siblings.any_with_room(CONNECTIONS_OF_A_PAIR)
+            if link is None:
+                return False
+            self._hand_on_pair(pair, link)
+        return found_room
 
-    def _hand_on_pairs(self, pairs: list[Pair], link: Link | None) -> None:
-        """Hand `pairs` on over `link`, or to all in turn."""
+    def _hand_on_pairs(self, pairs: list[Pair], link: Link) -> None:
         for pair in pairs:
-            if link is None and self.siblings.alone:
-                return  # things have changed meanwhile
-            self._hand_on_pair(pair, link or self.siblings.any_home())
+            if link.has_room(CONNECTIONS_OF_A_PAIR):
+                self._hand_on_pair(pair, link)
 
     def _stop_watching(self, sock: socket.socket) -> None:
         """Make the event loop's epoll forget a socket that lives on in another process. It would go on to report it
@@ -170,29 +182,26 @@ class Household:
         """A sibling has handed `client` on."""
         client.source = self._places.source_of_peer(client.sock)
         self._places.take(client.source)
-        if self._has_no_room_for(client):
+        if self._places.has_too_many(client.source):  # a source can choose tokens that all live with us
             self._farewell.turn_away(client, "lonely" if client.token else "errory")
         else:
             self.take_back(client)
 
-    def _has_no_room_for(self, client: Client) -> bool:
-        """Whether `client`, just handed on, meets a bound here: a source can choose tokens that all live with us."""
-        if self._places.has_too_many(client.source):
-            return True
-        if self._places.taken <= ROOM_FOR_HANDED_ON * self._places.most:
-            return False
-        self._places.bounds_met.note(Bound.CROWDED)
-        if not len(self._matching):
-            return True
-        self._matching.dismiss_oldest()
-        return False
+    def has_room(self, connections: int) -> bool:
+        """Whether there are descriptors for so many connections."""
+        return self._places.room >= connections
+
+    def standing(self) -> Standing:
+        """How this worker is, for its siblings."""
+        return Standing(self._busy, self._lately, self._places.room)
 
     def take_back(self, client: Client) -> None:
         """A client is here anew."""
+        link = self.siblings.any_with_room(1) if self.moves_on() and not client.token else None
         if client.token:
-            self._matching.admit(client)
-        elif self.moves_on():
-            self._hand_on(client, self.siblings.any_home())
+            self._matching.readmit(client)
+        elif link is not None:
+            self._hand_on(client, link)
         else:
             self._reception.expect(client)
 
@@ -250,9 +259,13 @@ class Household:
         work with the one that has the least."""
         assert self._door is not None
         load = self._load.lately()
-        self.siblings.every_second(busy, load if self._door.has_room() else FULL_LOAD)
+        self._busy, self._lately = busy, load if self._door.has_room() else FULL_LOAD
+        self.siblings.every_second(self.standing())
+        if self.siblings.leaving:
+            self._on_change()  # somebody may have room by now
+            return
         link = self.siblings.idlest()
-        if link is not None and not self.siblings.leaving:
+        if link is not None:
             surplus = self._balance.surplus(list(self._pairs), load, link.load)
             if surplus:
                 gevent.spawn(self._hand_on_pairs, surplus, link)

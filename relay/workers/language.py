@@ -9,7 +9,8 @@ of the language `LANGUAGE`: the files of `homes`, which come before the listenin
 ``R``      ready: I accept connections and can be home to tokens
 ``L``      leaving: send me nothing more, I am handing on what I have
 ``F``      farewell, the answer to ``L``: nothing more will come from me
-``.``      still here, so many transfers want to move something (if there is a --relay-rate), and such is my load
+``.``      still here: so many transfers want to move something (if there is a --relay-rate), such is my load, and I
+           have room for so many connections
 ``D``      your turn at the door, which so many had no room to take (see `door`)
 ``M``      matched: two sides for that token, here, while somebody else was home to it, too
 ``H``      clients that have no partner yet, their sockets beside the packet
@@ -54,7 +55,7 @@ LARGEST_PACKET = 192 << 10
 _ENVELOPE = struct.Struct("!cQd")  # kind, serial number, when it was sent
 _ANSWER = struct.Struct("!cQ")  # kind, serial number
 _CLIENT = struct.Struct("!dddBBBB")  # started, arrived, asked, hops, length of token, of side, of what it has sent
-_STILL_HERE = struct.Struct("!cIf")  # kind, transfers, load
+_STILL_HERE = struct.Struct("!cIfI")  # kind, transfers, load, room
 _TURN = struct.Struct("!cI")  # kind, how many had no room
 _PAIR = struct.Struct("!ddd")  # started, arrived, waiting time
 _PUMP = struct.Struct("!QI??IB")  # moved, held, over, splices, length of what rests in it, file descriptors beside it
@@ -135,15 +136,25 @@ def kind_of(packet: bytes) -> bytes:
     return packet[:1]
 
 
-def encode_still_here(pairs: int, load: float) -> bytes:
-    """A ``.`` from a worker with `pairs` transfers that want to move something, and `load` (see `load`)."""
-    return _STILL_HERE.pack(STILL_HERE, pairs, load)
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a worker is: how many of its transfers want to move something, its load (see `load`), and for how many more
+    connections it has room."""
+
+    pairs: int
+    load: float
+    room: int
 
 
-def decode_still_here(packet: bytes) -> tuple[int, float]:
-    """How many transfers of the sender of a ``.`` want to move something, and its load."""
-    _, pairs, load = _unpack(_STILL_HERE, packet, 0)
-    return int(pairs), float(load)
+def encode_still_here(standing: Standing) -> bytes:
+    """A ``.`` from a worker that is like this."""
+    return _STILL_HERE.pack(STILL_HERE, standing.pairs, standing.load, standing.room)
+
+
+def decode_still_here(packet: bytes) -> Standing:
+    """How the sender of a ``.`` is."""
+    _, pairs, load, room = _unpack(_STILL_HERE, packet, 0)
+    return Standing(int(pairs), float(load), int(room))
 
 
 def encode_turn(passed_by: int) -> bytes:

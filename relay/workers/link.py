@@ -31,6 +31,8 @@ from relay.workers.language import (
 )
 from relay.workers.load import FULL_LOAD
 
+CONNECTIONS_OF_A_PAIR = 2
+
 _ANCILLARY_BYTES = socket.CMSG_SPACE(CLIENTS_PER_PACKET * array.array("i").itemsize)
 
 _buffer = bytearray(LARGEST_PACKET)
@@ -63,7 +65,8 @@ class Link:
     """The connection to one sibling.
 
     It is known by its `greeting`, None until it has come. `ready` is whether it accepts connections, `leaving` whether
-    it is about to end, `silent` whether it has stopped answering; `pairs` and `load` are what it last said of itself.
+    it is about to end, `silent` whether it has stopped answering; `pairs` and `load` are what it last said of itself,
+    and `room` is that less what was handed there since.
     """
 
     def __init__(self, owner: Correspondent, sock: socket.socket, pid: int, *, opened_by_sibling: bool) -> None:
@@ -79,6 +82,7 @@ class Link:
         self.unconfirmed: dict[int, Parcel] = {}
         self.pairs = 0
         self.load = FULL_LOAD
+        self.room = 0
         self.handed_clients = 0
         self.handed_pairs = 0
         self._owner = owner
@@ -112,16 +116,22 @@ class Link:
         """Whether the sibling has made no room for what is to be said."""
         return bool(self._outbox)
 
+    def has_room(self, connections: int) -> bool:
+        """Whether this sibling can be home to tokens, and take so many connections."""
+        return self.live and self.room >= connections
+
     # Saying
 
     def hand_client(self, client: Client) -> None:
         """Hand `client` on, with whatever else this iteration of the loop brings."""
+        self.room -= 1
         if not self._next_clients:
             self._run_callback(self._send_clients)
         self._next_clients.append(client)
 
     def hand_pair(self, pair: Pair) -> None:
-        """Hand `pair` on, whose greenlet has let go of it."""
+        """Hand `pair` on, which has let go of its sockets."""
+        self.room -= CONNECTIONS_OF_A_PAIR
         self.say(Parcel([], pair))
 
     def say(self, message: Parcel | bytes) -> None:

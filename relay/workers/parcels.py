@@ -32,7 +32,7 @@ from relay.workers.language import (
     decode_pair,
     encode_answer,
 )
-from relay.workers.link import Link, Parcel
+from relay.workers.link import CONNECTIONS_OF_A_PAIR, Link, Parcel
 
 PARCEL_GOOD_SECONDS = 1.0
 """How old a parcel may be when it is opened."""
@@ -55,6 +55,9 @@ class Receiver(Protocol):
 
     def take_back_pair(self, pair: Pair) -> None:
         """A sibling could not take this pair."""
+
+    def has_room(self, connections: int) -> bool:
+        """Whether this worker can take so many connections."""
 
     def handed_on(self, client: Client) -> None:
         """A sibling has taken this client over; our copy of its socket is to be closed."""
@@ -81,7 +84,7 @@ class Parcels:
         """An ``H`` has come; raises Misunderstood."""
         envelope = decode_envelope(packet)
         clients = decode_clients(packet)
-        if not self._accepts(link, envelope, complete=len(clients) == len(fds)):
+        if not self._accepts(link, envelope, len(clients), complete=len(clients) == len(fds)):
             close_all(fds)
             return
         assert self._estate.port is not None
@@ -94,17 +97,18 @@ class Parcels:
         """A ``P`` has come; raises Misunderstood."""
         envelope = decode_envelope(packet)
         state = decode_pair(packet)
-        if not self._accepts(link, envelope, complete=len(fds) == state.fds):
+        if not self._accepts(link, envelope, CONNECTIONS_OF_A_PAIR, complete=len(fds) == state.fds):
             close_all(fds)
             return
         self._receiver.take_in_pair(state, fds)
 
-    def _accepts(self, link: Link, envelope: Envelope, *, complete: bool) -> bool:
+    def _accepts(self, link: Link, envelope: Envelope, connections: int, *, complete: bool) -> bool:
         """Confirm or refuse a parcel. Once it is confirmed it is ours, and the sender closes its copies."""
         # To confirm later than now would be too late: the sender might take it back meanwhile. To refuse never is.
-        if complete and time.monotonic() - envelope.sent <= PARCEL_GOOD_SECONDS and link.confirm(envelope.serial):
+        good = complete and time.monotonic() - envelope.sent <= PARCEL_GOOD_SECONDS
+        if good and self._receiver.has_room(connections) and link.confirm(envelope.serial):
             return True
-        link.say(encode_answer(REFUSED, envelope.serial))  # too old, or no file descriptor was left for all that came
+        link.say(encode_answer(REFUSED, envelope.serial))  # too old, or there was no room for all that came
         return False
 
     def confirmed(self, link: Link, serial: int) -> None:
@@ -123,6 +127,7 @@ class Parcels:
         """A sibling could not take a parcel: it is ours again within a second."""
         parcel = link.unconfirmed.pop(serial, None)
         if parcel is not None:
+            link.room = 0  # until it says otherwise
             self._refused.append(parcel)
 
     def have_back(self, parcels: list[Parcel]) -> None:

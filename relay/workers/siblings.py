@@ -32,6 +32,7 @@ from relay.workers.language import (
     Envelope,
     Greeting,
     Misunderstood,
+    Standing,
     decode_answer,
     decode_matched,
     decode_still_here,
@@ -68,6 +69,9 @@ class AtHome(Receiver, Protocol):
 
     def sibling_gone(self) -> None:
         """A link has ended."""
+
+    def standing(self) -> Standing:
+        """How this worker is."""
 
 
 class Siblings:
@@ -110,6 +114,7 @@ class Siblings:
         self._gathering.open()
         for link in self._greeted():
             link.say(READY)
+            link.say(encode_still_here(self._at_home.standing()))
         self._gathering.unlock()
         pids = ", ".join(str(link.pid) for link in self._greeted())
         logger.info(
@@ -171,11 +176,11 @@ class Siblings:
         """Whether there is nobody to hand anything to."""
         return not self._live
 
-    def any_home(self) -> Link:
-        """Some live sibling, another one each time; there is one (see `alone`)."""
-        links = list(self._live.values())
+    def any_with_room(self, connections: int) -> Link | None:
+        """Some live sibling that has room for so many connections, another one each time; None if there is none."""
+        links = [link for link in self._live.values() if link.has_room(connections)]
         self._turn += 1
-        return links[self._turn % len(links)]
+        return links[self._turn % len(links)] if links else None
 
     def idlest(self) -> Link | None:
         """The live sibling that has the least to do, as far as we know; None if nobody is there."""
@@ -252,6 +257,7 @@ class Siblings:
             link.say(FAREWELL)
         if not newcomer and self._gathering.is_open:  # it was too slow for `join`: catch up with `announce`
             link.say(READY)
+            link.say(encode_still_here(self._at_home.standing()))
             self._change()
 
     def _heard_sibling(self, link: Link, packet: bytes, fds: list[int]) -> None:
@@ -266,6 +272,7 @@ class Siblings:
             self._parcels.refused(link, decode_answer(packet))
         elif kind == READY:
             link.ready = True
+            link.say(encode_still_here(self._at_home.standing()))  # or it would know only in a second what room we have
             logger.info("worker %d has joined", link.pid)
             self._change()
         elif kind == LEAVING:
@@ -276,7 +283,8 @@ class Siblings:
             link.said_farewell = True
             self._at_home.sibling_gone()
         elif kind == STILL_HERE:
-            link.pairs, link.load = decode_still_here(packet)
+            standing = decode_still_here(packet)
+            link.pairs, link.load, link.room = standing.pairs, standing.load, standing.room
         elif kind == MATCHED:
             self._at_home.matched_elsewhere(decode_matched(packet))
         elif kind == TURN_AT_THE_DOOR:
@@ -300,9 +308,8 @@ class Siblings:
 
     # By the clock
 
-    def every_second(self, pairs: int, load: float) -> None:
-        """Say that we are here, with so many transfers and such a load, notice who is not, and try again what did not
-        work."""
+    def every_second(self, standing: Standing) -> None:
+        """Say that we are here, and how we are, notice who is not, and try again what did not work."""
         now = time.monotonic()
         if now - self._last_second > SILENT_SECONDS - 1:
             self.tokens.unsettled = True  # we stood still, and others may have done without us
@@ -318,7 +325,7 @@ class Siblings:
             if link.seconds_unheard > SILENT_SECONDS:
                 self._pass_over(link)
             elif not link.stuck:
-                link.say(encode_still_here(pairs, load))
+                link.say(encode_still_here(standing))
             link.send_again()
         self._parcels.every_second()
         if self.tokens.saw_stranger:

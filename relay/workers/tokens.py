@@ -37,7 +37,7 @@ class Tokens:
         somebody may have come of whom it has not heard yet.
         """
         if self.leaving:
-            return self.heir(token) if self._live else None
+            return self.heir(token)
         assert self._estate.homes is not None
         pid, certain = self._estate.homes.settle(token, self._can_be_home)
         if not certain:
@@ -51,14 +51,15 @@ class Tokens:
             self.saw_stranger = True
         return False
 
-    def heir(self, token: bytes) -> Link:
-        """The live sibling to which those who wait for `token` go when we leave, all to the same; there is one."""
+    def heir(self, token: bytes) -> Link | None:
+        """The live sibling with room to which those who wait for `token` go when we leave, all to the same if it can
+        be; None if there is none."""
         assert self._estate.homes is not None
         holder = self._estate.homes.holder(token)
         if holder is not None and holder in self._live:
-            return self._live[holder]
-        links = list(self._live.values())
-        return links[int(token[:8], 16) % len(links)]
+            return self._live[holder]  # where its partner is
+        links = [link for link in self._live.values() if link.has_room(1)]
+        return links[int(token[:8], 16) % len(links)] if links else None
 
     def give_up(self, token: bytes) -> None:
         """Be home to `token` no longer: nobody waits for it here."""

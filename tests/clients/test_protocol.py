@@ -339,7 +339,7 @@ def all_paused(service: Service) -> Iterator[None]:
 # Spares: several connections of one side.
 
 
-def test_equal_sides_do_not_match_and_the_longest_waiting_is_matched(ledger: Ledger, call: Call) -> None:
+def test_equal_sides_do_not_match_and_the_one_that_came_last_is_matched(ledger: Ledger, call: Call) -> None:
     token, side = new_token(), new_side()
     spares = []
     for _ in range(4):
@@ -348,17 +348,17 @@ def test_equal_sides_do_not_match_and_the_longest_waiting_is_matched(ledger: Led
     ledger.wait_for_current(connected=0, waiting=4)
     other = call(handshake(token, new_side()))
     assert read_exactly(other, 3) == b"ok\n"
-    longest, *others = spares
-    assert read_exactly(longest, 3) == b"ok\n"
+    *others, last = spares
+    assert read_exactly(last, 3) == b"ok\n"
     for spare in others:
         assert read_to_end(spare) == b""
         spare.close()
-    other.sendall(b"for the first")
-    assert read_exactly(longest, 13) == b"for the first"
+    other.sendall(b"for the last")
+    assert read_exactly(last, 12) == b"for the last"
     other.close()
-    assert read_to_end(longest) == b""
-    longest.close()
-    ledger.expect(Ended("happy", 13, blurred=10_000), *[Ended("lonely")] * 3)
+    assert read_to_end(last) == b""
+    last.close()
+    ledger.expect(Ended("happy", 12, blurred=10_000), *[Ended("lonely")] * 3)
 
 
 def test_a_spare_that_comes_after_the_match_waits_and_ends_lonely(ledger: Ledger, call: Call) -> None:
@@ -376,18 +376,19 @@ def test_a_spare_that_comes_after_the_match_waits_and_ends_lonely(ledger: Ledger
     ledger.expect(Ended("happy"), Ended("lonely"))
 
 
-def test_one_too_many_for_a_token_is_sent_away_and_the_others_wait_on(ledger: Ledger, call: Call) -> None:
+def test_of_one_too_many_for_a_token_the_oldest_is_sent_away_and_the_others_wait_on(ledger: Ledger, call: Call) -> None:
     token, side = new_token(), new_side()
     crowd = [call(handshake(token, side)) for _ in range(Options().max_waiting_per_token)]
     wait_until_waiting(ledger, *crowd)
     ledger.wait_for_current(connected=0, waiting=len(crowd))
     newest = call(handshake(token, side))
-    assert read_to_end(newest) == b""
-    newest.close()
+    assert read_to_end(crowd[0]) == b""
     other = call(handshake(token))
     assert read_exactly(other, 3) == b"ok\n"
     other.close()
-    assert sorted(read_to_end(client) for client in crowd) == [b""] * (len(crowd) - 1) + [b"ok\n"]
+    assert read_to_end(newest) == b"ok\n"
+    newest.close()
+    assert [read_to_end(client) for client in crowd[1:]] == [b""] * (len(crowd) - 1)
     for client in crowd:
         client.close()
     ledger.expect(Ended("happy"), *[Ended("lonely")] * len(crowd))

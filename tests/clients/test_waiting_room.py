@@ -2,8 +2,8 @@
 
 Invariants:
 
-- a newcomer's partner is the one of those with its token and another side (or either without one) that has waited
-  longest, and there is one exactly when somebody such waits;
+- a newcomer's partner is the one of those with its token and another side (or either without one) that came last, and
+  there is one exactly when somebody such waits;
 - whoever waits for one token is of one side, and one without a side waits alone;
 - nobody is in the room twice; nobody is left in it after `leave` or `take_all`; its length is how many are in it.
 """
@@ -52,7 +52,7 @@ class Arrivals(RuleBasedStateMachine):
         matter: a client may have been handed on by another worker."""
         newcomer = Someone(token, side, arrived)
         partner = self.room.partner_for(newcomer)
-        assert partner is next((somebody for somebody in self.waiting if somebody.matches(newcomer)), None)
+        assert partner is next((one for one in reversed(self.waiting) if one.matches(newcomer)), None)
         if partner is None:
             self.room.enter(newcomer)
             self.waiting.append(newcomer)
