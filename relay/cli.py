@@ -63,6 +63,7 @@ import docopt
 from relay import __version__
 from relay.mistakes import Mistake
 from relay.options import Options
+from relay.usage.own_log import OwnLog
 
 RESERVED_FDS = 128
 """File descriptors that are not for clients: the database, the log, the listening socket, the siblings, the homes; and
@@ -74,6 +75,9 @@ LEAST_FDS = RESERVED_FDS + 6
 MOST_PIPES = 1000
 """How many pipes a worker has at the most, however many file descriptors. Only transfers in which much moves hold one,
 and one after the other does that; those who get none copy."""
+
+LOG_SECONDS = 1.0
+"""How long the end waits for the reader of the log."""
 
 RECORDS_SECONDS = 10.0
 """How long the last thing a worker does, writing the records that are still queued, may take."""
@@ -94,8 +98,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         raise_fd_limit()
         options = read_options(arguments)
-        _log_to_stderr()
-        _serve(options)
+        log = _log_to_stderr()
+        try:
+            _serve(options, log)
+        finally:
+            log.finish(LOG_SECONDS)
     except Mistake as mistake:
         _fail(mistake)
     except KeyboardInterrupt:
@@ -109,19 +116,23 @@ def _fail(mistake: Exception) -> NoReturn:
     sys.exit(2)
 
 
-def _serve(options: Options) -> None:
+def _serve(options: Options, log: OwnLog) -> None:
     # gevent and what builds on it is imported only now: --help and a mistake need not wait for it.
     import gevent
 
     from relay.server import Relay
     from relay.usage.recorder import UsageError, check_log_fd, open_recorder
 
+    gevent.get_hub().exception_stream = log
     if options.log_fd is not None:
         try:
             check_log_fd(options.log_fd)  # now: soon a number that is not open may be something of our own
         except UsageError as error:
             raise Mistake(error) from None
-    relay = Relay(options)
+    try:
+        relay = Relay(options)
+    except OSError as error:
+        raise _cannot_do_without(error) from None
     try:
         listener = relay.find_port()
         try:
@@ -138,6 +149,13 @@ def _serve(options: Options) -> None:
             gevent.signal_handler(number, relay.stop)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nothing here needs it, and what was meant well ends no transfer
         relay.start(listener, recorder)
+    except OSError as error:
+        relay.close()
+        raise _cannot_do_without(error) from None
+    except BaseException:
+        relay.close()
+        raise
+    try:
         relay.wait_until_ended()
     finally:
         relay.close()
@@ -145,12 +163,19 @@ def _serve(options: Options) -> None:
     logger.info("stopped")
 
 
-def _log_to_stderr() -> None:
-    """Send the log to stderr, a line each: what it holds is starting, stopping and what goes wrong."""
-    logging.raiseExceptions = False  # a full disk under the log must not become the relay's trouble
-    logging.basicConfig(
-        format="%(asctime)s relay-gevent[%(process)d] %(message)s", datefmt="%Y-%m-%d %H:%M:%S", level=logging.INFO
+def _cannot_do_without(error: OSError) -> Mistake:
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+    return Mistake(
+        f"the system refuses something that the relay cannot do without ({what}); allow it, or see what the container "
+        "or sandbox forbids with: strace -f relay-gevent …"
     )
+
+
+def _log_to_stderr() -> OwnLog:
+    """Send the log to stderr, a line each: what it holds is starting, stopping and what goes wrong."""
+    log = OwnLog()
+    logging.basicConfig(handlers=[log], level=logging.INFO)
+    return log
 
 
 def raise_fd_limit() -> None:

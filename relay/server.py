@@ -28,6 +28,7 @@ from relay.usage.record import Current, Record
 from relay.usage.recorder import Recorder
 from relay.workers.household import Household
 from relay.workers.run_dir import RunDir
+from relay.workers.terms import terms_of
 
 CURRENT_SECONDS = 300.0
 """How often the `current` table is refreshed when nothing else does it."""
@@ -65,6 +66,7 @@ class Relay:
     def _make_household(self, run_dir: str) -> Household:
         return Household(
             RunDir(run_dir),
+            terms_of(self.options),
             places=self._places,
             reception=self._reception,
             matching=self._matching,

@@ -49,7 +49,7 @@ def source_of(host: str) -> bytes:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a numeric address is this machine's own."""
+    """Whether a numeric address is of this machine's loopback."""
     return host.startswith(("127.", "::ffff:127.")) or host == "::1"
 
 

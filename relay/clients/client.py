@@ -33,7 +33,8 @@ class Client:
 
     `started` is when it was accepted, in seconds since the epoch, for the record; `arrived` is the same moment on the
     monotonic clock, for every duration; `asked` is when its handshake was whole. CLOCK_MONOTONIC is one clock for all
-    processes of a machine, so all stay true when the client is handed to another worker.
+    processes of a machine, so all stay true when the client is handed to another worker. `is_own` is whether it comes
+    from this machine, as health checks do.
     """
 
     __slots__ = (
@@ -42,6 +43,7 @@ class Client:
         "discarded",
         "due",
         "hops",
+        "is_own",
         "received",
         "side",
         "sock",
@@ -54,6 +56,7 @@ class Client:
     def __init__(self, sock: socket.socket, started: float | None = None, arrived: float | None = None) -> None:
         self.sock = sock
         self.source: bytes | None = None
+        self.is_own = False
         self.started = time.time() if started is None else started
         self.arrived = time.monotonic() if arrived is None else arrived
         self.asked = 0.0

@@ -59,10 +59,9 @@ def open_port(interface: str, port: int) -> socket.socket:
     family, address = _resolve(interface, port)
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if interface == "::" else 1)
         _prepare(listener)
+        if family == socket.AF_INET6:
+            _set(listener, socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if interface == "::" else 1)
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError as error:
@@ -92,11 +91,20 @@ def _resolve(interface: str, port: int) -> tuple[socket.AddressFamily, tuple[Any
 
 def _prepare(listener: socket.socket) -> None:
     listener.setblocking(False)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_PROBE_SECONDS)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+    _set(listener, socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    _set(listener, socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    _set(listener, socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    _set(listener, socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
+    _set(listener, socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_PROBE_SECONDS)
+    _set(listener, socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+
+
+def _set(listener: socket.socket, level: int, option: int, value: int) -> None:
+    """Set what a relay can do without, where it is refused: the kernel's default holds then."""
+    try:
+        listener.setsockopt(level, option, value)
+    except OSError as error:
+        logger.info("the kernel refuses a socket option (%s); the relay goes on with its default", error.strerror)
 
 
 def _port_mistake(error: OSError, interface: str, port: int) -> Mistake:

@@ -26,7 +26,7 @@ class Places:
         self.most = options.max_connections
         self._most_held = options.most_held
         self.bounds_met = bounds_met
-        self._counts_loopback = options.bounds_loopback
+        self._counts_own = options.bounds_loopback
         self._sources = Sources(options.max_per_source, options.max_new_per_source)
         self._on_free = on_free
 
@@ -43,17 +43,19 @@ class Places:
         """How many connections from `source` are here; 0 for one that nobody counts."""
         return self._sources.count(source)
 
-    def source_of(self, host: str) -> bytes | None:
-        """Whom a connection from the numeric address `host` counts for; None for one that nobody counts."""
-        return source_of(host) if self._counts_loopback or not is_loopback(host) else None
+    def source_of(self, host: str, *, own: bool) -> bytes | None:
+        """Whom a connection from the numeric address `host` counts for; None for one that nobody counts, since it is
+        this machine's `own`."""
+        return None if own and not self._counts_own else source_of(host)
 
-    def source_of_peer(self, sock: socket.socket) -> bytes | None:
-        """The same for a connection that is here already."""
+    def origin_of(self, sock: socket.socket) -> tuple[bytes | None, bool]:
+        """Whom a connection that was handed on counts for, and whether it is this machine's own."""
         try:
             host: str = sock.getpeername()[0]
         except OSError:
-            return None  # it has just gone
-        return self.source_of(host)
+            return None, False  # it has just gone
+        own = is_own(host, sock)
+        return self.source_of(host, own=own), own
 
     def admits(self, source: bytes | None) -> bool:
         """Whether a new connection from `source` may come in."""
@@ -86,3 +88,15 @@ class Places:
     def next_second(self) -> None:
         """Forget who has come; to be called every second."""
         self._sources.next_second()
+
+
+def is_own(host: str, sock: socket.socket) -> bool:
+    """Whether `sock`, a connection from the numeric address `host`, comes from this machine itself: over its loopback,
+    or from and to the same one of its addresses."""
+    if is_loopback(host):
+        return True
+    try:
+        here: str = sock.getsockname()[0]
+    except OSError:
+        return False  # it has just gone
+    return here == host

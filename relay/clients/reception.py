@@ -16,7 +16,7 @@ from relay.clients.client import Client, EventLoop
 from relay.clients.deadlines import Deadlines
 from relay.clients.farewell import Farewell
 from relay.clients.handshake import LONGEST, Handshake, Refusal, read_handshake
-from relay.clients.places import Places
+from relay.clients.places import Places, is_own
 from relay.options import Options
 
 
@@ -50,7 +50,8 @@ class Reception:
 
     def accepted(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
         """Somebody has connected from `address`."""
-        source = self._places.source_of(address[0])
+        own = is_own(address[0], sock)
+        source = self._places.source_of(address[0], own=own)
         if not self._places.admits(source):
             sock.close()
             return
@@ -58,6 +59,7 @@ class Reception:
         self._places.take(source)
         client = Client(sock)
         client.source = source
+        client.is_own = own
         self.expect(client)
 
     def expect(self, client: Client) -> None:
@@ -89,6 +91,8 @@ class Reception:
             self._admit(client)
         elif chunk:
             self._farewell.refuse(client, verdict)
+        elif client.is_own and not client.received:
+            self._farewell.close(client)  # a health check, and nobody's mood
         else:
             self._farewell.refuse_who_left(client, verdict)
 
@@ -110,7 +114,10 @@ class Reception:
 
     def _turn_away(self, client: Client) -> None:
         self.let_go(client)
-        self._farewell.refuse(client, Refusal.BAD_HANDSHAKE)
+        if client.is_own and not client.received:
+            self._farewell.send_away(client, Refusal.BAD_HANDSHAKE.value)
+        else:
+            self._farewell.refuse(client, Refusal.BAD_HANDSHAKE)
 
     def close(self) -> None:
         """Turn away everybody who is here, and who will come."""
@@ -122,7 +129,8 @@ class Reception:
         """End all connections at once."""
         for client in self:
             self.let_go(client)
-            self._farewell.finish(client, "errory")
+            if client.received or not client.is_own:
+                self._farewell.finish(client, "errory")
             self._farewell.close(client)
 
     def every_second(self, now: float) -> None:

@@ -469,7 +469,10 @@ def _poll_for(poller: poll, sock: socket.socket, events: int) -> None:
 
 def _raise_error_of(sock: socket.socket) -> None:
     """Raise the OSError that `sock` has come to, if it has."""
-    error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    try:
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    except OSError:
+        return  # where it is refused, reading or writing tells
     if error not in (0, errno.EPIPE):  # EPIPE: it had ended its stream before, and that is still delivered
         raise OSError(error, os.strerror(error))
 
@@ -483,13 +486,21 @@ def _has_more(sock: socket.socket) -> bool:
 
 
 def _silence(sock: socket.socket) -> float:
-    """Seconds since the peer of `sock` last acknowledged anything, a keepalive probe too. Source: tcp(7), TCP_INFO."""
-    tcp_info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_LAST_ACK_RECV + 4)
+    """Seconds since the peer of `sock` last acknowledged anything, a keepalive probe too; 0 where the kernel does not
+    tell. Source: tcp(7), TCP_INFO."""
+    try:
+        tcp_info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_LAST_ACK_RECV + 4)
+    except OSError:
+        return 0.0
     (milliseconds,) = struct.unpack_from("=I", tcp_info, _TCP_INFO_LAST_ACK_RECV)
     return float(milliseconds) / 1000
 
 
 def _unacknowledged(sock: socket.socket) -> int:
-    """Bytes that were written to `sock` and have not arrived, an end of stream being one. Source: tcp(7), SIOCOUTQ."""
-    answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
+    """Bytes that were written to `sock` and have not arrived, an end of stream being one; 0 where the kernel does not
+    tell. Source: tcp(7), SIOCOUTQ."""
+    try:
+        answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
+    except OSError:
+        return 0
     return int.from_bytes(answer, sys.byteorder)

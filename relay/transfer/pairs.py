@@ -124,7 +124,8 @@ class Pairs:
     def take_in(self, state: PairState, fds: Sequence[int]) -> None:
         """Go on with the pair of another worker; `fds` are its sockets, and what rests in it."""
         first, second = (socket.socket(fileno=fd) for fd in fds[:2])
-        sources = (self._places.source_of_peer(first), self._places.source_of_peer(second))
+        (first_source, _), (second_source, _) = map(self._places.origin_of, (first, second))
+        sources = (first_source, second_source)
         for source in sources:
             self._places.take(source)
         pair = self._new_pair(

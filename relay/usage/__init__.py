@@ -10,6 +10,7 @@
 `processes`     which of the workers named in the database still live
 `reopen`        the JSON log's file after a rotation
 `watched_file`  the database's file, watched from outside SQLite: still there, still whole
+`own_log`       the relay's log to stderr, which nobody waits for either
 `trouble`       what can keep a destination from being written, and what the operator is told
 ==============  =======================================================================================
 

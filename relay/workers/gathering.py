@@ -19,6 +19,9 @@ from relay.workers.run_dir import RunDir, same_user
 JOIN_SECONDS = 2.0
 """How long a newcomer waits for its siblings to welcome it."""
 
+VISIT_SECONDS = 1.0
+"""How long it waits at the door of each."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -61,7 +64,7 @@ class Gathering:
         self._own_socket = self._run_dir.listen()
         waiting = select.poll()
         unanswered = {}
-        for sock, link in self._visit():
+        for sock, link in self._visit(patience=VISIT_SECONDS):
             waiting.register(sock, select.POLLIN)
             unanswered[sock.fileno()] = link
         deadline = time.monotonic() + JOIN_SECONDS
@@ -71,10 +74,11 @@ class Gathering:
                 unanswered.pop(fd).read()
         return len(unanswered)
 
-    def _visit(self, known: Collection[str] = ()) -> list[tuple[socket.socket, Link]]:
+    def _visit(self, known: Collection[str] = (), *, patience: float) -> list[tuple[socket.socket, Link]]:
         """Link to every worker but those `known`, and introduce ourselves; raises OSError."""
         visited = [
-            (sock, self._new_link(sock, same_user(sock) or 0, False)) for sock in self._run_dir.connect_to_all(known)
+            (sock, self._new_link(sock, same_user(sock) or 0, False))
+            for sock in self._run_dir.connect_to_all(known, patience=patience)
         ]
         for sock, _ in visited:
             self._introduce(sock)
@@ -114,7 +118,7 @@ class Gathering:
         """Link to workers that we have not met: one of us could not be found, or not be answered, when we joined.
         False when no file descriptor is left for that."""
         try:
-            self._visit(known)
+            self._visit(known, patience=0)  # the event loop waits for nobody
         except OSError:
             return False
         return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import select
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import gevent
 
@@ -40,6 +40,7 @@ class Household:
 
     Args:
         run_dir: where the siblings are.
+        terms: what they must have in common with us.
         places, reception, matching, pairs, farewell: the rooms of this worker.
         on_change: called when somebody has come or gone, or a transfer has arrived that has to be handed on.
         on_gone: called when a sibling is here no longer, so that what all workers record is to be written anew.
@@ -48,6 +49,7 @@ class Household:
     def __init__(
         self,
         run_dir: RunDir,
+        terms: Mapping[str, str],
         *,
         places: Places,
         reception: Reception,
@@ -57,7 +59,7 @@ class Household:
         on_change: Callable[[], None],
         on_gone: Callable[[], None],
     ) -> None:
-        self.siblings = Siblings(run_dir, self)
+        self.siblings = Siblings(run_dir, terms, self)
         self.give_up = self.siblings.tokens.give_up
         self.matched = self.siblings.tokens.matched
         self.last_match = self.siblings.tokens.last_match
@@ -180,7 +182,7 @@ class Household:
 
     def take_in(self, client: Client) -> None:
         """A sibling has handed `client` on."""
-        client.source = self._places.source_of_peer(client.sock)
+        client.source, client.is_own = self._places.origin_of(client.sock)
         self._places.take(client.source)
         if self._places.has_too_many(client.source):  # a source can choose tokens that all live with us
             self._farewell.turn_away(client, "lonely" if client.token else "errory")

@@ -26,8 +26,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from relay.transfer.state import PairState, PumpState
@@ -67,13 +67,14 @@ class Misunderstood(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Greeting:
-    """A `Hello` or a `Welcome`: who speaks. `leaving` is whether it is about to end."""
+    """A `Hello` or a `Welcome`: who speaks. `leaving` is whether it is about to end, `terms` are those of `terms`."""
 
     name: str
     pid: int
     version: str
     language: int = LANGUAGE
     leaving: bool = False
+    terms: Mapping[str, str] = field(default_factory=dict)
 
     def encode(self) -> bytes:
         """As one packet."""
@@ -90,8 +91,9 @@ class Greeting:
                 version=str(said["version"]),
                 language=int(said["language"]),
                 leaving=bool(said.get("leaving", False)),
+                terms={str(name): str(value) for name, value in said.get("terms", {}).items()},
             )
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise Misunderstood(f"not a greeting: {packet[:40]!r}") from error
 
 

@@ -87,15 +87,18 @@ class RunDir:
         listener.listen(128)
         return listener
 
-    def connect_to_all(self, known: Collection[str] = ()) -> list[socket.socket]:
-        """A blocking connection to every other worker but those `known`; files that dead ones have left are removed."""
+    def connect_to_all(self, known: Collection[str] = (), *, patience: float) -> list[socket.socket]:
+        """A connection to every other worker but those `known`; files that dead ones have left are removed.
+
+        One that does not answer within `patience` seconds (its queue is full) is left out; 0 waits for nobody.
+        """
         links = []
         for name in sorted(os.listdir(self._fd)):
             if not _SOCKET_NAME.fullmatch(name) or name == self.own_name or name in known:
                 continue
             link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             try:
-                link.settimeout(1.0)
+                link.settimeout(patience)
                 link.connect(self._reach(name))
             except OSError as error:
                 link.close()

@@ -12,9 +12,11 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Mapping
 from typing import Protocol
 
 from relay import __version__
+from relay.mistakes import Mistake
 from relay.workers.estate import Estate
 from relay.workers.gathering import Gathering
 from relay.workers.language import (
@@ -44,6 +46,7 @@ from relay.workers.language import (
 from relay.workers.link import Link
 from relay.workers.parcels import PARCEL_LOST_SECONDS, Parcels, Receiver, close_all
 from relay.workers.run_dir import RunDir
+from relay.workers.terms import disagreement
 from relay.workers.tokens import Tokens
 
 SILENT_SECONDS = 3
@@ -77,7 +80,7 @@ class AtHome(Receiver, Protocol):
 class Siblings:
     """All links of this worker."""
 
-    def __init__(self, run_dir: RunDir, at_home: AtHome) -> None:
+    def __init__(self, run_dir: RunDir, terms: Mapping[str, str], at_home: AtHome) -> None:
         self.links: set[Link] = set()
         self.unanswering = 0
         """How many workers did not answer in time when we joined."""
@@ -88,6 +91,7 @@ class Siblings:
         self._parcels = Parcels(at_home, self._estate)
         self._gathering = Gathering(run_dir, self._new_link, self._greeting, self._warn)
         self._run_dir = run_dir
+        self._terms = terms
         self._at_home = at_home
         self._last_second = time.monotonic()
         self._turn = 0
@@ -164,7 +168,7 @@ class Siblings:
         return link
 
     def _greeting(self) -> Greeting:
-        return Greeting(self._run_dir.own_name, os.getpid(), __version__, LANGUAGE, self.leaving)
+        return Greeting(self._run_dir.own_name, os.getpid(), __version__, LANGUAGE, self.leaving, self._terms)
 
     def _greeted(self) -> list[Link]:
         return [link for link in self.links if link.greeting is not None]
@@ -237,6 +241,7 @@ class Siblings:
     def _heard_greeting(self, link: Link, greeting: Greeting, fds: list[int]) -> None:
         newcomer = link.opened_by_sibling
         if not newcomer:
+            self._agree(greeting)
             self._estate.take(greeting.language, fds)
         close_all(fds)
         if newcomer and not link.welcome(self._greeting(), self._estate.fds_for(greeting.language)):
@@ -259,6 +264,14 @@ class Siblings:
             link.say(READY)
             link.say(encode_still_here(self._at_home.standing()))
             self._change()
+
+    def _agree(self, greeting: Greeting) -> None:
+        """Raise Mistake if we must not be of one relay with a sibling that we have come to."""
+        reason = disagreement(self._terms, greeting.terms)
+        if reason is not None and not self._gathering.is_open:
+            raise Mistake(f"--run-dir {self._run_dir.path}: {reason}")
+        if reason is not None:
+            raise Misunderstood(reason)  # it was too slow for `join`
 
     def _heard_sibling(self, link: Link, packet: bytes, fds: list[int]) -> None:
         kind = kind_of(packet)

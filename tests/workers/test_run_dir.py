@@ -63,7 +63,7 @@ def test_two_workers_find_each_other_also_at_the_end_of_a_long_path(tmp_path: Pa
     long.mkdir(parents=True)
     first, second = RunDir(str(long / "run")), RunDir(str(long / "run"))
     with first.listen() as listener:
-        (link,) = second.connect_to_all()
+        (link,) = second.connect_to_all(patience=1)
         accepted, _ = listener.accept()
         with link, accepted:
             assert same_user(link) == same_user(accepted) == os.getpid()
@@ -74,14 +74,14 @@ def test_two_workers_find_each_other_also_at_the_end_of_a_long_path(tmp_path: Pa
 def test_a_worker_does_not_find_itself(place: Path) -> None:
     directory = RunDir(str(place))
     with directory.listen():
-        assert directory.connect_to_all() == []
+        assert directory.connect_to_all(patience=1) == []
 
 
 def test_the_socket_that_a_dead_worker_left_is_removed(place: Path) -> None:
     dead, alive = RunDir(str(place)), RunDir(str(place))
     dead.listen().close()
     assert (place / dead.own_name).exists()
-    assert alive.connect_to_all() == []
+    assert alive.connect_to_all(patience=1) == []
     assert not (place / dead.own_name).exists()
 
 
@@ -93,7 +93,7 @@ def test_what_is_no_workers_socket_is_left_alone(place: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:  # a stream is not how workers speak
         other.bind(str(place / "worker-2-00000000"))
         other.listen()
-        assert directory.connect_to_all() == []
+        assert directory.connect_to_all(patience=1) == []
     assert [(place / name).read_text() for name in names] == ["mine"] * len(names)
     assert (place / "worker-2-00000000").exists()
 
@@ -122,7 +122,7 @@ def test_a_worker_notices_that_its_socket_is_gone_and_makes_it_again(place: Path
             assert directory.lost_own_socket()
             with directory.renew():
                 assert stat.S_IMODE(place.stat().st_mode) == 0o700
-                (link,) = RunDir(str(place)).connect_to_all()
+                (link,) = RunDir(str(place)).connect_to_all(patience=1)
                 link.close()
 
 
