@@ -119,11 +119,14 @@ class Matching:
         while (partner := self._room.partner_for(client)) is not None:
             if partner.asked < last_match:
                 self.dismiss(partner)
-            elif self._has_kept_quiet(partner):
+            elif not self._has_kept_quiet(partner):
+                self._interrupted(partner)
+            elif self._has_kept_quiet(client):
                 self._match(partner, client)
                 return
             else:
-                self._interrupted(partner)
+                self._judge(client)  # it has gone before anybody had time to look
+                return
             if not self._room.waiting_for(client.token):
                 self.admit(client)  # nobody is home to it now
                 return

@@ -1,4 +1,4 @@
-"""The kernel, or a sandbox, refuses a system call, with whatever number: the relay does without, or says so in one line.
+"""The kernel, or a sandbox, refuses a system call, with whatever number: the relay does without, or says so in a line.
 
 strace(1) does the refusing. `NEEDLESS` are the calls that the relay can do without, at the start or in the middle of a
 transfer; `NEEDED` those that it cannot, and then it ends with status 2 and one line.

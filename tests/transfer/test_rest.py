@@ -205,7 +205,7 @@ def test_those_that_move_much_have_their_share_of_the_time_however_many_speak(cl
         turns._next()
         gevent.sleep(0)
     busy = sum(hauler.busy for hauler in haulers)
-    assert busy == pytest.approx(SHARE * others, rel=0.2)
+    assert 0.5 * SHARE * others < busy < 1.1 * SHARE * others
     assert clock.now - began == pytest.approx(busy + others, rel=0.01)
     assert max(hauler.busy for hauler in haulers) < 1.2 * min(hauler.busy for hauler in haulers)
     gevent.killall(queued)

@@ -183,8 +183,10 @@ def tokens_of(worker: Relay) -> int:
 
 def test_a_worker_on_its_own_is_home_to_those_who_wait_before_somebody_joins_it(tmp_path: Path) -> None:
     with Workers(tmp_path, count=1) as workers, Crowd(workers.port) as crowd:
-        waiting = [crowd.call(new_token(), new_side(), head=b"there") for _ in range(5)]
-        spares = [crowd.call(caller.token, caller.side) for caller in waiting[:2]]
+        tokens_and_sides = [(new_token(), new_side()) for _ in range(5)]
+        spares = [crowd.call(token, side) for token, side in tokens_and_sides[:2]]
+        crowd.run_until(lambda: current(workers) == (0, 2), 10, "the spares wait")
+        waiting = [crowd.call(token, side, head=b"there") for token, side in tokens_and_sides]
         crowd.run_until(lambda: current(workers) == (0, 7), 10, "all wait")
         assert tokens_of(workers.workers[0]) == 5
         newcomer = crowd.run_beside(workers.start_one)

@@ -1,0 +1,72 @@
+"""What the workers of one relay must have in common: a newcomer that differs ends with a line that says what to do."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from relay.options import Options
+from relay.workers.terms import NETWORK, PROCESSES, disagreement, terms_of
+from tests.support.harness import Relay, Workers
+from tests.support.hostile import honest_transfer
+
+TERMS = {
+    "--blur-usage": (["--blur-usage", "600"], ["--blur-usage", "60"]),
+    "--pair-rate": (["--pair-rate", "1000000"], []),
+    "--relay-rate": ([], ["--relay-rate", "1000000"]),
+    "--max-pair-bytes": (["--max-pair-bytes", "10"], ["--max-pair-bytes", "11"]),
+    "--usage-db": (["--usage-db", "one.sqlite"], ["--usage-db", "two.sqlite"]),
+    "--log-fd or --log-stdout": (["--log-stdout"], []),
+    "--max-per-source or --max-new-per-source": (["--max-per-source", "10"], []),
+}
+
+
+def refusal(folder: Path, port: int, *options: str, inside: tuple[str, ...] = ()) -> str:
+    """What a worker says that is not let into the relay in `folder`; AssertionError when it is."""
+    newcomer = Relay(
+        folder, "--run-dir", str(folder / "run"), *options, port=port, name="newcomer", inside=list(inside)
+    )
+    with pytest.raises(AssertionError, match="ended with 2"):
+        newcomer.start()
+    text = newcomer.log_text()
+    (line,) = text.splitlines()
+    assert line.startswith("relay-gevent: error: --run-dir "), line
+    return line
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_worker_that_would_record_or_allow_something_else_is_refused(tmp_path: Path, name: str) -> None:
+    theirs, ours = TERMS[name]
+    with Workers(tmp_path, *theirs, count=1, recording=False) as workers:
+        line = refusal(tmp_path, workers.port, *ours)
+        assert f"its relay has {name} " in line
+        assert "start this worker with the same" in line
+        honest_transfer(workers.port) if name != "--max-pair-bytes" else None
+        same = workers.start_one()
+        assert same.pids
+
+
+@pytest.mark.parametrize(("kind", "named"), [("--net", NETWORK), ("--pid", PROCESSES)])
+def test_a_worker_of_another_container_on_the_same_volume_is_refused(tmp_path: Path, kind: str, named: str) -> None:
+    separate = ("unshare", kind, *(["--fork", "--mount-proc", "--kill-child"] if kind == "--pid" else []))
+    if shutil.which("unshare") is None:
+        pytest.skip("apt-get install util-linux")
+    if subprocess.run([*separate, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip(f"unshare {kind} is not allowed here: run as root")
+    with Workers(tmp_path, count=1) as workers:
+        options = ("--usage-db", str(workers.usage_db), "--log-stdout")
+        line = refusal(tmp_path, workers.port, *options, inside=separate)
+        assert f"another {named}" in line
+        assert "a run directory of its own" in line
+        honest_transfer(workers.port)
+
+
+def test_what_only_one_side_knows_is_no_disagreement() -> None:
+    own = terms_of(Options())
+    assert disagreement(own, {}) is None
+    assert disagreement({}, own) is None
+    assert disagreement(own, {**own, "--something-new": "1"}) is None
+    assert "--blur-usage 7, not none" in (disagreement(own, {**own, "--blur-usage": "7"}) or "")
