@@ -64,7 +64,10 @@ class Farewell:
         self.close(client)
 
     def finish(self, client: Client, mood: Mood) -> None:
-        """Record a connection that ends without a partner."""
+        """Record a connection that ends without a partner, unless it was a health check: of this machine's own, and
+        without a byte."""
+        if client.is_own and not client.received and not client.token:
+            return
         self._record(Record(client.started, time.monotonic() - client.arrived, None, 0, mood))
 
     def send_away(self, client: Client, reply: bytes = b"") -> None:

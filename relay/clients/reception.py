@@ -91,8 +91,6 @@ class Reception:
             self._admit(client)
         elif chunk:
             self._farewell.refuse(client, verdict)
-        elif client.is_own and not client.received:
-            self._farewell.close(client)  # a health check, and nobody's mood
         else:
             self._farewell.refuse_who_left(client, verdict)
 
@@ -114,10 +112,7 @@ class Reception:
 
     def _turn_away(self, client: Client) -> None:
         self.let_go(client)
-        if client.is_own and not client.received:
-            self._farewell.send_away(client, Refusal.BAD_HANDSHAKE.value)
-        else:
-            self._farewell.refuse(client, Refusal.BAD_HANDSHAKE)
+        self._farewell.refuse(client, Refusal.BAD_HANDSHAKE)
 
     def close(self) -> None:
         """Turn away everybody who is here, and who will come."""
@@ -129,8 +124,7 @@ class Reception:
         """End all connections at once."""
         for client in self:
             self.let_go(client)
-            if client.received or not client.is_own:
-                self._farewell.finish(client, "errory")
+            self._farewell.finish(client, "errory")
             self._farewell.close(client)
 
     def every_second(self, now: float) -> None:

@@ -250,7 +250,7 @@ def test_whoever_takes_too_long_is_sent_away(tmp_path: Path, setting: tuple[str,
             assert time.monotonic() - began >= 1.5
             assert read_to_end(waiting) == b""
             assert 2.5 <= time.monotonic() - began < 8
-        ledger.expect(Ended("errory"), Ended("errory"), Ended("lonely"))
+        ledger.expect(Ended("errory"), Ended("lonely"))  # who never said a byte is a health check
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=SETTING_IDS)
@@ -455,7 +455,7 @@ def test_a_client_that_ends_its_stream_before_its_handshake_is_whole_is_refused(
     client.shutdown(socket.SHUT_WR)
     assert read_to_end(client) == b"bad handshake\n"
     client.close()
-    ledger.expect(Ended("errory"))
+    ledger.expect(*[Ended("errory")] * bool(begun))  # without a byte, from this machine, it is a health check
 
 
 @pytest.mark.parametrize("begun", [b"", b"please relay "], ids=["nothing", "begun"])
@@ -466,7 +466,7 @@ def test_a_client_that_is_gone_before_its_handshake_is_whole_is_recorded(
     wait_until_read(ledger, resetting)
     closing.close()
     reset(resetting)
-    ledger.expect(Ended("errory"), Ended("errory"))
+    ledger.expect(*[Ended("errory")] * (2 if begun else 0))
 
 
 # Anything between handshake and `ok`.
