@@ -30,8 +30,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.support.harness import Workers, handshake, new_side, new_token
-from tests.support.hostile import NOISE, honest_transfer, met
+from tests.support.harness import Workers, handshake, met, new_side, new_token
+from tests.support.hostile import NOISE, honest_transfer
 
 SLOW = 2000
 GARBAGE = 500

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.support.harness import Relay, Service, Workers
+from tests.support.harness import SHAPES, Relay, Service, relay_of
+from tests.support.usage_disk import disk_of
 
 NO_SKIPS = "RELAY_TESTS_NO_SKIPS"
 
@@ -36,21 +37,38 @@ def relay_factory(tmp_path: Path) -> Iterator[Callable[..., Relay]]:
 
 
 @pytest.fixture
+def stack() -> Iterator[contextlib.ExitStack]:
+    """Whatever a test opens is closed at its end, what came last first."""
+    with contextlib.ExitStack() as opened:
+        yield opened
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB, which is soon full."""
+    with disk_of("1m", tmp_path) as disk:
+        yield disk
+
+
+@pytest.fixture
 def relay(tmp_path: Path) -> Iterator[Relay]:
     """One worker that records to JSON lines and to the database, unblurred."""
     with Relay(tmp_path, recording=True) as started:
         yield started
 
 
-@pytest.fixture(params=["one-worker", "two-workers"])
-def any_relay(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Service]:
+@pytest.fixture(params=SHAPES)
+def any_relay_factory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Service]]:
+    """Start one recording relay, with the options and `nofile` of the call: once as a single worker and once as two
+    that share a run directory."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *options, **settings: stack.enter_context(relay_of(request.param, tmp_path, *options, **settings))
+
+
+@pytest.fixture
+def any_relay(any_relay_factory: Callable[..., Service]) -> Service:
     """A recording relay, once as a single worker and once as two that share a run directory."""
-    if request.param == "one-worker":
-        with Relay(tmp_path, recording=True) as relay:
-            yield relay
-        return
-    with Workers(tmp_path, count=2) as workers:
-        yield workers
+    return any_relay_factory()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from relay.clients.handshake import LONGEST, Handshake, Refusal, read_handshake
 from tests.support.harness import Relay, connect, handshake, new_side, new_token, read_exactly, read_to_end, wait_until
-from tests.support.kernel_view import relays_end, unread
+from tests.support.kernel_view import relays_end, unread, wait_until_read
 
 HEX = string.hexdigits.encode()
 TOKEN_END = len(b"please relay ") + 64
@@ -131,12 +131,6 @@ def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
     folder: Path = tmp_path_factory.mktemp("handshake")
     with Relay(folder, recording=True) as started:
         yield started
-
-
-def wait_until_read(relay: Relay, client: socket.socket) -> None:
-    """Return when the relay has read everything that `client` sent."""
-    with relays_end(relay.pids, client) as end:
-        wait_until(lambda: unread(end) == 0, what="the relay reads what was sent")
 
 
 @LINES

@@ -8,9 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import signal
 import socket
-import struct
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,9 +32,12 @@ from tests.support.harness import (
     new_token,
     read_exactly,
     read_to_end,
-    wait_until,
+    relay_of,
+    reset,
+    shake_hands,
+    stopped,
 )
-from tests.support.kernel_view import relays_end, unread
+from tests.support.kernel_view import relays_end, wait_until_read
 from tests.support.ledger import Ended, Ledger
 
 BLUR = 3600
@@ -45,18 +46,12 @@ SETTINGS = [("one-worker", None), ("one-worker", BLUR), ("two-workers", None), (
 SETTING_IDS = ["one-worker", "one-worker-blurred", "two-workers", "two-workers-blurred"]
 
 
-@contextlib.contextmanager
-def running(setting: tuple[str, int | None], folder: Path, *options: str) -> Iterator[Service]:
+def running(setting: tuple[str, int | None], folder: Path, *options: str) -> Relay | Workers:
     """A recording relay: one worker or two, blurred or not."""
     shape, blur = setting
     if blur is not None:
         options += ("--blur-usage", str(blur))
-    if shape == "one-worker":
-        with Relay(folder, *options, recording=True) as relay:
-            yield relay
-        return
-    with Workers(folder, *options, count=2) as workers:
-        yield workers
+    return relay_of(shape, folder, *options)
 
 
 @pytest.fixture(scope="module", params=SETTINGS, ids=SETTING_IDS)
@@ -91,29 +86,16 @@ def call(shared: tuple[Service, int | None]) -> Iterator[Callable[..., socket.so
 Call = Callable[..., socket.socket]
 
 
-def reset(client: socket.socket) -> None:
-    """Close so that the peer gets a reset (RST) and no end of stream."""
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    client.close()
-
-
-def wait_until_read(ledger: Ledger, client: socket.socket) -> None:
-    """Return when the relay has read everything that `client` sent."""
-    with relays_end(ledger.service.pids, client) as end:
-        wait_until(lambda: unread(end) == 0, what="the relay reads what was sent")
-
-
 def wait_until_waiting(ledger: Ledger, *clients: socket.socket) -> None:
     """Return when the relay has read the whole handshakes of `clients`, and so lets them wait."""
     for client in clients:
-        wait_until_read(ledger, client)
+        wait_until_read(ledger.service, client)
 
 
 def matched(call: Call) -> tuple[socket.socket, socket.socket]:
     """Two sides of one transfer that have read their `ok`."""
-    token = new_token()
-    first, second = (call(handshake(token, new_side())) for _ in range(2))
-    assert read_exactly(first, 3) == read_exactly(second, 3) == b"ok\n"
+    first, second = call(), call()
+    shake_hands(first, second)
     return first, second
 
 
@@ -284,9 +266,9 @@ def test_one_that_leaves_or_speaks_as_its_partners_handshake_comes_is_not_matche
     token = new_token()
     going = call(handshake(token, new_side()))
     staying = call(handshake(token, new_side())[:-1])
-    wait_until_read(ledger, going)
-    wait_until_read(ledger, staying)
-    with all_paused(ledger.service):  # so that the relay finds both at once
+    wait_until_read(ledger.service, going)
+    wait_until_read(ledger.service, staying)
+    with stopped(*ledger.service.living()):  # so that the relay finds both at once
         if not before:
             staying.sendall(b"\n")
         if how == "leaves":
@@ -312,28 +294,14 @@ def test_a_handshake_that_comes_while_the_relay_stands_still_is_not_too_late(tmp
         with connect(relay.port) as first, connect(relay.port) as second, connect(relay.port) as slow:
             for client in (first, second, slow):
                 client.sendall(handshake(token, new_side())[:-1])
-                wait_until_read(ledger, client)
-            with all_paused(relay):
+                wait_until_read(ledger.service, client)
+            with stopped(relay):
                 first.sendall(b"\n")
                 second.sendall(b"\n")
                 time.sleep(3)
             assert read_exactly(first, 3) == read_exactly(second, 3) == b"ok\n"
             assert read_to_end(slow) == b"bad handshake\n"
         ledger.expect(Ended("happy"), Ended("errory"))
-
-
-@contextlib.contextmanager
-def all_paused(service: Service) -> Iterator[None]:
-    """Let no worker do anything meanwhile."""
-    pids = service.pids
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-        wait_until(lambda: ") T " in Path(f"/proc/{pid}/stat").read_text(), what="the worker is paused")  # noqa: B023
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
 
 
 # Spares: several connections of one side.
@@ -435,10 +403,10 @@ def test_what_cannot_become_a_handshake_is_refused(ledger: Ledger, call: Call, s
 
 def test_a_refusal_arrives_though_the_client_goes_on_talking(ledger: Ledger, call: Call) -> None:
     client = call(JUNK)
-    wait_until_read(ledger, client)
+    wait_until_read(ledger.service, client)
     client.sendall(JUNK)
     client.sendall(JUNK)
-    wait_until_read(ledger, client)
+    wait_until_read(ledger.service, client)
     assert read_to_end(client) == b"bad handshake\n"
     client.close()
     ledger.expect(Ended("errory"))
@@ -463,7 +431,7 @@ def test_a_client_that_is_gone_before_its_handshake_is_whole_is_recorded(
     ledger: Ledger, call: Call, begun: bytes
 ) -> None:
     closing, resetting = call(begun), call(begun)
-    wait_until_read(ledger, resetting)
+    wait_until_read(ledger.service, resetting)
     closing.close()
     reset(resetting)
     ledger.expect(*[Ended("errory")] * (2 if begun else 0))

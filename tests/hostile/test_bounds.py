@@ -12,7 +12,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,22 +26,17 @@ from tests.support.harness import (
     Workers,
     connect,
     handshake,
+    met,
     new_side,
     new_token,
     read_exactly,
+    reset,
     wait_until,
 )
-from tests.support.hostile import ATTACKER, NOISE, answer, dial, honest_transfer, is_open, met, reset
+from tests.support.hostile import ATTACKER, NOISE, answer, dial, honest_transfer, is_open
 from tests.support.kernel_view import relays_end, unread
 
 RelayFactory = Callable[..., Relay]
-
-
-@pytest.fixture
-def stack() -> Iterator[contextlib.ExitStack]:
-    """Closes what a test has opened."""
-    with contextlib.ExitStack() as opened:
-        yield opened
 
 
 def times_said(relay: Relay, option: str) -> int:
@@ -308,15 +303,6 @@ def pour(sock: socket.socket, size: int) -> int:
     return sent
 
 
-def heard(sock: socket.socket) -> int:
-    """How many bytes come before the end of whichever kind."""
-    count = 0
-    with contextlib.suppress(ConnectionError):
-        while chunk := sock.recv(1 << 18):
-            count += len(chunk)
-    return count
-
-
 def test_a_transfer_larger_than_allowed_is_ended_and_one_of_exactly_that_size_is_not(
     relay_factory: RelayFactory, stack: contextlib.ExitStack
 ) -> None:
@@ -329,7 +315,7 @@ def test_a_transfer_larger_than_allowed_is_ended_and_one_of_exactly_that_size_is
     assert read_exactly(left, 100) == NOISE[:100]
     sender = threading.Thread(target=pour, args=(left, 50_000_000))
     sender.start()
-    assert heard(right) == 1_000_000 - 100
+    assert len(answer(right)) == 1_000_000 - 100
     sender.join(10)
     assert not sender.is_alive()
     assert [record["total_bytes"] for record in relay.wait_for_records(2)] == [1_000_000, 1_000_000]
@@ -392,9 +378,9 @@ def test_no_transfer_is_faster_than_the_rate_of_a_pair(
 
 
 def test_the_rate_of_the_relay_is_shared_by_the_transfers_that_have_something_to_move(
-    any_service: Callable[..., Service], stack: contextlib.ExitStack
+    any_relay_factory: Callable[..., Service], stack: contextlib.ExitStack
 ) -> None:
-    service = any_service("--relay-rate", "1500000")
+    service = any_relay_factory("--grace", "0", "--relay-rate", "1500000")
     for _ in range(12):
         for sock in met(service.port):
             stack.enter_context(sock)  # idle: these need nothing
@@ -409,19 +395,6 @@ def test_the_rate_of_the_relay_is_shared_by_the_transfers_that_have_something_to
     assert sum(runs[-1]) > 0.7, runs
     assert min(runs[-1]) > 0.5 * max(runs[-1]), runs
     honest_transfer(service.port, 30_000)
-
-
-@pytest.fixture(params=["one-worker", "two-workers"])
-def any_service(request: pytest.FixtureRequest, tmp_path: Path, stack: contextlib.ExitStack) -> Callable[..., Service]:
-    """A relay with the options of the call, as one worker and as two."""
-
-    def start(*options: str) -> Service:
-        options = ("--grace", "0", *options)
-        if request.param == "one-worker":
-            return stack.enter_context(Relay(tmp_path, *options, recording=True))
-        return stack.enter_context(Workers(tmp_path, *options, count=2))
-
-    return start
 
 
 def test_the_page_about_security_names_tests_that_exist_and_defaults_that_are_so() -> None:

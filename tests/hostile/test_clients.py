@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,24 +24,19 @@ from tests.support.harness import (
     Workers,
     connect,
     handshake,
+    met,
     new_side,
     new_token,
     open_fds,
     pss,
     read_exactly,
     read_to_end,
+    reset,
     wait_until,
 )
-from tests.support.hostile import NOISE, answer, beside, dial, honest_transfer, is_open, load_while, met, reset
+from tests.support.hostile import NOISE, answer, beside, dial, honest_transfer, is_open, load_while
 
 GIB = 1 << 30
-
-
-@pytest.fixture
-def stack() -> Iterator[contextlib.ExitStack]:
-    """Closes what a test has opened."""
-    with contextlib.ExitStack() as opened:
-        yield opened
 
 
 def moods(service: Service, count: int) -> Counter[str]:
@@ -150,22 +145,13 @@ def leave_at(port: int, stage: str, way: str, stack: contextlib.ExitStack) -> st
     else:
         client.close()
     if stage in ("met", "moving"):
-        heard = answer_of_any_size(partner)
+        heard = answer(partner)
         assert heard == (NOISE if stage == "moving" else b"") or (way != "half-close" and NOISE.startswith(heard))
         partner.close()
         return "happy"
     if way == "half-close":
         assert answer(client) == (b"" if stage == "waiting" else b"bad handshake\n")
     return "lonely" if stage == "waiting" else "errory"
-
-
-def answer_of_any_size(sock: socket.socket) -> bytes:
-    """Everything up to the end, or up to a reset."""
-    received = b""
-    with contextlib.suppress(ConnectionResetError):
-        while chunk := sock.recv(1 << 18):
-            received += chunk
-    return received
 
 
 # Urgent data: TCP sets one byte apart from the stream. A relay that splices gets stuck at it.
@@ -183,7 +169,7 @@ def test_urgent_data_costs_a_stream_nothing_but_itself(any_relay: Service, stack
         left.send(b"!", socket.MSG_OOB)
         left.sendall(NOISE)
         left.shutdown(socket.SHUT_WR)
-        assert answer_of_any_size(right) == NOISE
+        assert answer(right) == NOISE
         right.close()
     assert moods(any_relay, 20) == {"happy": 20}
 
@@ -211,7 +197,7 @@ def test_urgent_data_before_the_partner_has_come_is_passed_over(relay: Relay, st
     assert read_exactly(waits, 3) == read_exactly(comes, 3) == b"ok\n"
     waits.sendall(NOISE)
     waits.shutdown(socket.SHUT_WR)
-    assert answer_of_any_size(comes) == NOISE
+    assert answer(comes) == NOISE
 
 
 def test_urgent_data_at_rest_moves_house(tmp_path: Path, stack: contextlib.ExitStack) -> None:
@@ -231,7 +217,7 @@ def test_urgent_data_at_rest_moves_house(tmp_path: Path, stack: contextlib.ExitS
             assert workers.stop_one(number) == 0
         for left, right, sent in pairs:
             left.shutdown(socket.SHUT_WR)
-            received = len(answer_of_any_size(right))
+            received = len(answer(right))
             # Of several urgent bytes under way at once only the last is set apart; the others are in the stream.
             assert sent <= received <= sent + sent // 50_000 + 2
             right.close()

@@ -6,7 +6,6 @@ No number is asserted here: what a goal says is measured by `make bench`, on a m
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.needs import needs_a_compiler
+
 HERE = Path(__file__).resolve().parents[2]
 BENCH = HERE / "misc" / "bench"
-
-needs_a_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: apt-get install gcc libc6-dev")
 
 
 def bench(*words: str) -> subprocess.CompletedProcess[str]:

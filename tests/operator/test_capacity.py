@@ -7,24 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import resource
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.current import wait_for_current
 from tests.support.harness import (
     Relay,
     Service,
-    Workers,
     connect,
     handshake,
+    met,
     new_side,
     new_token,
     pss,
     read_exactly,
-    wait_until,
 )
 
 NOFILE = 20_000
@@ -59,40 +58,15 @@ def room_for_clients() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.fixture(params=["one-worker", "two-workers"])
-def service(request: pytest.FixtureRequest, tmp_path: Path, room_for_clients: None) -> Iterator[Service]:
+@pytest.fixture
+def service(any_relay_factory: Callable[..., Service], room_for_clients: None) -> Service:
     """A recording relay whose workers may have 20 000 file descriptors each."""
-    if request.param == "one-worker":
-        with Relay(tmp_path, recording=True, nofile=NOFILE) as relay:
-            yield relay
-        return
-    with Workers(tmp_path, count=2, nofile=NOFILE) as workers:
-        yield workers
+    return any_relay_factory(nofile=NOFILE)
 
 
 def memory(service: Service) -> int:
     """What all workers take, in bytes (PSS)."""
     return sum(pss(pid) for pid in service.pids)
-
-
-def meet(stack: contextlib.ExitStack, port: int) -> tuple[socket.socket, socket.socket]:
-    """Two clients that have read their `ok`."""
-    token = new_token()
-    first, second = (stack.enter_context(connect(port)) for _ in range(2))
-    for client in (first, second):
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        client.sendall(handshake(token, new_side()))
-    assert read_exactly(first, 3) == read_exactly(second, 3) == b"ok\n"
-    return first, second
-
-
-def wait_for_current(service: Service, connected: int, waiting: int) -> None:
-    """Return when the `current` table says so."""
-    wait_until(
-        lambda: tuple(service.rows("current")[0])[:2] == (connected, waiting),
-        30,
-        f"{connected} pairs and {waiting} waiting in `current`",
-    )
 
 
 def seconds_for_a_transfer(port: int) -> float:
@@ -101,7 +75,7 @@ def seconds_for_a_transfer(port: int) -> float:
     for _ in range(10):
         began = time.perf_counter()
         with contextlib.ExitStack() as stack:
-            sender, receiver = meet(stack, port)
+            sender, receiver = met(port, stack=stack)
             for start in range(0, len(PATTERN), 1 << 18):
                 sender.sendall(PATTERN[start : start + (1 << 18)])
                 assert read_exactly(receiver, 1 << 18) == PATTERN[start : start + (1 << 18)]
@@ -111,14 +85,14 @@ def seconds_for_a_transfer(port: int) -> float:
 
 def test_a_relay_without_a_database_does_without_sqlite(tmp_path: Path) -> None:
     with Relay(tmp_path) as relay, contextlib.ExitStack() as stack:
-        meet(stack, relay.port)
+        met(relay.port, stack=stack)
         (pid,) = relay.pids
         assert "sqlite" not in Path(f"/proc/{pid}/maps").read_text()
 
 
 def test_eight_thousand_waiting_clients_cost_little(service: Service, note: Note) -> None:
     seconds_for_a_transfer(service.port)  # what is needed once is there
-    wait_for_current(service, 0, 0)
+    wait_for_current(service, 0, 0, 30)
     before = memory(service)
     finished = len(service.rows("usage"))
     with contextlib.ExitStack() as stack:
@@ -127,7 +101,7 @@ def test_eight_thousand_waiting_clients_cost_little(service: Service, note: Note
         for token in tokens:  # each says at once what it wants, as clients do: the relay bounds those that do not
             clients.append(stack.enter_context(connect(service.port)))
             clients[-1].sendall(handshake(token, new_side()))
-        wait_for_current(service, 0, WAITING)
+        wait_for_current(service, 0, WAITING, 30)
         each = (memory(service) - before) / WAITING
         note("bytes of PSS for a waiting client", round(each))
         for number in range(0, WAITING, 400):  # they are really waiting
@@ -142,11 +116,11 @@ def test_eight_thousand_waiting_clients_cost_little(service: Service, note: Note
 
 def test_a_pair_beside_two_thousand_idle_ones_is_served_as_before(service: Service, note: Note) -> None:
     alone = seconds_for_a_transfer(service.port)
-    wait_for_current(service, 0, 0)
+    wait_for_current(service, 0, 0, 30)
     before = memory(service)
     with contextlib.ExitStack() as stack:
-        pairs = [meet(stack, service.port) for _ in range(IDLE_PAIRS)]
-        wait_for_current(service, IDLE_PAIRS, 0)
+        pairs = [met(service.port, stack=stack) for _ in range(IDLE_PAIRS)]
+        wait_for_current(service, IDLE_PAIRS, 0, 30)
         note("bytes of PSS for an idle pair", round((memory(service) - before) / IDLE_PAIRS))
         beside = seconds_for_a_transfer(service.port)
         note("ms for 2 MiB alone", round(alone * 1000, 2))
@@ -157,4 +131,4 @@ def test_a_pair_beside_two_thousand_idle_ones_is_served_as_before(service: Servi
             second.sendall(number.to_bytes(2, "big"))
         for number, (first, second) in enumerate(pairs):
             assert read_exactly(first, 2) == read_exactly(second, 2) == number.to_bytes(2, "big")
-    wait_for_current(service, 0, 0)
+    wait_for_current(service, 0, 0, 30)

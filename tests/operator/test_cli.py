@@ -29,7 +29,7 @@ from tests.support.harness import (
     connect,
     free_port,
     handshake,
-    new_side,
+    met,
     new_token,
     read_exactly,
     read_to_end,
@@ -419,16 +419,6 @@ def test_beyond_max_connections_new_ones_wait_in_the_listen_queue(relay_factory:
 # Stopping.
 
 
-def met(stack: contextlib.ExitStack, relay: Relay) -> tuple[socket.socket, socket.socket]:
-    """Two clients that have read their `ok`."""
-    token = new_token()
-    first, second = (stack.enter_context(connect(relay.port)) for _ in range(2))
-    for client in (first, second):
-        client.sendall(handshake(token, new_side()))
-    assert read_exactly(first, 3) == read_exactly(second, 3) == b"ok\n"
-    return first, second
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_relay_without_clients_stops_at_once(relay_factory: Start, number: signal.Signals) -> None:
     relay = relay_factory()
@@ -442,7 +432,7 @@ def test_a_relay_without_clients_stops_at_once(relay_factory: Start, number: sig
 def test_a_lone_relay_that_stops_lets_a_transfer_finish_and_takes_no_new_clients(relay_factory: Start) -> None:
     relay = relay_factory("--grace", "30", recording=True)
     with contextlib.ExitStack() as stack:
-        sender, receiver = met(stack, relay)
+        sender, receiver = met(relay.port, stack=stack)
         waiting = stack.enter_context(connect(relay.port))
         waiting.sendall(handshake(new_token()))
         wait_until(lambda: relay.rows("current")[0]["waiting"] == 1, what="it waits")
@@ -470,7 +460,7 @@ def test_a_lone_relay_that_stops_lets_a_transfer_finish_and_takes_no_new_clients
 def test_a_transfer_that_takes_longer_than_the_grace_is_cut_off_and_recorded(relay_factory: Start) -> None:
     relay = relay_factory("--grace", "0.5", recording=True)
     with contextlib.ExitStack() as stack:
-        sender, receiver = met(stack, relay)
+        sender, receiver = met(relay.port, stack=stack)
         sender.sendall(b"so far")
         assert read_exactly(receiver, 6) == b"so far"
         began = time.monotonic()
@@ -481,13 +471,13 @@ def test_a_transfer_that_takes_longer_than_the_grace_is_cut_off_and_recorded(rel
     (record,) = relay.records()
     assert (record["mood"], record["total_bytes"]) == ("happy", 6)
     assert [row["bytes"] for row in relay.rows("usage")] == [6]
-    assert tuple(relay.rows("current")[0]) == (0, 0, 0)
+    assert relay.row("current") == (0, 0, 0)
 
 
 def test_a_second_signal_ends_it_at_once(relay_factory: Start) -> None:
     relay = relay_factory("--grace", "60", recording=True)
     with contextlib.ExitStack() as stack:
-        met(stack, relay)
+        met(relay.port, stack=stack)
         relay.process.send_signal(signal.SIGTERM)
         wait_until(lambda: "stopping" in relay.log_text(), what="it stops")
         assert relay.process.poll() is None
@@ -501,7 +491,7 @@ def test_a_second_signal_ends_it_at_once(relay_factory: Start) -> None:
 def test_the_log_says_nothing_of_clients(relay_factory: Start) -> None:
     relay = relay_factory(recording=True)
     with contextlib.ExitStack() as stack:
-        met(stack, relay)
+        met(relay.port, stack=stack)
         with connect(relay.port) as bad:
             bad.sendall(b"nonsense\n")
             assert read_to_end(bad) == b"bad handshake\n"

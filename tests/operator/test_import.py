@@ -25,8 +25,10 @@ from tests.support.harness import (
     connect,
     free_port,
     handshake,
+    met,
     new_side,
     new_token,
+    query,
     read_exactly,
     read_to_end,
     running,
@@ -62,8 +64,7 @@ def said(*arguments: str | Path) -> str:
 
 def rows(path: Path, sql: str) -> list[tuple[object, ...]]:
     """Return the rows of a query."""
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)) as database:
-        return database.execute(sql).fetchall()
+    return [tuple(row) for row in query(path, sql)]
 
 
 def usage(path: Path) -> list[tuple[object, ...]]:
@@ -215,11 +216,8 @@ def test_an_import_into_a_running_relay_s_database_disturbs_nothing(tmp_path: Pa
         def transfer() -> None:
             nonlocal made
             while not finished.is_set():
-                token = new_token()
-                with connect(relay.port) as left, connect(relay.port) as right:
-                    for client in (left, right):
-                        client.sendall(handshake(token, new_side()))
-                    assert read_exactly(left, 3) == read_exactly(right, 3) == b"ok\n"
+                left, right = met(relay.port)
+                with left, right:
                     left.sendall(b"x" * 10)
                     read_exactly(right, 10)
                 made += 1

@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 
 from relay.usage.schema import open_database
+from tests.support.current import wait_for_current
 from tests.support.harness import (
     CHECKOUT,
     Relay,
     Service,
     connect,
     handshake,
+    met,
     new_side,
     new_token,
     read_exactly,
@@ -77,11 +79,8 @@ class Munin:
 
 def finish_a_transfer(relay: Service, size: int) -> None:
     """Send `size` bytes through the relay, and end."""
-    token = new_token()
-    with connect(relay.port) as left, connect(relay.port) as right:
-        for client in (left, right):
-            client.sendall(handshake(token, new_side()))
-        assert read_exactly(left, 3) == read_exactly(right, 3) == b"ok\n"
+    left, right = met(relay.port)
+    with left, right:
         left.sendall(b"x" * size)
         read_exactly(right, size)
 
@@ -97,15 +96,10 @@ def test_every_plugin_tells_of_the_transfers_made(any_relay: Service, tmp_path: 
         wrong.sendall(b"GET / HTTP/1.1\r\n")
         read_to_end(wrong)
     any_relay.wait_for_rows("usage", 4)
-    token = new_token()
-    with connect(any_relay.port) as left, connect(any_relay.port) as right, connect(any_relay.port) as waiting:
-        for client in (left, right):
-            client.sendall(handshake(token, new_side()))
-        assert read_exactly(left, 3) == read_exactly(right, 3) == b"ok\n"
+    left, right = met(any_relay.port)
+    with left, right, connect(any_relay.port) as waiting:
         waiting.sendall(handshake(new_token(), new_side()))
-        wait_until(
-            lambda: tuple(any_relay.rows("current")[0])[:2] == (1, 1), what="one pair and one waiting in `current`"
-        )
+        wait_for_current(any_relay, 1, 1)
         assert munin.fetch("connected") == {"connected": "1", "waiting": "1"}
     moods = {"happy": "2", "lonely": "1", "errory": "1"}
     if any_relay.wait_for_rows("usage", 6):

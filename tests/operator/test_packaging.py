@@ -19,12 +19,8 @@ from relay import __version__
 from tests.support.harness import (
     CHECKOUT,
     LISTENING,
-    connect,
     free_port,
-    handshake,
-    new_side,
-    new_token,
-    read_exactly,
+    met,
     read_to_end,
     running,
     wait_until,
@@ -128,12 +124,8 @@ def test_the_installed_programs_know_their_version(installed: Path, tmp_path: Pa
 
 
 def relay_one_transfer(port: int) -> None:
-    token = new_token()
-    with connect(port) as sender, connect(port) as receiver:
-        for client in (sender, receiver):
-            client.sendall(handshake(token, new_side()))
-        for client in (sender, receiver):
-            assert read_exactly(client, 3) == b"ok\n"
+    sender, receiver = met(port)
+    with sender, receiver:
         sender.sendall(b"from an installed relay")
         sender.shutdown(1)
         assert read_to_end(receiver) == b"from an installed relay"

@@ -31,6 +31,7 @@ from tests.support.harness import (
     connect,
     free_port,
     handshake,
+    met,
     new_side,
     new_token,
     read_exactly,
@@ -38,6 +39,7 @@ from tests.support.harness import (
     wait_until,
     whole_lines,
 )
+from tests.support.usage_disk import disk_of
 
 CONFIGURATION = CHECKOUT / "etc" / "rsyslog.d" / "relay-gevent.conf"
 ROTATION = CHECKOUT / "etc" / "logrotate.d" / "relay-gevent"
@@ -170,11 +172,8 @@ def seconds_of_logrotate() -> list[str]:
 def make_connections(relay: Service, transfers: int) -> int:
     """Let transfers, a client that leaves and one that talks nonsense come; return how many records that makes."""
     for number in range(transfers):
-        token = new_token()
-        with connect(relay.port) as left, connect(relay.port) as right:
-            for client in (left, right):
-                client.sendall(handshake(token, new_side()))
-            assert read_exactly(left, 3) == read_exactly(right, 3) == b"ok\n"
+        left, right = met(relay.port)
+        with left, right:
             left.sendall(b"x" * (number + 1))
             read_exactly(right, number + 1)
     with connect(relay.port) as lonely:
@@ -359,13 +358,8 @@ def test_a_line_that_is_not_json_is_kept_apart(tmp_path: Path, writers: Writers)
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder on a disk of a quarter of a megabyte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("takes root, to mount a small disk")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with disk_of("256k", tmp_path) as disk:
+        yield disk
 
 
 def test_what_a_full_disk_takes_from_rsyslogd_is_still_in_the_json_lines(

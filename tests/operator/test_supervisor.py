@@ -32,6 +32,7 @@ from tests.support.harness import (
     connect,
     free_port,
     handshake,
+    met,
     new_side,
     new_token,
     read_exactly,
@@ -230,17 +231,6 @@ def service_of_any_user(request: pytest.FixtureRequest) -> Iterator[Supervised]:
         yield started
 
 
-def pair(port: int) -> tuple[socket.socket, socket.socket]:
-    """Return two clients that the relay has glued together."""
-    token = new_token()
-    clients = connect(port), connect(port)
-    for client in clients:
-        client.sendall(handshake(token, new_side()))
-    for client in clients:
-        assert read_exactly(client, 3) == b"ok\n"
-    return clients
-
-
 def finish(sender: socket.socket, receiver: socket.socket, content: bytes) -> None:
     """Send `content` and end the transfer, as seen by both clients."""
     sender.sendall(content)
@@ -254,7 +244,7 @@ def finish(sender: socket.socket, receiver: socket.socket, content: bytes) -> No
 
 def test_supervisord_brings_up_a_relay_that_records_and_blurs(service_of_any_user: Supervised) -> None:
     service = service_of_any_user
-    finish(*pair(service.port), b"x" * 12_345)
+    finish(*met(service.port), b"x" * 12_345)
 
     def lines() -> list[str]:
         return (service.var / "usage.jsonl").read_text().splitlines()
@@ -281,15 +271,15 @@ def test_supervisorctl_reaches_supervisord_through_a_private_socket(service_of_a
     service.control("restart", "relay:*")
     assert set(service.states()) == {"RUNNING"}
     wait_until(lambda: len(service.listening()) == listening + len(service.states()), 10, f"back: {service.logs()}")
-    finish(*pair(service.port), b"after the restart")
+    finish(*met(service.port), b"after the restart")
 
 
 def test_the_relay_killed_is_back_within_two_seconds_with_its_records_whole(service: Supervised) -> None:
     for number in range(50):
-        finish(*pair(service.port), b"x" * (10_001 + number))
+        finish(*met(service.port), b"x" * (10_001 + number))
     with contextlib.ExitStack() as unfinished:
         for _ in range(3):
-            for client in pair(service.port):
+            for client in met(service.port):
                 unfinished.enter_context(client)
                 client.sendall(b"bytes of a transfer that will not end")
         time.sleep(RECORDED_WITHIN)  # the promise is about time: what ended this long ago is kept
@@ -325,7 +315,7 @@ def killed_and_back(service: Supervised) -> float:
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: len(service.listening()) == listening + len(killed), 10, f"it is back: {service.logs()}")
-    finish(*pair(service.port), b"after the crash")
+    finish(*met(service.port), b"after the crash")
     seconds = time.monotonic() - began
     assert not set(killed) & set(service.pids())
     wait_until(lambda: service.query("SELECT count(*) FROM usage") != [(rows,)], 5, "the row of that transfer")
@@ -333,7 +323,7 @@ def killed_and_back(service: Supervised) -> float:
 
 
 def test_stopping_the_relay_lets_a_transfer_end(service: Supervised) -> None:
-    sender, receiver = pair(service.port)
+    sender, receiver = met(service.port)
     sender.sendall(b"the first half, ")
     assert read_exactly(receiver, 16) == b"the first half, "
     pids = service.pids()
@@ -357,7 +347,7 @@ def test_stopping_the_relay_lets_a_transfer_end(service: Supervised) -> None:
 
 
 def test_a_rolling_restart_ends_no_transfer_and_sends_nobody_away(service: Supervised) -> None:
-    transfers = [pair(service.port) for _ in range(6)]
+    transfers = [met(service.port) for _ in range(6)]
     for sender, receiver in transfers:
         sender.sendall(b"the first half, ")
         assert read_exactly(receiver, 16) == b"the first half, "
@@ -390,7 +380,7 @@ def accepts(port: int) -> bool:
 
 def test_the_log_tells_of_workers_that_start_and_stop_and_nothing_of_clients(service: Supervised) -> None:
     for _ in range(3):
-        finish(*pair(service.port), b"a transfer")
+        finish(*met(service.port), b"a transfer")
     with connect(service.port) as client:
         client.sendall(b"GET / HTTP/1.1\r\n")
         assert read_to_end(client) == b"bad handshake\n"

@@ -22,7 +22,7 @@ import pytest
 from relay.report import cli
 from relay.report.database import opened
 from relay.usage.schema import open_database
-from tests.support.harness import CHECKOUT, Relay, connect, handshake, new_side, new_token, read_exactly
+from tests.support.harness import CHECKOUT, Relay, met, read_exactly
 
 NOBODY = 65534
 COMMAND = [sys.executable, "-m", "relay.report.cli"]
@@ -285,11 +285,8 @@ def test_a_relay_that_starts_while_the_database_is_read_without_locks_is_noticed
 
 
 def test_it_reads_while_a_relay_writes(relay: Relay) -> None:
-    token = new_token()
-    with connect(relay.port) as left, connect(relay.port) as right:
-        for client in (left, right):
-            client.sendall(handshake(token, new_side()))
-        assert read_exactly(left, 3) == read_exactly(right, 3) == b"ok\n"
+    left, right = met(relay.port)
+    with left, right:
         left.sendall(b"x" * 1234)
         read_exactly(right, 1234)
     relay.wait_for_rows("usage", 1)

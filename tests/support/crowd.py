@@ -14,6 +14,7 @@ place shows. Nothing is raised in the middle: what goes wrong is in `Caller.erro
 from __future__ import annotations
 
 import hashlib
+import random
 import secrets
 import select
 import socket
@@ -345,3 +346,28 @@ class Crowd:
         self._aside.shutdown()
         self.hang_up()
         self.epoll.close()
+
+
+def call_in_random_order(
+    crowd: Crowd, transfers: dict[str, tuple[str, str]], among: Callable[[], None] = lambda: None
+) -> list[Caller]:
+    """Both sides of each transfer call, in any order, each saying who it is first."""
+    sides = [(token, side) for token, pair in transfers.items() for side in pair]
+    random.shuffle(sides)
+    callers = []
+    for number, (token, side) in enumerate(sides):
+        callers.append(crowd.call(token, side, head=side.encode()))
+        if number % 20 == 0:
+            crowd.step()
+            among()
+    return callers
+
+
+def assert_each_met_its_own_partner(callers: list[Caller], transfers: dict[str, tuple[str, str]]) -> None:
+    """Each heard `ok` and the name of the other side of its own token, and nothing else."""
+    for caller in callers:
+        assert caller.error is None
+        assert caller.met
+        (partner,) = {*transfers[caller.token]} - {caller.side}
+        assert caller.first_words == partner.encode()
+        assert caller.heard.size == len(partner)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import re
@@ -26,6 +27,7 @@ import secrets
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
@@ -37,6 +39,11 @@ from typing import Any, TypeVar
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 LISTENING = re.compile(r"listening on (\S+) port (\d+)")
+
+SHAPES = ("one-worker", "two-workers")
+"""What any promise of the relay is tried with: see `relay_of`."""
+
+_PATTERN = bytes(range(256)) * 1024
 
 T = TypeVar("T")
 
@@ -82,9 +89,9 @@ def whole_lines(text: str) -> list[str]:
     return text[: text.rfind("\n") + 1].splitlines()
 
 
-def connect(port: int, host: str = "127.0.0.1", timeout: float = 10) -> socket.socket:
-    """Return a connected TCP socket whose every call fails after `timeout` seconds."""
-    return socket.create_connection((host, port), timeout=timeout)
+def connect(port: int, host: str = "127.0.0.1", timeout: float = 10, source: str | None = None) -> socket.socket:
+    """Return a connected TCP socket whose every call fails after `timeout` seconds; `source` is its own address."""
+    return socket.create_connection((host, port), timeout, None if source is None else (source, 0))
 
 
 def new_token() -> str:
@@ -102,6 +109,44 @@ def handshake(token: str, side: str | None = None) -> bytes:
     if side is None:
         return f"please relay {token}\n".encode("ascii")
     return f"please relay {token} for side {side}\n".encode("ascii")
+
+
+def shake_hands(first: socket.socket, second: socket.socket) -> None:
+    """Let two clients meet, with a token that no other transfer uses; AssertionError unless both are told ok."""
+    token = new_token()
+    for client in (first, second):
+        client.sendall(handshake(token, new_side()))
+    assert read_exactly(first, 3) == read_exactly(second, 3) == b"ok\n"
+
+
+def met(
+    port: int, source: str | None = None, *, stack: contextlib.ExitStack | None = None
+) -> tuple[socket.socket, socket.socket]:
+    """Return two clients that were told ok; both come from the address `source`, and `stack` closes them."""
+    first, second = connect(port, source=source), connect(port, source=source)
+    if stack is not None:
+        stack.enter_context(first)
+        stack.enter_context(second)
+    shake_hands(first, second)
+    return first, second
+
+
+def reset(sock: socket.socket) -> None:
+    """Close so that the peer gets a reset (RST) and no end of stream."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def fill_the_way(sender: socket.socket, calm: float = 0.3, most: float = math.inf) -> int:
+    """Send to a partner that does not read, until nothing is taken for `calm` seconds, or `most` bytes are; return how
+    many were."""
+    sent = 0
+    sender.settimeout(calm)
+    with contextlib.suppress(TimeoutError):
+        while sent < most:
+            sent += sender.send(_PATTERN)
+    sender.settimeout(10)
+    return sent
 
 
 def read_exactly(sock: socket.socket, count: int) -> bytes:
@@ -180,6 +225,19 @@ def open_fds(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
+def cpu_seconds(pid: int) -> float:
+    """Return what a process has used of the processors, in user and system mode: see proc_pid_stat(5)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def query(path: Path, sql: str, *values: object) -> list[sqlite3.Row]:
+    """Return the rows of a query on a database, opened for reading only."""
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)) as database:
+        database.row_factory = sqlite3.Row
+        return database.execute(sql, values).fetchall()
+
+
 class Service:
     """A relay as those around it see it: a port, JSON lines, the tables. Subclasses start its processes."""
 
@@ -215,13 +273,16 @@ class Service:
 
     def query(self, sql: str, *values: object) -> list[sqlite3.Row]:
         """Return the rows of a query on the usage database, opened for reading only."""
-        with contextlib.closing(sqlite3.connect(f"file:{self.usage_db}?mode=ro", uri=True, timeout=10)) as database:
-            database.row_factory = sqlite3.Row
-            return database.execute(sql, values).fetchall()
+        return query(self.usage_db, sql, *values)
 
     def rows(self, table: str) -> list[sqlite3.Row]:
         """Return all rows of one table of the usage database."""
         return self.query(f"SELECT * FROM {table}")
+
+    def row(self, table: str) -> tuple[int, ...]:
+        """Return the one row of `current`, `since_reboot` or `all_time`."""
+        (row,) = self.rows(table)
+        return tuple(row)
 
     def wait_for_rows(self, table: str, count: int, seconds: float = 10) -> list[sqlite3.Row]:
         """Return the rows of `table` as soon as there are at least `count`."""
@@ -234,10 +295,14 @@ class Service:
             return self.rows(table)
         return wait_until(enough, seconds, f"{count} rows in {table}")
 
+    def living(self) -> list[Relay]:
+        """Return the workers that run."""
+        raise NotImplementedError
+
     @property
     def pids(self) -> list[int]:
-        """The process ids of the workers that are running."""
-        raise NotImplementedError
+        """The process ids of the workers that run."""
+        return [worker.pid for worker in self.living()]
 
     def stop(self, seconds: float = 15) -> int:
         """Ask every worker to stop, wait for all; return the exit status (the first that is not 0, if any)."""
@@ -294,10 +359,9 @@ class Relay(Service):
         """The worker's process id."""
         return self.process.pid
 
-    @property
-    def pids(self) -> list[int]:
-        """The worker's process id, in a list, while it runs."""
-        return [self.pid] if self._process is not None and self._process.poll() is None else []
+    def living(self) -> list[Relay]:
+        """Return this worker, in a list, while it runs."""
+        return [self] if self._process is not None and self._process.poll() is None else []
 
     def log_text(self) -> str:
         """Return what the worker wrote to stderr so far."""
@@ -445,11 +509,6 @@ class Workers(Service):
         """Return the workers that run."""
         return [worker for worker in self.workers if worker.pids]
 
-    @property
-    def pids(self) -> list[int]:
-        """The process ids of the workers that run."""
-        return [worker.pid for worker in self.living()]
-
     def log_text(self) -> str:
         """Return what all workers wrote to stderr so far, one after another."""
         return "".join(worker.log_text() for worker in self.workers)
@@ -479,6 +538,29 @@ class Workers(Service):
         if kind is None:
             for worker in self.workers:
                 assert worker.tracebacks_expected or "Traceback" not in worker.log_text(), worker.log_text()
+
+
+def relay_of(shape: str, folder: Path, *options: str, nofile: int | None = None) -> Relay | Workers:
+    """Return a recording relay of one of the `SHAPES`, not started yet: a single worker, or two that are one relay."""
+    if shape == "one-worker":
+        return Relay(folder, *options, recording=True, nofile=nofile)
+    return Workers(folder, *options, count=2, nofile=nofile)
+
+
+@contextlib.contextmanager
+def stopped(*workers: Relay) -> Iterator[None]:
+    """Keep workers from running, as on a machine that is overwhelmed; those that have ended already are left out."""
+    living = [worker for worker in workers if worker.pids]
+    for worker in living:
+        worker.process.send_signal(signal.SIGSTOP)
+    try:
+        for worker in living:
+            stat = Path(f"/proc/{worker.pid}/stat")
+            wait_until(lambda stat=stat: ") T " in stat.read_text(), what="the worker stands still")  # type: ignore[misc]
+        yield
+    finally:
+        for worker in living:
+            worker.process.send_signal(signal.SIGCONT)
 
 
 @contextlib.contextmanager

@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import random
 import select
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-from tests.support.harness import handshake, new_side, new_token, read_exactly
+from tests.support.harness import connect, cpu_seconds, met, read_exactly
 
 NOISE = random.Random(1).randbytes(1 << 18)
 ATTACKER = "127.1.0.1"
@@ -30,23 +27,17 @@ ATTACKER = "127.1.0.1"
 
 def dial(port: int, source: str = ATTACKER, host: str = "127.0.0.1") -> socket.socket:
     """Connect from the address `source`; every call fails after ten seconds."""
-    return socket.create_connection((host, port), timeout=10, source_address=(source, 0))
-
-
-def reset(sock: socket.socket) -> None:
-    """Close with a reset instead of an end of stream."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
+    return connect(port, host, source=source)
 
 
 def answer(sock: socket.socket, seconds: float = 10) -> bytes:
     """Everything the relay says until it ends the connection, in whichever way."""
     sock.settimeout(seconds)
-    said = b""
+    said = bytearray()
     with contextlib.suppress(ConnectionError):
-        while chunk := sock.recv(4096):
+        while chunk := sock.recv(1 << 18):
             said += chunk
-    return said
+    return bytes(said)
 
 
 def is_open(sock: socket.socket) -> bool:
@@ -54,18 +45,7 @@ def is_open(sock: socket.socket) -> bool:
     return not select.select([sock], [], [], 0)[0]
 
 
-def met(port: int, source: str = "127.0.0.1") -> tuple[socket.socket, socket.socket]:
-    """Two sides of a transfer that were told ok."""
-    token = new_token()
-    sides = (dial(port, source), dial(port, source))
-    for sock in sides:
-        sock.sendall(handshake(token, new_side()))
-    for sock in sides:
-        assert read_exactly(sock, 3) == b"ok\n"
-    return sides
-
-
-def honest_transfer(port: int, size: int = 300_000, source: str = "127.0.0.1") -> float:
+def honest_transfer(port: int, size: int = 300_000, source: str | None = None) -> float:
     """Send `size` bytes of noise from one side to the other, and an answer back; return the seconds it took.
 
     Raises:
@@ -97,12 +77,6 @@ def honest_transfer(port: int, size: int = 300_000, source: str = "127.0.0.1") -
         assert read_exactly(left, 6) == b"got it"
         assert left.recv(1) == b""
     return time.perf_counter() - began
-
-
-def cpu_seconds(pid: int) -> float:
-    """Processor time a process has used so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def load_while(seconds: float, *pids: int) -> float:

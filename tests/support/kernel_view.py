@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import socket
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.harness import wait_until
+from tests.support.harness import Service, wait_until
 
 _LISTENING = "0A"  # TCP_LISTEN in /proc/net/tcp, see proc_net_tcp(5)
 _PIDFD_GETFD = 438  # the same number on every architecture, see pidfd_getfd(2)
@@ -27,15 +28,21 @@ _F_GETPIPE_SZ = 1032
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _duplicate(pid: int, fd: int) -> int:
-    pidfd = os.pidfd_open(pid)
+def _duplicate(pid: int, fd: int) -> int | None:
+    """Our own duplicate of a process's file descriptor; None when that, or the process, is gone meanwhile."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return None
     try:
         duplicate = int(_libc.syscall(_PIDFD_GETFD, pidfd, fd, 0))
     finally:
         os.close(pidfd)
-    if duplicate < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return duplicate
+    if duplicate >= 0:
+        return duplicate
+    if ctypes.get_errno() == errno.EPERM:
+        pytest.skip("pidfd_getfd(2) on the relay is not allowed here (needs kernel.yama.ptrace_scope <= 1)")
+    return None
 
 
 def _fds(pid: int, kind: str) -> Iterator[tuple[int, str]]:
@@ -63,12 +70,9 @@ def relays_end(pids: Iterable[int], client: socket.socket) -> socket.socket:
 def _end_towards(pids: list[int], wanted: object) -> socket.socket | None:
     for pid in pids:
         for fd, _ in _fds(pid, "socket:"):
-            try:
-                duplicate = _duplicate(pid, fd)
-            except PermissionError:
-                pytest.skip("pidfd_getfd(2) on the relay is not allowed here (needs kernel.yama.ptrace_scope <= 1)")
-            except OSError:
-                continue  # closed meanwhile
+            duplicate = _duplicate(pid, fd)
+            if duplicate is None:
+                continue
             try:
                 found = socket.socket(fileno=duplicate)
             except OSError:
@@ -84,6 +88,12 @@ def _end_towards(pids: list[int], wanted: object) -> socket.socket | None:
 def unread(sock: socket.socket) -> int:
     """Bytes that have arrived at `sock` and were not read yet."""
     return _ask(sock.fileno(), termios.FIONREAD)
+
+
+def wait_until_read(service: Service, client: socket.socket) -> None:
+    """Return when the relay has read everything that `client` sent."""
+    with relays_end(service.pids, client) as end:
+        wait_until(lambda: unread(end) == 0, what="the relay reads what was sent")
 
 
 def unacknowledged(sock: socket.socket) -> int:
@@ -111,12 +121,9 @@ def _in_each_pipe(pid: int, question: Callable[[int], int]) -> list[int]:
     for fd, link in _fds(pid, "pipe:"):
         if fd <= 2 or link in answers:
             continue
-        try:
-            duplicate = _duplicate(pid, fd)
-        except PermissionError:
-            pytest.skip("pidfd_getfd(2) on the relay is not allowed here (needs kernel.yama.ptrace_scope <= 1)")
-        except OSError:
-            continue  # closed meanwhile
+        duplicate = _duplicate(pid, fd)
+        if duplicate is None:
+            continue
         try:
             answers[link] = question(duplicate)
         finally:

@@ -10,7 +10,6 @@ import contextlib
 import random
 import select
 import socket
-import struct
 import tempfile
 import time
 from collections import Counter
@@ -21,7 +20,7 @@ from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.support.harness import Workers, connect, handshake, new_side, new_token, read_exactly
+from tests.support.harness import Workers, connect, handshake, new_side, new_token, read_exactly, reset
 
 SETTLED_SECONDS = 20.0
 BARRIER_SECONDS = 0.05
@@ -49,8 +48,9 @@ class Client:
             self.sock.shutdown(socket.SHUT_WR)
             return
         if way == "reset":
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.sock.close()
+            reset(self.sock)
+        else:
+            self.sock.close()
 
     def reads(self, expected: bytes) -> None:
         """The next that comes is this."""

@@ -1,4 +1,4 @@
-"""A disk that the tests of usage can fill."""
+"""A disk that a test can fill."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB, which is soon full."""
+@contextlib.contextmanager
+def disk_of(size: str, folder: Path) -> Iterator[Path]:
+    """Mount a file system of so much (`256k`, `1m`) below `folder`; skips the test where one may not."""
     if os.geteuid() != 0:
         pytest.skip("only root may mount a small tmpfs; run the tests as root, in a VM or a container")
-    disk = tmp_path / "disk"
+    disk = folder / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
     done = subprocess.run(mount, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.skip(f"a small tmpfs cannot be mounted here: {done.stderr.strip()}")

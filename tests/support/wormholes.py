@@ -16,10 +16,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support.harness import running, wait_until
+from tests.support.harness import Service, running, wait_until
 
 # wormhole-william has no option for the transit relay: this is what it asks for, unless its partner names another.
 PUBLIC_RELAY = "transit.magic-wormhole.io"
@@ -180,3 +181,8 @@ def mailbox_server(folder: Path, port: int, interface: str, inside: Sequence[str
 
         wait_until(listens, 30, "the mailbox server listens")
         yield interface, port
+
+
+def happy_ones(relay: Service, after: int = 0) -> list[dict[str, Any]]:
+    """The records of transfers, of those that come after so many; a spare's may come before."""
+    return [record for record in relay.records()[after:] if record["mood"] == "happy"]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,22 +22,16 @@ from tests.support.harness import (
     Workers,
     connect,
     handshake,
+    met,
     new_side,
     new_token,
     read_exactly,
     wait_until,
 )
-from tests.support.hostile import honest_transfer, load_while, met
+from tests.support.hostile import honest_transfer, load_while
 from tests.support.kernel_view import largest_pipe
+from tests.support.needs import needs_a_compiler
 from tests.support.usage_disk import fill
-from tests.support.usage_disk import small_disk as small_disk  # a fixture
-
-
-@pytest.fixture
-def stack() -> Iterator[contextlib.ExitStack]:
-    """Closes what a test has opened."""
-    with contextlib.ExitStack() as opened:
-        yield opened
 
 
 def allow_fds(pid: int, most: int) -> None:
@@ -268,9 +261,8 @@ time_t time(time_t *at) {
 """Sets the clock for one process: libfaketime 0.9.10 cannot, with Python, leave CLOCK_MONOTONIC alone."""
 
 
+@needs_a_compiler
 def test_a_clock_that_is_set_leaves_all_durations_true(tmp_path: Path, stack: contextlib.ExitStack) -> None:
-    if shutil.which("cc") is None:
-        pytest.skip("setting the clock for the relay alone needs a C compiler: apt-get install gcc")
     (tmp_path / "clock.c").write_text(SET_CLOCK)
     library = tmp_path / "clock.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "clock.c", "-ldl"], check=True)
@@ -306,5 +298,5 @@ def test_a_clock_that_is_set_leaves_all_durations_true(tmp_path: Path, stack: co
         # What a record says of when is what the clock said then.
         hours = sorted(round((record["started"] - began) / 3600) for record in records)
         assert hours == [-1, 0, 0, 0, 0, 2, 9600]
-        wait_until(lambda: tuple(relay.rows("current")[0]) == (0, 0, 0), what="`current` follows")
+        wait_until(lambda: relay.row("current") == (0, 0, 0), what="`current` follows")
         assert relay.stop() == 0

@@ -7,62 +7,18 @@ tests/usage/test_json_log.py; a locked database and a log that is not read, in t
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
-import sqlite3
-import threading
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.support.harness import Relay, Workers, wait_until, whole_lines
-from tests.support.hostile import beside, honest_transfer
+from tests.support.harness import Relay, Workers, wait_until
+from tests.support.hostile import beside
+from tests.support.load import Load, in_database, in_lines
 from tests.support.usage_disk import fill
-from tests.support.usage_disk import small_disk as small_disk  # a fixture
-
-
-class Load:
-    """Small transfers one after another, each of a size of its own, so that a record tells which it is of."""
-
-    def __init__(self, port: int) -> None:
-        self.port = port
-        self.sizes: list[int] = []
-        self.may_be_cut = False
-        """Whether a transfer that is under way may fail; those are not in `sizes`."""
-
-    def run(self, over: threading.Event) -> None:
-        """Until `over`; every byte of each is checked."""
-        while not over.is_set():
-            size = len(self.sizes) + 1
-            may_be_cut = self.may_be_cut
-            try:
-                honest_transfer(self.port, size)  # and an answer of six bytes
-            except (AssertionError, OSError):
-                if not (may_be_cut or self.may_be_cut):
-                    raise
-            else:
-                self.sizes.append(size + 6)
-
-    def wait_for_more(self, count: int = 15) -> None:
-        """Return when so many more have been made."""
-        goal = len(self.sizes) + count
-        wait_until(lambda: len(self.sizes) >= goal, 20, f"{goal} transfers")
-
-
-def in_database(path: Path) -> Counter[int]:
-    """The sizes of all transfers that a database has, each as often as it is there; none while it is being made."""
-    try:
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)) as database:
-            return Counter(size for (size,) in database.execute("SELECT bytes FROM usage"))
-    except sqlite3.OperationalError:
-        return Counter()
-
-
-def in_lines(text: str) -> Counter[int]:
-    """The same of JSON lines."""
-    return Counter(json.loads(line)["total_bytes"] for line in whole_lines(text))
+from tests.support.usage_records import delete_database
 
 
 def test_transfers_go_on_while_the_disk_is_full_and_then_each_is_on_record_once(small_disk: Path) -> None:
@@ -90,7 +46,7 @@ def test_a_database_that_is_no_longer_what_it_was_costs_what_it_held_and_the_log
         with beside(load.run):
             load.wait_for_more()
             if trouble == "deleted":
-                delete(workers.usage_db)
+                delete_database(workers.usage_db)
             elif trouble == "replaced by another":
                 with Relay(tmp_path, "--usage-db", str(tmp_path / "other.sqlite"), name="other"):
                     pass
@@ -98,7 +54,7 @@ def test_a_database_that_is_no_longer_what_it_was_costs_what_it_held_and_the_log
             else:
                 damage(workers.usage_db)
                 wait_until(lambda: "records are kept" in workers.log_text(), 20, "the log says that it is damaged")
-                delete(workers.usage_db)  # as the log asked for
+                delete_database(workers.usage_db)  # as the log asked for
             since = len(load.sizes) + 2  # one may be under way, and its record just written
             load.wait_for_more()
         everything, later = Counter(load.sizes), Counter(load.sizes[since:])
@@ -115,12 +71,6 @@ def test_a_database_that_is_no_longer_what_it_was_costs_what_it_held_and_the_log
             assert len(lost) <= 1, log
         said = "".join(worker.log_text() for worker in workers.workers)
         assert re.search(r"what it held .*(lost|stays|kept|gone)", said) or trouble == "damaged", said
-
-
-def delete(path: Path) -> None:
-    """Delete the database; its own file last, so that none of those is of a new one that is begun meanwhile."""
-    for end in ("-shm", "-wal", ""):
-        Path(f"{path}{end}").unlink(missing_ok=True)
 
 
 def damage(path: Path) -> None:

@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.crowd import Crowd
-from tests.support.harness import CHECKOUT, Workers, free_port, new_side, new_token, wait_until
+from tests.support.harness import CHECKOUT, Workers, free_port, new_side, new_token, stopped, wait_until
 from tests.support.hostile import beside, honest_transfer
-from tests.surroundings.test_usage import Load, in_lines
+from tests.support.load import Load, in_lines
 
 STOPPED_SECONDS = float(os.environ.get("RELAY_TESTS_STOPPED_SECONDS", "4"))
 
@@ -33,15 +33,11 @@ def test_while_a_worker_is_stopped_the_others_go_on_and_then_its_own_transfers_d
         waiting = [crowd.call(new_token(), new_side()) for _ in range(20)]
         crowd.begin(held)
         crowd.run_for(1.2)
-        stopped = workers.workers[1]
-        stopped.process.send_signal(signal.SIGSTOP)
-        try:
+        with stopped(workers.workers[1]):
             load = Load(workers.port)
             with beside(load.run):
                 crowd.run_for(STOPPED_SECONDS)
                 crowd.run_until(lambda: len(load.sizes) > STOPPED_SECONDS, 20, "the others go on")
-        finally:
-            stopped.process.send_signal(signal.SIGCONT)
         later = [crowd.call(caller.token, new_side(), head=b"here") for caller in waiting]
         crowd.run_until(lambda: all(caller.met for caller in [*waiting, *later]), 10, "those who waited meet")
         crowd.end(held)
@@ -142,14 +138,9 @@ def test_workers_started_all_at_once_and_stopped_in_any_order_are_one_relay_all_
 
 def test_a_worker_whose_siblings_all_stand_still_says_so_and_the_next_one_is_taken_in(tmp_path: Path) -> None:
     with Workers(tmp_path, count=2) as workers:
-        for worker in workers.workers:
-            worker.process.send_signal(signal.SIGSTOP)
-        try:
+        with stopped(*workers.workers):
             one = Started(workers, tmp_path / "one.log")
             assert one.end() == 2
-        finally:
-            for worker in workers.workers:
-                worker.process.send_signal(signal.SIGCONT)
         assert one.log.read_text() == (
             f"relay-gevent: error: --run-dir {workers.run_dir}: 2 of its workers do not answer; wait until they run "
             f"again, or end them (--port {workers.port}: another program listens there already; stop it or choose "

@@ -10,7 +10,6 @@ import math
 import os
 import random
 import socket
-import struct
 import sys
 import threading
 import time
@@ -22,16 +21,19 @@ import pytest
 
 from tests.support import namespaces
 from tests.support.harness import (
+    SHAPES,
     Relay,
     Service,
-    Workers,
-    connect,
+    fill_the_way,
     handshake,
-    new_side,
+    met,
     new_token,
     own_memory,
     read_exactly,
     read_to_end,
+    relay_of,
+    reset,
+    shake_hands,
     wait_until,
 )
 from tests.support.kernel_view import bytes_in_pipes, largest_pipe, relays_end, unacknowledged, unread
@@ -41,16 +43,11 @@ MIB = 1 << 20
 PATTERN = random.Random(1).randbytes(8 * MIB)
 
 
-@pytest.fixture(scope="module", params=["one-worker", "two-workers"])
+@pytest.fixture(scope="module", params=SHAPES)
 def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One recording relay of each shape for the whole module."""
-    folder = tmp_path_factory.mktemp("pair")
-    if request.param == "one-worker":
-        with Relay(folder, recording=True) as relay:
-            yield relay
-        return
-    with Workers(folder, count=2) as workers:
-        yield workers
+    with relay_of(request.param, tmp_path_factory.mktemp("pair")) as relay:
+        yield relay
 
 
 @pytest.fixture
@@ -67,17 +64,7 @@ Meet = Callable[[], Clients]
 def meet(service: Service) -> Iterator[Meet]:
     """Make pairs at the relay; their clients are closed at the end."""
     with contextlib.ExitStack() as stack:
-        yield lambda: met(stack, lambda: connect(service.port))
-
-
-def met(stack: contextlib.ExitStack, *dial: Callable[[], socket.socket]) -> Clients:
-    """Two clients that have read their `ok`; `dial` connects each, or both."""
-    token = new_token()
-    first, second = (stack.enter_context(one()) for one in (dial[0], dial[-1]))
-    for client in (first, second):
-        client.sendall(handshake(token, new_side()))
-    assert read_exactly(first, 3) == read_exactly(second, 3) == b"ok\n"
-    return first, second
+        yield lambda: met(service.port, stack=stack)
 
 
 def shortened(**constants: float) -> list[str]:
@@ -87,23 +74,6 @@ def shortened(**constants: float) -> list[str]:
     imports = "import sys, relay.cli, relay.clients.door, relay.transfer.pair"
     program = "; ".join([imports, *changes, "relay.cli.main(sys.argv[4:])"])
     return [sys.executable, "-c", program]
-
-
-def reset(client: socket.socket) -> None:
-    """Close so that the peer gets a reset (RST) and no end of stream."""
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    client.close()
-
-
-def fill(sender: socket.socket) -> int:
-    """Send to a partner that does not read, until nothing is taken for a third of a second; return how much was."""
-    sent = 0
-    sender.settimeout(0.3)
-    with contextlib.suppress(TimeoutError):
-        while True:
-            sent += sender.send(PATTERN[:MIB])
-    sender.settimeout(10)
-    return sent
 
 
 def read_slowly(client: socket.socket, seconds: float = 20) -> int:
@@ -180,7 +150,7 @@ def test_a_reset_ends_the_other_side_at_once(ledger: Ledger, meet: Meet, turned:
 
 def test_a_sender_that_is_reset_ends_a_receiver_that_does_not_read(ledger: Ledger, meet: Meet, turned: Turned) -> None:
     sender, receiver = turned(meet())
-    fill(sender)
+    fill_the_way(sender)
     began = time.monotonic()
     reset(sender)
     ledger.wait_for_one_more()
@@ -190,7 +160,7 @@ def test_a_sender_that_is_reset_ends_a_receiver_that_does_not_read(ledger: Ledge
 
 def test_a_receiver_that_is_reset_before_it_read_ends_its_sender(ledger: Ledger, meet: Meet, turned: Turned) -> None:
     sender, receiver = turned(meet())
-    fill(sender)
+    fill_the_way(sender)
     began = time.monotonic()
     reset(receiver)
     ends_soon(sender)
@@ -201,7 +171,7 @@ def test_a_receiver_that_is_reset_before_it_read_ends_its_sender(ledger: Ledger,
 def test_a_reset_ends_a_pair_that_is_stalled_in_both_directions(ledger: Ledger, meet: Meet, turned: Turned) -> None:
     resetting, other = turned(meet())
     with ThreadPoolExecutor(2) as aside:
-        list(aside.map(fill, (resetting, other)))
+        list(aside.map(fill_the_way, (resetting, other)))
     began = time.monotonic()
     reset(resetting)
     ends_soon(other)
@@ -213,7 +183,7 @@ def test_a_reset_behind_an_ended_direction_ends_a_stalled_one(ledger: Ledger, me
     sender, receiver = turned(meet())
     receiver.shutdown(socket.SHUT_WR)
     assert read_to_end(sender) == b""
-    fill(sender)
+    fill_the_way(sender)
     began = time.monotonic()
     reset(sender)
     ledger.wait_for_one_more()
@@ -236,7 +206,7 @@ def test_both_streams_ended_the_pair_is_over_at_once(ledger: Ledger, meet: Meet)
 def close_with_everything_on_its_way(service: Service, sender: socket.socket, receiver: socket.socket) -> int:
     """Fill the way to `receiver`, which does not read, and close `sender` in good order as soon as the relay's kernel
     has all it sent and its end of stream; return how many bytes are on their way."""
-    sent = fill(sender)
+    sent = fill_the_way(sender)
     received = 0
     sender.shutdown(socket.SHUT_WR)
     with relays_end(service.pids, sender) as end:
@@ -272,7 +242,7 @@ def test_when_one_stream_is_over_and_the_other_silent_the_pair_ends_before_long(
         Relay(tmp_path, recording=True, inside=shortened(transfer__pair__HALF_CLOSED_SECONDS=2)) as relay,
         contextlib.ExitStack() as stack,
     ):
-        first, second = met(stack, lambda: connect(relay.port))
+        first, second = met(relay.port, stack=stack)
         first.shutdown(socket.SHUT_WR)
         assert read_to_end(second) == b""
         for _ in range(4):  # as long as it says something, it goes on
@@ -289,7 +259,7 @@ def test_a_slow_receiver_may_answer_after_the_senders_stream_is_over(tmp_path: P
         Relay(tmp_path, recording=True, inside=shortened(transfer__pair__HALF_CLOSED_SECONDS=0.5)) as relay,
         contextlib.ExitStack() as stack,
     ):
-        sender, receiver = met(stack, lambda: connect(relay.port))
+        sender, receiver = met(relay.port, stack=stack)
         receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 10)
         sender.sendall(PATTERN[:MIB])
         sender.shutdown(socket.SHUT_WR)
@@ -321,6 +291,12 @@ class Hosts:
         client.connect((self.network.relay_address, self.port))
         return client
 
+    def met(self, stack: contextlib.ExitStack) -> Clients:
+        """Two that were told ok, one on each host; `stack` closes them."""
+        clients = stack.enter_context(self.dial(0)), stack.enter_context(self.dial(1))
+        shake_hands(*clients)
+        return clients
+
     def vanish(self, number: int) -> None:
         """Cut the cable of host `number`."""
         namespaces.run_ip("-n", self.network.clients[number].name, "link", "set", "eth0", "down")
@@ -347,7 +323,7 @@ DEAD = {"transfer__pair__DEAD_SECONDS": 3}
 
 def test_a_dead_peer_of_a_silent_pair_is_noticed(tmp_path: Path) -> None:
     with hosts(tmp_path, **KEEPALIVE) as (places, relay), contextlib.ExitStack() as stack:
-        first, _ = met(stack, lambda: places.dial(0), lambda: places.dial(1))
+        first, _ = places.met(stack)
         places.vanish(1)
         ends_soon(first, 10)
         assert relay.wait_for_records(1)[0]["mood"] == "happy"
@@ -365,12 +341,12 @@ def test_a_dead_peer_that_waits_is_noticed(tmp_path: Path) -> None:
 def test_a_dead_peer_that_is_owed_bytes_is_noticed(tmp_path: Path, owed: str) -> None:
     # Keepalive is silent while something is unacknowledged, and TCP itself tries for a quarter of an hour.
     with hosts(tmp_path, **KEEPALIVE, **DEAD) as (places, relay), contextlib.ExitStack() as stack:
-        first, _ = met(stack, lambda: places.dial(0), lambda: places.dial(1))
+        first, _ = places.met(stack)
         places.vanish(1)
         if owed == "little":
             first.sendall(b"are you there?")
         else:
-            fill(first)
+            fill_the_way(first)
         ends_soon(first, 10)
         assert relay.wait_for_records(1)[0]["mood"] == "happy"
 
@@ -380,8 +356,8 @@ def test_a_living_receiver_that_does_not_read_is_not_taken_for_dead(tmp_path: Pa
         hosts(tmp_path, **KEEPALIVE, transfer__pair__DEAD_SECONDS=4) as (places, relay),
         contextlib.ExitStack() as stack,
     ):
-        first, second = met(stack, lambda: places.dial(0), lambda: places.dial(1))
-        sent = fill(first)
+        first, second = places.met(stack)
+        sent = fill_the_way(first)
         # The kernel's probes of a closed window come ever less often, up to every two minutes.
         with pytest.raises(AssertionError, match="not within"):
             relay.wait_for_records(1, seconds=6)
@@ -445,7 +421,7 @@ def test_a_gigabyte_each_way_arrives_whole_though_a_receiver_stalls(
         stack.callback(os.close, file)
         assert os.pwrite(file, source, 0) == len(source)
         relay = stack.enter_context(Relay(tmp_path, recording=True))
-        first, second = met(stack, lambda: connect(relay.port))
+        first, second = met(relay.port, stack=stack)
         for client in (first, second):
             client.setblocking(True)
         there, back = Stream(source, file, first, second), Stream(source, file, second, first)

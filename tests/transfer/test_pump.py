@@ -30,7 +30,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from relay.transfer.pipes import FDS_LEFT_FREE, PIPE_BYTES, SPARE_PIPES, Pipe, PipePool
 from relay.transfer.pump import COPY_BYTES, INPUT, OVER, ROOM, TURN, Pump
 from relay.transfer.turns import LARGEST_TURN, Turns
-from tests.support.harness import Relay, connect, handshake, new_token, open_fds, read_exactly, read_to_end, wait_until
+from tests.support.harness import (
+    Relay,
+    met,
+    open_fds,
+    read_exactly,
+    read_to_end,
+    wait_until,
+)
 from tests.support.kernel_view import bytes_in_pipes, unread
 
 MIB = 1 << 20
@@ -339,11 +346,8 @@ TestFlow.settings = settings(
 def pass_both_ways(relay: Relay, size: int) -> None:
     """One transfer with `size` bytes in each direction, compared at both ends."""
     pattern = random.Random(9).randbytes(size)
-    token = new_token()
-    with connect(relay.port) as first, connect(relay.port) as second:
-        for client in (first, second):
-            client.sendall(handshake(token))
-        assert read_exactly(first, 3) == read_exactly(second, 3) == b"ok\n"
+    first, second = met(relay.port)
+    with first, second:
         for sender, receiver in ((first, second), (second, first)):
             for start in range(0, size, MIB // 2):
                 part = pattern[start : start + MIB // 2]
@@ -357,11 +361,8 @@ def pass_both_ways(relay: Relay, size: int) -> None:
 
 def test_a_relay_without_file_descriptors_for_pipes_copies(tmp_path: Path) -> None:
     with Relay(tmp_path, recording=True) as relay:
-        token = new_token()
-        with connect(relay.port) as first, connect(relay.port) as second:
-            for client in (first, second):
-                client.sendall(handshake(token))
-            assert read_exactly(first, 3) == read_exactly(second, 3) == b"ok\n"
+        first, second = met(relay.port)
+        with first, second:
             # Every number below the highest in use counts, so that not one more can be had.
             numbers = sorted(int(entry.name) for entry in Path(f"/proc/{relay.pid}/fd").iterdir())
             limits = resource.prlimit(relay.pid, resource.RLIMIT_NOFILE)

@@ -27,10 +27,8 @@ from tests.support.harness import (
     Relay,
     Service,
     Workers,
-    connect,
-    handshake,
-    new_side,
-    new_token,
+    fill_the_way,
+    met,
     read_exactly,
     wait_until,
 )
@@ -269,27 +267,6 @@ def test_when_much_rests_for_those_who_do_not_read_a_turn_takes_little() -> None
 Clients = tuple[socket.socket, socket.socket]
 
 
-def met(stack: contextlib.ExitStack, port: int) -> Clients:
-    """Two clients that were told ok."""
-    token = new_token()
-    first, second = (stack.enter_context(connect(port)) for _ in range(2))
-    for client in (first, second):
-        client.sendall(handshake(token, new_side()))
-    assert read_exactly(first, 3) == read_exactly(second, 3) == b"ok\n"
-    return first, second
-
-
-def stall(sender: socket.socket) -> int:
-    """Send to a partner that does not read, until nothing is taken any more; return how much was."""
-    sent = 0
-    sender.settimeout(0.3)
-    with contextlib.suppress(TimeoutError):
-        while True:
-            sent += sender.send(bytes(range(256)) * 1024)
-    sender.settimeout(10)
-    return sent
-
-
 def switches(pids: list[int]) -> int:
     """How often these processes have woken up to do something, so far."""
     statuses = [Path(f"/proc/{pid}/status").read_text() for pid in pids]
@@ -300,12 +277,12 @@ def switches(pids: list[int]) -> int:
 
 def test_pairs_that_stand_still_have_no_pipe_and_wake_nobody(any_relay: Service) -> None:
     with contextlib.ExitStack() as stack:
-        pairs = [met(stack, any_relay.port) for _ in range(30)]
+        pairs = [met(any_relay.port, stack=stack) for _ in range(30)]
         for number, (first, second) in enumerate(pairs):
             if number % 3 == 2:
                 second.shutdown(socket.SHUT_WR)  # half-closed, and stalled in the other direction
             first.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
-            stall(first)
+            fill_the_way(first)
         wait_until(lambda: not any(bytes_in_pipes(pid) for pid in any_relay.pids), what="who stalls gives its pipe up")
         time.sleep(1.5)  # the records of a second ago, and whatever else was under way
         before, began = switches(any_relay.pids), time.monotonic()
@@ -339,7 +316,7 @@ def test_what_rests_for_those_who_do_not_read_moves_house_whole(tmp_path: Path) 
 @pytest.mark.parametrize("size", [1, 1000, 40_000])
 def test_pairs_that_trickle_arrive_whole_and_hold_nothing(any_relay: Service, size: int) -> None:
     with contextlib.ExitStack() as stack:
-        pairs = [met(stack, any_relay.port) for _ in range(40)]
+        pairs = [met(any_relay.port, stack=stack) for _ in range(40)]
         for round_number in range(5):
             message = bytes([round_number]) * size
             for first, second in pairs:
@@ -360,8 +337,8 @@ def test_a_worker_has_no_more_descriptors_than_connections_while_its_pairs_stand
     with contextlib.ExitStack() as stack:
         before = len(os.listdir(f"/proc/{relay.pid}/fd"))
         for _ in range(20):
-            first, _ = met(stack, relay.port)
-            stall(first)
+            first, _ = met(relay.port, stack=stack)
+            fill_the_way(first)
         wait_until(lambda: not bytes_in_pipes(relay.pid), what="who stalls gives its pipe up")
         spare_pipes = 2 * 16
         assert len(os.listdir(f"/proc/{relay.pid}/fd")) <= before + 40 + spare_pipes

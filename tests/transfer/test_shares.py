@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,41 +19,34 @@ import pytest
 
 from relay.cli import RESERVED_FDS
 from tests.support.crowd import Crowd
-from tests.support.harness import Relay, Service, Workers, connect, handshake, new_side, new_token, wait_until
-from tests.support.hostile import dial, honest_transfer, is_open, met
+from tests.support.harness import (
+    Relay,
+    Service,
+    Workers,
+    connect,
+    fill_the_way,
+    handshake,
+    met,
+    new_side,
+    new_token,
+    stopped,
+    wait_until,
+)
+from tests.support.hostile import dial, honest_transfer, is_open
 
 NOFILE = 400
 
 
 @pytest.fixture
-def stack() -> Iterator[contextlib.ExitStack]:
-    """Whatever a test opens is closed at its end."""
-    with contextlib.ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture(params=["one-worker", "two-workers"])
-def start(request: pytest.FixtureRequest, tmp_path: Path, stack: contextlib.ExitStack) -> Callable[..., Service]:
-    """A relay with the options of the call, as one worker and as two, with few file descriptors."""
-
-    def start(*options: str) -> Service:
-        options = ("--grace", "1", *options)
-        if request.param == "one-worker":
-            return stack.enter_context(Relay(tmp_path, *options, recording=True, nofile=NOFILE))
-        return stack.enter_context(Workers(tmp_path, *options, count=2, nofile=NOFILE))
-
-    return start
+def start(any_relay_factory: Callable[..., Service]) -> Callable[..., Service]:
+    """A relay with the options of the call and few file descriptors, as one worker and as two."""
+    return lambda *options: any_relay_factory("--grace", "1", *options, nofile=NOFILE)
 
 
 def stalled(stack: contextlib.ExitStack, port: int, source: str, size: int = 6_000_000) -> None:
     """A pair from `source` of which neither side reads; each sends until nothing is taken any more, or `size`."""
-    pair = [stack.enter_context(sock) for sock in met(port, source)]
-    for sock in pair:
-        sock.settimeout(0.15)
-        sent = 0
-        with contextlib.suppress(TimeoutError):
-            while sent < size:
-                sent += sock.send(bytes(1 << 18))
+    for sock in met(port, source):
+        fill_the_way(stack.enter_context(sock), calm=0.15, most=size)
 
 
 def test_stalled_pairs_of_one_source_leave_the_others_their_descriptors(
@@ -249,17 +242,14 @@ def test_who_has_left_or_spoken_on_the_way_between_workers_meets_nobody(tmp_path
         waiting = stack.enter_context(connect(workers.port))
         waiting.sendall(handshake(token, new_side()))
         wait_until(lambda: workers.rows("current")[0]["waiting"] == 1, what="it waits")
-        for worker in workers.workers:  # whoever accepts it, it is handed to the other one, which may stand still
-            os.kill(worker.pid, signal.SIGSTOP)
         newcomers = []
-        for _ in range(12):
-            sock = stack.enter_context(connect(workers.port))
-            sock.sendall(handshake(token, new_side()) + (b"x" if last_words == "it speaks" else b""))
-            newcomers.append(sock)
-            if last_words == "it leaves":
-                sock.close()
-        for worker in workers.workers:
-            os.kill(worker.pid, signal.SIGCONT)
+        with stopped(*workers.workers):  # whoever accepts it, it is handed to the other one, which may stand still
+            for _ in range(12):
+                sock = stack.enter_context(connect(workers.port))
+                sock.sendall(handshake(token, new_side()) + (b"x" if last_words == "it speaks" else b""))
+                newcomers.append(sock)
+                if last_words == "it leaves":
+                    sock.close()
         partner = stack.enter_context(connect(workers.port))
         partner.sendall(handshake(token, new_side()))
         assert partner.recv(3) == waiting.recv(3) == b"ok\n"

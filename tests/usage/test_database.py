@@ -9,8 +9,8 @@ import stat
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,66 +18,27 @@ import pytest
 
 from relay.usage import database as database_module
 from relay.usage import schema
-from relay.usage.record import Current, Mood, Record
-from relay.usage.recorder import Recorder, UsageError, open_recorder
+from relay.usage.record import Current, Record
+from relay.usage.recorder import UsageError, open_recorder
 from relay.usage.writer import START_PATIENCE
 from tests.support.harness import wait_until
-from tests.support.usage_disk import fill, small_disk
-
-__all__ = ["small_disk"]
+from tests.support.usage_disk import fill
+from tests.support.usage_records import (
+    assert_sums_agree,
+    delete_database,
+    holding_the_lock,
+    numbers,
+    record_numbers,
+    recording,
+    rows,
+    wait_for_rows,
+)
 
 NOBODY = 65534
 
 
-@contextmanager
-def recording(
-    path: Path,
-    warnings: list[str] | None = None,
-    blur: int | None = None,
-    current: Callable[[], Current] = lambda: Current(0, 0, 0),
-) -> Iterator[Recorder]:
-    told = [] if warnings is None else warnings
-    recorder = open_recorder(usage_db=str(path), log_fd=None, blur_seconds=blur, current=current, warn=told.append)
-    try:
-        yield recorder
-    finally:
-        recorder.close(5)
-
-
-def rows(path: Path, table: str, columns: str = "*") -> list[tuple[Any, ...]]:
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)) as reader:
-        return reader.execute(f"SELECT {columns} FROM {table}").fetchall()
-
-
-def numbered(number: int, mood: Mood = "happy") -> Record:
-    return Record(1_800_000_000.25, 1.5, 0.25, number, mood)
-
-
-def record_numbers(recorder: Recorder, *numbers: int) -> None:
-    for number in numbers:
-        recorder.record(numbered(number))
-
-
-def numbers(path: Path) -> list[int]:
-    return [number for (number,) in rows(path, "usage", "bytes")]
-
-
-def wait_for_rows(path: Path, count: int) -> None:
-    wait_until(lambda: len(numbers(path)) >= count, what=f"{count} rows")
-
-
 def wait_for_warnings(warnings: list[str], count: int) -> None:
     wait_until(lambda: len(warnings) >= count, what=f"{count} warnings; there are {warnings}")
-
-
-def assert_sums_agree(path: Path) -> None:
-    expected = rows(
-        path,
-        "usage",
-        "coalesce(sum(bytes), 0), count(*), count(*) FILTER (WHERE result = 'happy'), "
-        "count(*) FILTER (WHERE result = 'lonely'), count(*) FILTER (WHERE result = 'errory')",
-    )
-    assert rows(path, "all_time") == expected
 
 
 # What is written
@@ -186,14 +147,6 @@ def test_the_mode_of_the_file_and_of_those_beside_it_follows_the_umask(tmp_path:
 
 
 # A lock, a full disk
-
-
-@contextmanager
-def holding_the_lock(path: Path) -> Iterator[None]:
-    with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        yield
-        other.execute("ROLLBACK")
 
 
 def test_a_lock_is_told_of_once_and_every_record_is_there_once_afterwards(tmp_path: Path) -> None:
@@ -393,12 +346,7 @@ def test_a_mistake_in_the_program_keeps_the_records_too(tmp_path: Path) -> None:
 # The file goes away under the relay
 
 
-def remove_all(path: Path) -> None:
-    for name in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
-        name.unlink(missing_ok=True)
-
-
-@pytest.mark.parametrize("remove", [remove_all, Path.unlink], ids=["with -wal and -shm", "alone"])
+@pytest.mark.parametrize("remove", [delete_database, Path.unlink], ids=["with -wal and -shm", "alone"])
 def test_a_deleted_database_is_begun_anew_and_the_log_says_what_is_lost(
     tmp_path: Path, remove: Callable[[Path], None]
 ) -> None:

@@ -8,49 +8,21 @@ import select
 import socket
 import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 
 from relay.usage.json_log import JsonLog, encode
-from relay.usage.record import Current, Record
-from relay.usage.recorder import Recorder, UsageError, open_recorder
+from relay.usage.record import Record
+from relay.usage.recorder import UsageError
 from relay.usage.trouble import Trouble
 from tests.support.harness import wait_until
-from tests.support.usage_disk import fill, small_disk
-from tests.usage.test_record import records
-
-__all__ = ["small_disk"]
+from tests.support.usage_disk import fill
+from tests.support.usage_records import append_to, numbered, numbers_of_lines, recording, records
 
 KEYS = ["started", "total_time", "waiting_time", "total_bytes", "mood"]
-
-
-@contextmanager
-def recording(fd: int, warnings: list[str], blur: int | None = None) -> Iterator[Recorder]:
-    recorder = open_recorder(
-        usage_db=None, log_fd=fd, blur_seconds=blur, current=lambda: Current(0, 0, 0), warn=warnings.append
-    )
-    try:
-        yield recorder
-    finally:
-        recorder.close(0.5)
-
-
-def numbered(number: int) -> Record:
-    return Record(1_800_000_000.25, 1.5, 0.25, number, "happy")
-
-
-def numbers(lines: bytes) -> list[int]:
-    """The numbers of the records in these lines, each of which must be a whole JSON object."""
-    assert lines == b"" or lines.endswith(b"}\n")
-    return [json.loads(line)["total_bytes"] for line in lines.splitlines()]
-
-
-def append_to(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
 
 class SlowReader:
@@ -106,7 +78,7 @@ def test_each_line_is_one_write_of_its_own() -> None:
             for number in range(50):
                 recorder.record(numbered(number))
             packets = [far.recv(65536) for _ in range(50)]
-        assert [numbers(packet) for packet in packets] == [[number] for number in range(50)]
+        assert [numbers_of_lines(packet) for packet in packets] == [[number] for number in range(50)]
 
 
 @pytest.mark.parametrize("blocking", [True, False], ids=["blocking", "non-blocking"])
@@ -128,7 +100,7 @@ def test_a_reader_that_stops_is_told_of_once_and_gets_every_line_once_when_it_go
             assert "works again" in warnings[1]
     finally:
         os.close(write_end)
-    assert numbers(reader.text) == list(range(count))
+    assert numbers_of_lines(reader.text) == list(range(count))
     os.close(read_end)
 
 
@@ -144,7 +116,7 @@ def test_lines_come_through_a_socket_whose_reader_is_slow() -> None:
         wait_until(lambda: warnings, what="the warning that nobody reads")
         reader.start()
         wait_until(lambda: reader.count() == count, what="all lines")
-    assert numbers(reader.text) == list(range(count))
+    assert numbers_of_lines(reader.text) == list(range(count))
 
 
 def test_a_fifo_whose_reader_goes_away_and_comes_back_gets_every_line_once(tmp_path: Path) -> None:
@@ -168,7 +140,7 @@ def test_a_fifo_whose_reader_goes_away_and_comes_back_gets_every_line_once(tmp_p
         text += os.read(read_end, 1 << 20)
     os.close(read_end)
     os.close(write_end)
-    assert numbers(text) == list(range(200))
+    assert numbers_of_lines(text) == list(range(200))
 
 
 def readable_bytes(fd: int) -> int:
@@ -200,7 +172,7 @@ def test_a_full_disk_is_told_of_once_and_every_line_is_there_once_when_there_is_
         (small_disk / "ballast").unlink()
         wait_until(lambda: len(warnings) == 2, what="the word that it is over")
     os.close(fd)
-    assert numbers(log.read_bytes()) == list(range(200))
+    assert numbers_of_lines(log.read_bytes()) == list(range(200))
 
 
 def test_a_line_cut_short_by_a_full_disk_is_not_in_the_way_of_another_workers_line(small_disk: Path) -> None:
@@ -218,7 +190,7 @@ def test_a_line_cut_short_by_a_full_disk_is_not_in_the_way_of_another_workers_li
     one.write(cut_short, set())
     for fd in fds:
         os.close(fd)
-    assert sorted(numbers(log.read_bytes())) == [*range(100), 1000, 2000]
+    assert sorted(numbers_of_lines(log.read_bytes())) == [*range(100), 1000, 2000]
 
 
 def test_two_workers_on_a_full_disk_do_not_mix_their_lines(small_disk: Path) -> None:
@@ -237,7 +209,7 @@ def test_two_workers_on_a_full_disk_do_not_mix_their_lines(small_disk: Path) -> 
         wait_until(lambda: len(warnings[0]) == 2 and len(warnings[1]) == 2, what="the word that it is over, twice")
     for fd in fds:
         os.close(fd)
-    assert sorted(numbers(log.read_bytes())) == [*range(100), *range(1001, 1100)]
+    assert sorted(numbers_of_lines(log.read_bytes())) == [*range(100), *range(1001, 1100)]
 
 
 def test_a_renamed_log_file_is_followed_by_a_new_one_without_losing_a_line(tmp_path: Path) -> None:
@@ -250,8 +222,8 @@ def test_a_renamed_log_file_is_followed_by_a_new_one_without_losing_a_line(tmp_p
         recorder.record(numbered(1))
         wait_until(lambda: log.exists() and log.stat().st_size > 0, what="a new file with the second line")
     os.close(fd)
-    assert numbers((tmp_path / "log.1").read_bytes()) == [0]
-    assert numbers(log.read_bytes()) == [1]
+    assert numbers_of_lines((tmp_path / "log.1").read_bytes()) == [0]
+    assert numbers_of_lines(log.read_bytes()) == [1]
 
 
 def refusal(fd: int) -> str:

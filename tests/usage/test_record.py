@@ -8,19 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.usage.record import Mood, Record, blur, blur_size
-
-MOODS: tuple[Mood, ...] = ("happy", "lonely", "errory")
-
-sizes = st.integers(min_value=0, max_value=2**50) | st.sampled_from([10**n + d for n in range(16) for d in (-1, 0, 1)])
-records = st.builds(
-    Record,
-    started=st.floats(min_value=0, max_value=4e9),
-    total_time=st.floats(min_value=0, max_value=1e7),
-    waiting_time=st.none() | st.floats(min_value=0, max_value=1e5),
-    total_bytes=sizes,
-    mood=st.sampled_from(MOODS),
-)
+from relay.usage.record import Record, blur, blur_size
+from tests.support.usage_records import records, sizes
 
 
 @pytest.mark.parametrize(

@@ -12,22 +12,19 @@ from pathlib import Path
 import pytest
 
 from relay.usage.record import Current
-from relay.usage.recorder import Recorder, UsageError, open_recorder
+from relay.usage.recorder import UsageError
 from tests.support.harness import wait_until
+from tests.support.usage_records import (
+    append_to,
+    holding_the_lock,
+    numbered,
+    numbers_of_lines,
+    record_numbers,
+    recorder_of,
+    rows,
+    wait_for_rows,
+)
 from tests.support.usage_worker import UsageWorker
-from tests.usage.test_database import holding_the_lock, numbered, record_numbers, rows, wait_for_rows
-from tests.usage.test_json_log import append_to
-from tests.usage.test_json_log import numbers as numbers_of_lines
-
-
-def recorder_of(path: Path | None, fd: int | None, warnings: list[str]) -> Recorder:
-    return open_recorder(
-        usage_db=None if path is None else str(path),
-        log_fd=fd,
-        blur_seconds=None,
-        current=lambda: Current(0, 0, 0),
-        warn=warnings.append,
-    )
 
 
 def writer_threads() -> list[threading.Thread]:
@@ -167,13 +164,7 @@ def test_what_is_written_survives_a_kill(tmp_path: Path) -> None:
 
 def test_nothing_that_is_written_with_blur_holds_an_exact_time(tmp_path: Path) -> None:
     fd = append_to(tmp_path / "log")
-    recorder = open_recorder(
-        usage_db=str(tmp_path / "db"),
-        log_fd=fd,
-        blur_seconds=86_400,
-        current=lambda: Current(1, 1, 123_456_789),
-        warn=lambda line: None,
-    )
+    recorder = recorder_of(tmp_path / "db", fd, [], blur=86_400, current=lambda: Current(1, 1, 123_456_789))
     recorder.record(numbered(123_456_789))
     wait_for_rows(tmp_path / "db", 1)
     recorder.close(5)

@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import json
 import os
-import sqlite3
 import statistics
 import threading
 import time
@@ -18,7 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.harness import Relay, connect, handshake, new_side, new_token, read_exactly, wait_until, whole_lines
+from tests.support.harness import (
+    Relay,
+    met,
+    read_exactly,
+    wait_until,
+    whole_lines,
+)
+from tests.support.usage_records import holding_the_lock
 
 TROUBLE_SECONDS = float(os.environ.get("RELAY_TESTS_TROUBLE_SECONDS", "5"))
 BEFORE_SECONDS = 1.0
@@ -80,12 +86,9 @@ class Transfers:
     def one(self) -> float:
         """Make the next small transfer; return the seconds that it took."""
         began = time.perf_counter()
-        token = new_token()
         size = self.done + 1
-        with connect(self.port) as sender, connect(self.port) as receiver:
-            for client in (sender, receiver):
-                client.sendall(handshake(token, new_side()))
-            assert read_exactly(sender, 3) == read_exactly(receiver, 3) == b"ok\n"
+        sender, receiver = met(self.port)
+        with sender, receiver:
             sender.sendall(bytes(size))
             assert read_exactly(receiver, size) == bytes(size)
         self.done = size
@@ -103,11 +106,8 @@ class Transfers:
         return took, (self.bulk_bytes - poured) / (time.monotonic() - began)
 
     def _pour(self) -> None:
-        token = new_token()
-        with connect(self.port) as sender, connect(self.port) as receiver:
-            for client in (sender, receiver):
-                client.sendall(handshake(token, new_side()))
-            assert read_exactly(sender, 3) == read_exactly(receiver, 3) == b"ok\n"
+        sender, receiver = met(self.port)
+        with sender, receiver:
             while not self._over.is_set():
                 sender.sendall(BULK)
                 assert read_exactly(receiver, len(BULK)) == BULK
@@ -141,13 +141,11 @@ def test_transfers_go_on_while_nothing_can_be_recorded_and_then_each_is_recorded
     with contextlib.closing(Transfers(relay.port)) as transfers:
         before, poured_before = transfers.during(BEFORE_SECONDS)
         reader.stand_still()
-        with contextlib.closing(sqlite3.connect(relay.usage_db, isolation_level=None)) as other_program:
-            other_program.execute("BEGIN IMMEDIATE")
+        with holding_the_lock(relay.usage_db):
             unrecorded = transfers.done
             meanwhile, poured_meanwhile = transfers.during(TROUBLE_SECONDS, at_least=400)
             assert len(relay.rows("usage")) <= unrecorded + 1, "the lock held"
             assert len(reader.sizes()) < transfers.done - 200, "the pipe was full"
-            other_program.execute("ROLLBACK")
         reader.go_on()
         after, _ = transfers.during(0.2)
     count = transfers.done + 1  # the large one
@@ -178,13 +176,11 @@ def test_transfers_go_on_while_nothing_can_be_recorded_and_then_each_is_recorded
 def test_the_log_tells_of_each_trouble_once_and_when_it_is_over(relay: Relay, reader: SlowReader) -> None:
     with contextlib.closing(Transfers(relay.port)) as transfers:
         reader.stand_still()
-        with contextlib.closing(sqlite3.connect(relay.usage_db, isolation_level=None)) as other_program:
-            other_program.execute("BEGIN IMMEDIATE")
+        with holding_the_lock(relay.usage_db):
             for _ in range(250):
                 transfers.one()
             wait_until(lambda: relay.log_text().count("records are kept") == 2, what="both troubles in the log")
             transfers.one()
-            other_program.execute("ROLLBACK")
         reader.go_on()
         wait_until(lambda: relay.log_text().count("works again after") == 2, what="both are over in the log")
     log = relay.log_text()

@@ -15,8 +15,8 @@ import pytest
 from relay.usage import processes
 from relay.usage.processes import is_living, process_start
 from tests.support.harness import wait_until
+from tests.support.usage_records import assert_sums_agree, numbers, rows
 from tests.support.usage_worker import UsageWorker
-from tests.usage.test_database import assert_sums_agree, numbers, rows
 
 
 def on(path: Path) -> UsageWorker:

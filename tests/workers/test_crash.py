@@ -6,36 +6,11 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from tests.support.crowd import Crowd, Transfer
-from tests.support.harness import Relay, Workers, new_side, new_token, wait_until
-
-
-def current(workers: Workers) -> tuple[int, int]:
-    """Pairs and waiting clients, as the `current` table says."""
-    (row,) = workers.rows("current")
-    return row["connected"], row["waiting"]
-
-
-def share(workers: Workers, worker: Relay) -> tuple[int, int]:
-    """Pairs and waiting clients of one worker."""
-    rows = workers.query("SELECT connected, waiting FROM worker_share WHERE pid = ?", worker.pid)
-    return (rows[0]["connected"], rows[0]["waiting"]) if rows else (0, 0)
-
-
-@contextmanager
-def stopped(*workers: Relay) -> Iterator[None]:
-    """Keep workers from running, as on a machine that is overwhelmed."""
-    for worker in workers:
-        worker.process.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for worker in workers:
-            worker.process.send_signal(signal.SIGCONT)
+from tests.support.current import current, share, wait_for_current
+from tests.support.harness import Workers, new_side, new_token, stopped, wait_until
 
 
 def test_the_death_of_one_worker_ends_its_own_transfers_and_nothing_else(tmp_path: Path) -> None:
@@ -43,7 +18,7 @@ def test_the_death_of_one_worker_ends_its_own_transfers_and_nothing_else(tmp_pat
         transfers = [crowd.transfer(500_000, 200_000) for _ in range(160)]
         waiting = [crowd.call(new_token(), new_side()) for _ in range(160)]
         crowd.begin(transfers)
-        wait_until(lambda: current(workers) == (160, 160), 10, "160 pairs and 160 who wait")
+        wait_for_current(workers, 160, 160)
         number, killed = max(enumerate(workers.workers), key=lambda one: min(share(workers, one[1])))
         pairs, waited = share(workers, killed)
         assert pairs > 0
@@ -111,7 +86,7 @@ def test_a_worker_that_falls_silent_and_wakes_again_loses_and_doubles_nobody(tmp
         rows = workers.wait_for_rows("usage", 380)
         assert len(rows) == 380
         assert {row["result"] for row in rows} == {"happy"}
-        wait_until(lambda: current(workers) == (0, 0), 10, "nobody is left")
+        wait_for_current(workers, 0, 0)
 
 
 def test_spares_at_a_worker_that_sleeps_are_closed_when_it_wakes(tmp_path: Path) -> None:
@@ -138,7 +113,7 @@ def test_a_worker_with_a_silent_sibling_ends_in_time_and_gives_nothing_to_it(tmp
         transfers = [crowd.transfer(200_000, 200_000) for _ in range(40)]
         waiting = [crowd.call(new_token(), new_side()) for _ in range(40)]
         crowd.begin(transfers)
-        wait_until(lambda: current(workers) == (40, 40), 10, "40 pairs and 40 who wait")
+        wait_for_current(workers, 40, 40)
         with stopped(workers.workers[0]):
             began = time.monotonic()
             crowd.run_beside(lambda: workers.stop_one(1))
@@ -147,7 +122,7 @@ def test_a_worker_with_a_silent_sibling_ends_in_time_and_gives_nothing_to_it(tmp
         crowd.begin(later)
         crowd.end(transfers + later)
         workers.wait_for_rows("usage", 80)
-        wait_until(lambda: current(workers) == (0, 0), 10, "nobody is left")
+        wait_for_current(workers, 0, 0)
         rows = workers.rows("usage")
         assert Counter(row["bytes"] for row in rows) == Counter(transfer.moved for transfer in transfers + later)
 
@@ -173,7 +148,7 @@ def test_a_worker_told_to_stop_while_all_the_others_sleep_keeps_those_who_wait_u
 def test_workers_that_all_slept_at_once_do_not_take_each_other_for_dead(tmp_path: Path) -> None:
     with Workers(tmp_path, count=2) as workers, Crowd(workers.port) as crowd:
         waiting = [crowd.call(new_token(), new_side()) for _ in range(20)]
-        wait_until(lambda: current(workers) == (0, 20), 10, "20 who wait")
+        wait_for_current(workers, 0, 20)
         with stopped(*workers.workers):
             crowd.run_for(4.2)
             workers.workers[0].process.send_signal(signal.SIGTERM)

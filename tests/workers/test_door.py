@@ -15,20 +15,20 @@ import pytest
 
 from relay.clients.door import TURN_CONNECTIONS, TURN_SECONDS
 from tests.support.crowd import Caller, Crowd, Transfer
+from tests.support.current import current, share, shares, wait_for_current
 from tests.support.harness import (
     Relay,
     Workers,
     connect,
-    handshake,
+    cpu_seconds,
+    met,
     new_side,
     new_token,
-    read_exactly,
     read_to_end,
+    stopped,
     wait_until,
 )
 from tests.support.kernel_view import in_listen_queue, listener_inode, watches
-from tests.workers.test_crash import current, share, stopped
-from tests.workers.test_meeting import shares
 
 LONGER_THAN_A_TURN = TURN_SECONDS + 0.05
 
@@ -74,12 +74,6 @@ def fill(crowd: Crowd, workers: Workers, number: int, queued: int = 0) -> list[C
 
     wait_until(all_wait, 5, f"{number} wait, {queued} of them to be accepted")
     return callers
-
-
-def cpu_seconds(pid: int) -> float:
-    """What a process has used of the processors, in user and system mode: see proc_pid_stat(5)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_a_single_worker_is_woken_by_a_new_connection_and_that_is_another_one_each_time(tmp_path: Path) -> None:
@@ -143,7 +137,7 @@ def test_whoever_comes_is_served_as_long_as_any_worker_has_room(tmp_path: Path) 
         for _ in range(20):
             transfers.append(crowd.transfer(head=b"is there room?", answer=b"there is"))
             crowd.begin(transfers[-1:], 5)
-        wait_until(lambda: current(workers) == (20, 0), 10, "20 pairs")
+        wait_for_current(workers, 20, 0)
         # A side that was handed to its partner's worker may be one too many there, and leaves a place elsewhere.
         assert all(4 <= pairs <= 5 for pairs in shares(workers).values())
         crowd.end(transfers)
@@ -166,7 +160,7 @@ def test_when_all_workers_are_full_the_rest_waits_in_the_listen_queue_and_keeps_
         for left in range(7, -1, -1):
             callers[5 * left].hang_up()
             wait_until(lambda left=left: in_listen_queue(workers.port) == left, 10, f"{left} in the queue")  # type: ignore[misc]
-        wait_until(lambda: current(workers) == (0, 40), 10, "40 wait for a partner")
+        wait_for_current(workers, 0, 40)
         for caller in callers[:40]:
             caller.hang_up()
         transfers = [Transfer(caller, crowd.call(caller.token, new_side())) for caller in callers[40:]]
@@ -230,12 +224,7 @@ def test_those_who_come_one_right_after_the_other_arrive_at_the_same_worker(tmp_
 def bulk(port: int, number: int) -> Iterator[threading.Event]:
     """So many transfers that have met, and that move as much as they can once the event is set."""
     with contextlib.ExitStack() as stack:
-        pairs = [[stack.enter_context(connect(port)) for _ in range(2)] for _ in range(number)]
-        for pair in pairs:
-            token = new_token()
-            for side in pair:
-                side.sendall(handshake(token, new_side()))
-        assert all(read_exactly(side, 3) == b"ok\n" for pair in pairs for side in pair)
+        pairs = [[stack.enter_context(side) for side in met(port)] for _ in range(number)]
         begin, end = threading.Event(), threading.Event()
         threads = [
             threading.Thread(target=work, args=(side, begin, end))

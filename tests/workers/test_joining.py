@@ -19,11 +19,10 @@ import pytest
 
 from relay.workers.homes import FILES, Homes
 from relay.workers.language import LANGUAGE, Greeting
-from tests.support.crowd import Caller, Crowd, Transfer
-from tests.support.harness import CHECKOUT, Relay, Workers, free_port, new_side, new_token, wait_until
+from tests.support.crowd import Caller, Crowd, Transfer, assert_each_met_its_own_partner, call_in_random_order
+from tests.support.current import current, share
+from tests.support.harness import CHECKOUT, Relay, Workers, free_port, new_side, new_token, stopped, wait_until
 from tests.support.kernel_view import locks
-from tests.workers.test_crash import current, share, stopped
-from tests.workers.test_meeting import assert_each_met_its_own_partner, call_in_random_order
 
 FOREIGN = Greeting("worker-1-0badcafe", 1, "9.9.9", language=LANGUAGE + 1)
 

@@ -6,51 +6,15 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.support.crowd import Caller, Crowd
+from tests.support.crowd import Caller, Crowd, assert_each_met_its_own_partner, call_in_random_order
+from tests.support.current import current, shares
 from tests.support.harness import Workers, new_side, new_token, wait_until
 
 PAIRS = 2000
-
-
-def current(workers: Workers) -> tuple[int, ...]:
-    """The row of `current`: pairs, waiting clients, bytes."""
-    (row,) = workers.rows("current")
-    return tuple(row)
-
-
-def shares(workers: Workers) -> dict[int, int]:
-    """How many pairs each worker has, by its process id."""
-    return {row["pid"]: row["connected"] for row in workers.rows("worker_share")}
-
-
-def call_in_random_order(
-    crowd: Crowd, transfers: dict[str, tuple[str, str]], among: Callable[[], None] = lambda: None
-) -> list[Caller]:
-    """Both sides of each transfer call, in any order, each saying who it is first."""
-    sides = [(token, side) for token, pair in transfers.items() for side in pair]
-    random.shuffle(sides)
-    callers = []
-    for number, (token, side) in enumerate(sides):
-        callers.append(crowd.call(token, side, head=side.encode()))
-        if number % 20 == 0:
-            crowd.step()
-            among()
-    return callers
-
-
-def assert_each_met_its_own_partner(callers: list[Caller], transfers: dict[str, tuple[str, str]]) -> None:
-    """Each heard `ok` and the name of the other side of its own token, and nothing else."""
-    for caller in callers:
-        assert caller.error is None
-        assert caller.met
-        (partner,) = {*transfers[caller.token]} - {caller.side}
-        assert caller.first_words == partner.encode()
-        assert caller.heard.size == len(partner)
 
 
 def test_two_thousand_pairs_meet_over_four_workers_and_each_worker_has_a_share(tmp_path: Path) -> None:
@@ -58,7 +22,7 @@ def test_two_thousand_pairs_meet_over_four_workers_and_each_worker_has_a_share(t
     with Workers(tmp_path, count=4) as workers, Crowd(workers.port) as crowd:
         callers = call_in_random_order(crowd, transfers)
         crowd.run_until(lambda: all(caller.first_words for caller in callers), 20, "everybody has met somebody")
-        wait_until(lambda: current(workers)[:2] == (PAIRS, 0), 10, f"`current` is {PAIRS} pairs")
+        wait_until(lambda: current(workers) == (PAIRS, 0), 10, f"`current` is {PAIRS} pairs")
         share = shares(workers)
         assert set(share) == set(workers.pids)
         assert min(share.values()) > PAIRS / 4 * 0.7
@@ -69,7 +33,7 @@ def test_two_thousand_pairs_meet_over_four_workers_and_each_worker_has_a_share(t
         assert_each_met_its_own_partner(callers, transfers)
         rows = workers.wait_for_rows("usage", PAIRS)
         assert Counter((row["result"], row["bytes"]) for row in rows) == {("happy", 32): PAIRS}
-        wait_until(lambda: current(workers) == (0, 0, 0), 10, "nobody is left")
+        wait_until(lambda: workers.row("current") == (0, 0, 0), 10, "nobody is left")
 
 
 class Comings:
@@ -127,7 +91,7 @@ def test_two_thousand_pairs_meet_while_workers_come_and_go(tmp_path: Path) -> No
         assert comings.longest_stop < 5
         rows = workers.wait_for_rows("usage", PAIRS)
         assert Counter((row["result"], row["bytes"]) for row in rows) == {("happy", 32): PAIRS}
-        wait_until(lambda: current(workers) == (0, 0, 0), 10, "nobody is left")
+        wait_until(lambda: workers.row("current") == (0, 0, 0), 10, "nobody is left")
 
 
 @pytest.mark.parametrize("churn", [False, True], ids=["steady", "workers-come-and-go"])
@@ -168,7 +132,7 @@ def test_of_several_connections_per_side_one_of_each_meets_and_the_waiting_spare
             return [caller for caller in callers if not caller.met and not caller.closed]
 
         crowd.run_until(
-            lambda: current(workers)[:2] == (len(transfers), len(others())), 10, "`current` agrees about who waits"
+            lambda: current(workers) == (len(transfers), len(others())), 10, "`current` agrees about who waits"
         )
         lonely = len(callers) - 2 * len(transfers)
         crowd.hang_up()

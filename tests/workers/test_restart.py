@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.crowd import Crowd, Transfer
+from tests.support.current import wait_for_current
 from tests.support.harness import CHECKOUT, Workers, handshake, new_side, new_token, wait_until
 
 GONE_WITHIN = 5.0
@@ -118,7 +119,7 @@ def test_three_rounds_of_restarts_harm_no_transfer_and_no_client_that_waits(tmp_
         everybody = transfers + newcomers.transfers + later
         crowd.end(everybody)
         assert_one_row_each(workers, everybody)
-        wait_until(lambda: tuple(workers.rows("current")[0]) == (0, 0, 0), 10, "nobody is left")
+        wait_until(lambda: workers.row("current") == (0, 0, 0), 10, "nobody is left")
         # The service has not stopped once: what it counts since its start goes on through all restarts.
         (since,) = workers.rows("since_reboot")
         assert tuple(since) == (sum(transfer.moved for transfer in everybody), len(everybody), len(everybody), 0, 0)
@@ -200,7 +201,7 @@ def test_a_worker_says_who_came_and_went_and_what_it_handed_to_whom(tmp_path: Pa
         crowd.begin(transfers)
         for _ in range(80):  # more than one worker accepts in its turn
             crowd.call(new_token(), new_side())
-        wait_until(lambda: tuple(workers.rows("current")[0])[:2] == (40, 80), 10, "40 pairs and 80 who wait")
+        wait_for_current(workers, 40, 80)
         (share,) = workers.query("SELECT connected, waiting FROM worker_share WHERE pid = ?", first.pid)
         crowd.run_beside(lambda: workers.stop_one(0))
         crowd.end(transfers)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 from tests.support.harness import CHECKOUT, Workers, wait_until
+from tests.support.needs import needs_a_compiler
 
 SECONDS = 12
 PAIRS = 6
-
-needs_a_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: apt-get install gcc libc6-dev")
 
 
 @needs_a_compiler

@@ -8,15 +8,10 @@ from collections import Counter
 from pathlib import Path
 
 from tests.support.crowd import Crowd
+from tests.support.current import wait_for_current
 from tests.support.harness import Workers, new_side, new_token, wait_until
 
 GRACE = 6.0
-
-
-def sums(workers: Workers, table: str) -> tuple[int, ...]:
-    """The one row of `since_reboot` or `all_time`."""
-    (row,) = workers.rows(table)
-    return tuple(row)
 
 
 def test_all_workers_stopped_at_once_give_transfers_their_grace_and_record_everybody(tmp_path: Path) -> None:
@@ -26,7 +21,7 @@ def test_all_workers_stopped_at_once_give_transfers_their_grace_and_record_every
         crowd.begin(ending + too_long)
         waiting = [crowd.call(new_token(), new_side()) for _ in range(20)]
         shaking = [crowd.call(new_token(), line=b"please relay ") for _ in range(5)]
-        wait_until(lambda: tuple(workers.rows("current")[0])[:2] == (25, 20), 10, "25 pairs and 20 who wait")
+        wait_for_current(workers, 25, 20)
         began = time.monotonic()
 
         def end_in_time() -> None:
@@ -44,21 +39,21 @@ def test_all_workers_stopped_at_once_give_transfers_their_grace_and_record_every
         assert {(caller.answer, caller.ended) for caller in shaking} == {(b"bad handshake\n", True)}
         assert Counter(row["result"] for row in workers.rows("usage")) == {"happy": 25, "lonely": 20, "errory": 5}
         assert len(workers.records()) == 50
-        assert tuple(workers.rows("current")[0]) == (0, 0, 0)
-        moved = sums(workers, "all_time")[0]
+        assert workers.row("current") == (0, 0, 0)
+        moved = workers.row("all_time")[0]
         assert moved >= sum(transfer.moved for transfer in ending)
-        assert sums(workers, "since_reboot") == sums(workers, "all_time") == (moved, 50, 25, 20, 5)
+        assert workers.row("since_reboot") == workers.row("all_time") == (moved, 50, 25, 20, 5)
         assert [name.name for name in workers.run_dir.iterdir()] == ["lock"]
 
         workers.start_one()
-        wait_until(lambda: sums(workers, "since_reboot") == (0, 0, 0, 0, 0), 2, "since_reboot begins anew")
-        assert sums(workers, "all_time") == (moved, 50, 25, 20, 5)
+        wait_until(lambda: workers.row("since_reboot") == (0, 0, 0, 0, 0), 2, "since_reboot begins anew")
+        assert workers.row("all_time") == (moved, 50, 25, 20, 5)
         workers.start_one()
         again = crowd.transfer(head=b"twelve bytes")
         crowd.begin([again])
         crowd.end([again])
-        wait_until(lambda: sums(workers, "since_reboot") == (12, 1, 1, 0, 0), 2, "and counts on")
-        assert sums(workers, "all_time") == (moved + 12, 51, 26, 20, 5)
+        wait_until(lambda: workers.row("since_reboot") == (12, 1, 1, 0, 0), 2, "and counts on")
+        assert workers.row("all_time") == (moved + 12, 51, 26, 20, 5)
 
 
 def test_workers_stopped_one_after_another_hand_on_until_the_last_one_gives_grace(tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ from tests.support.wormholes import (
     RECEIVERS,
     SENDERS,
     Surroundings,
+    happy_ones,
     mailbox_server,
     skip_unless_installed,
     transfer,
 )
-from tests.wormholes.test_loopback import happy_ones
 
 MAILBOX_PORT = 4000
 FILE_BYTES = int(os.environ.get("RELAY_TESTS_FILE_MB", "100")) * 1_000_000

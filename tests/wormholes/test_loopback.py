@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,6 +16,7 @@ from tests.support.wormholes import (
     RECEIVERS,
     SENDERS,
     Surroundings,
+    happy_ones,
     mailbox_server,
     skip_unless_installed,
     transfer,
@@ -31,11 +31,6 @@ def assert_one_happy_transfer(relay: Service, size: int) -> None:
     assert happy["total_bytes"] >= size
     sql = "SELECT bytes FROM usage WHERE result = 'happy'"
     assert [row["bytes"] for row in wait_until(lambda: relay.query(sql), what="its row")] == [happy["total_bytes"]]
-
-
-def happy_ones(relay: Service, after: int = 0) -> list[dict[str, Any]]:
-    """The records of transfers, of those that come after so many; a spare's may come before."""
-    return [record for record in relay.records()[after:] if record["mood"] == "happy"]
 
 
 def test_a_file_goes_through_the_relay_when_nobody_listens(any_relay: Service, tmp_path: Path) -> None:
@@ -65,7 +60,7 @@ def inside(tmp_path: Path) -> Iterator[list[str]]:
 
 # wormhole-william 1.0.6 as the sender closes its own connection in one transfer of five, with the Twisted relay too,
 # when magic-wormhole meets it at the relay at once, as it does here; with addresses to try first it comes later, so
-# test_clients_hosts.py has that pair.
+# tests/wormholes/test_hosts.py has that pair.
 @pytest.mark.parametrize(
     ("sender", "receiver"),
     [(sender, receiver) for sender in SENDERS for receiver in RECEIVERS if (sender, receiver) != RACING],

@@ -1,0 +1,9 @@
+"""What some tests need that not every machine has."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+needs_a_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: apt-get install gcc libc6-dev")
