@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import namespaces
-from tests.support.harness import Relay, Service, connect, read_to_end
-from tests.support.hostile import honest_transfer, reset
+from tests.support.harness import Relay, Service, connect, read_to_end, reset
+from tests.support.hostile import honest_transfer
 
 
 def closes(sock: socket.socket) -> None:

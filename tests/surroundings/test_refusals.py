@@ -7,17 +7,15 @@ transfer; `NEEDED` those that it cannot, and then it ends with status 2 and one 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.harness import CHECKOUT, Relay, read_exactly, wait_until
-from tests.support.hostile import NOISE, honest_transfer, met
-
-needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="apt-get install strace")
+from tests.support.harness import CHECKOUT, Relay, met, read_exactly, wait_until
+from tests.support.hostile import NOISE, honest_transfer
+from tests.support.needs import needs_strace
 
 NUMBERS = ["EPERM", "ENOSYS", "EINVAL", "EOPNOTSUPP", "EACCES", "ENOMEM"]
 

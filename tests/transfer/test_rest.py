@@ -23,15 +23,7 @@ from relay.transfer.pump import TURN
 from relay.transfer.rest import BATCH, SLICE_SECONDS, Rest
 from relay.transfer.turns import CONSIDERATE_TURN, HELD_BYTES, SHARE, WARY_TURN, Turns
 from tests.support.crowd import Crowd
-from tests.support.harness import (
-    Relay,
-    Service,
-    Workers,
-    fill_the_way,
-    met,
-    read_exactly,
-    wait_until,
-)
+from tests.support.harness import Relay, Service, Workers, fill_the_way, met, read_exactly, wait_until
 from tests.support.kernel_view import bytes_in_pipes
 
 MIB = 1 << 20
@@ -262,9 +254,6 @@ def test_when_much_rests_for_those_who_do_not_read_a_turn_takes_little() -> None
 
 
 # The same seen from outside
-
-
-Clients = tuple[socket.socket, socket.socket]
 
 
 def switches(pids: list[int]) -> int:
