@@ -56,12 +56,13 @@ class Started:
         command = [sys.executable, "-m", "relay", "--port", str(workers.port), "--interface", "127.0.0.1"]
         recording = ["--usage-db", str(workers.usage_db), "--grace", "2"]
         self.log = log
-        with log.open("wb") as stderr:
+        with log.open("wb") as stderr, workers.json_lines.open("ab") as lines:
             self.process = subprocess.Popen(
-                [*command, "--run-dir", str(workers.run_dir), *recording],
+                [*command, "--run-dir", str(workers.run_dir), *recording, "--log-fd", str(lines.fileno())],
                 cwd=CHECKOUT,
                 stdin=subprocess.DEVNULL,
                 stderr=stderr,
+                pass_fds=[lines.fileno()],
             )
 
     def end(self) -> int:
