@@ -58,14 +58,19 @@ def test_of_too_many_pending_handshakes_the_oldest_give_way(
     relay_factory: RelayFactory, stack: contextlib.ExitStack
 ) -> None:
     relay = relay_factory("--grace", "0", "--max-handshakes", "20", recording=True)
-    slow = [stack.enter_context(dial(relay.port)) for _ in range(60)]
+    token = new_token()
+    line = handshake(token, new_side())
+    slow = []
+    for _ in range(60):
+        slow.append(stack.enter_context(dial(relay.port)))
+        slow[-1].sendall(line[:1])  # without a byte it would be a health check, and on no record
+        time.sleep(0.005)
     for sock in slow[:40]:
         assert answer(sock) == b"bad handshake\n"
     assert all(is_open(sock) for sock in slow[40:])
     honest_transfer(relay.port)
     # One of those that were left may still say what it wants.
-    token = new_token()
-    slow[-1].sendall(handshake(token, new_side()))
+    slow[-1].sendall(line[1:])
     partner = stack.enter_context(connect(relay.port))
     partner.sendall(handshake(token, new_side()))
     assert read_exactly(slow[-1], 3) == read_exactly(partner, 3) == b"ok\n"
@@ -112,6 +117,10 @@ def test_a_source_has_at_most_its_share_of_connections(
 ) -> None:
     relay = relay_factory("--grace", "0", "--max-per-source", "5", recording=True)
     held = [stack.enter_context(dial(relay.port)) for _ in range(5)]
+    token = new_token()
+    lines = [handshake(token, new_side()) for _ in held]
+    for sock, line in zip(held, lines, strict=True):
+        sock.sendall(line[:1])  # without a byte it would be a health check, and on no record
     for _ in range(3):
         assert answer(stack.enter_context(dial(relay.port))) == b""
     assert all(is_open(sock) for sock in held)
@@ -119,8 +128,7 @@ def test_a_source_has_at_most_its_share_of_connections(
     honest_transfer(relay.port, source="127.1.0.2")
     held[0].close()
     relay.wait_for_records(3)
-    token = new_token()
-    held[1].sendall(handshake(token, new_side()))
+    held[1].sendall(lines[1][1:])
     newcomer = stack.enter_context(dial(relay.port))
     newcomer.sendall(handshake(token, new_side()))
     assert read_exactly(newcomer, 3) == read_exactly(held[1], 3) == b"ok\n"

@@ -117,11 +117,13 @@ def test_leaving_at_any_stage_harms_nobody_else(any_relay: Service, stack: conte
     expected: Counter[str] = Counter()
     for stage in STAGES:
         for _ in range(4):
-            expected[leave_at(any_relay.port, stage, way, stack)] += 1
+            mood = leave_at(any_relay.port, stage, way, stack)
+            if stage != "connected":  # else it was a health check, and is on no record
+                expected[mood] += 1
         witness[0].sendall(stage.encode())
         assert read_exactly(witness[1], len(stage)) == stage.encode()
     honest_transfer(any_relay.port)
-    assert moods(any_relay, 21) == expected + Counter(happy=1)
+    assert moods(any_relay, 17) == expected + Counter(happy=1)
 
 
 def leave_at(port: int, stage: str, way: str, stack: contextlib.ExitStack) -> str:
