@@ -8,6 +8,11 @@ Where it listens:
                                forms tcp:4001 and tcp:4001:interface=ADDR [default: 4001]
   --interface ADDR             Address to listen on; :: is every address, IPv6 and IPv4 [default: ::]
 
+  -w, --websocket ENDPOINT     Take WebSocket clients here, too: 4002, tcp:4002 or tcp:4002:interface=ADDR, where ADDR
+                               is otherwise that of --interface. The endpoint of --port makes one port serve both.
+  -u, --websocket-url URL      What clients are told elsewhere to connect to; it is checked, and changes nothing here.
+  --ping-interval SECONDS      Ping a WebSocket client that was told nothing for so long; 0 is never [default: 30]
+
 What it records:
   --usage-db PATH              Keep usage in this SQLite file; it is made when missing.
   --log-fd FD                  Write a JSON line for each finished connection to this file descriptor.
@@ -50,6 +55,7 @@ SIGTERM and SIGINT end it in good order; a second one ends it at once.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import re
 import resource
@@ -134,7 +140,7 @@ def _serve(options: Options, log: OwnLog) -> None:
     except OSError as error:
         raise _cannot_do_without(error) from None
     try:
-        listener = relay.find_port()
+        ports = relay.find_ports()
         try:
             recorder = open_recorder(
                 usage_db=options.usage_db,
@@ -148,7 +154,7 @@ def _serve(options: Options, log: OwnLog) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             gevent.signal_handler(number, relay.stop)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nothing here needs it, and what was meant well ends no transfer
-        relay.start(listener, recorder)
+        relay.start(ports, recorder)
     except OSError as error:
         relay.close()
         raise _cannot_do_without(error) from None
@@ -199,6 +205,8 @@ def read_options(arguments: Sequence[str]) -> Options:
     return Options(
         port=port,
         interface=interface,
+        websocket=_websocket(given, interface),
+        ping_interval=_seconds(given, "--ping-interval", 0),
         blur_usage=None if given["--blur-usage"] is None else _whole(given, "--blur-usage", 1),
         log_fd=_log_fd(given),
         usage_db=given["--usage-db"],
@@ -237,7 +245,19 @@ def _what_docopt_means(arguments: Sequence[str], message: str) -> str:
     return f"cannot make sense of {' '.join(arguments)!r}; see relay-gevent --help"
 
 
-def _endpoint(port: str, interface: str) -> tuple[int, str]:
+def _websocket(given: dict[str, Any], interface: str) -> tuple[int, str] | None:
+    """The endpoint for WebSocket clients, checked with what belongs to it."""
+    url = given["--websocket-url"]
+    if url is not None and not re.match(r"wss?://[^/]", url):
+        raise Mistake(f"--websocket-url {url}: give a URL that begins with ws:// or wss://")
+    if given["--websocket"] is None:
+        return None
+    if importlib.util.find_spec("websockets") is None:
+        raise Mistake("--websocket needs the package websockets: pip install 'relay-gevent[websocket]'")
+    return _endpoint(given["--websocket"], interface, "--websocket")
+
+
+def _endpoint(port: str, interface: str, option: str = "--port") -> tuple[int, str]:
     """PORT as a number, or as the Twisted relay's endpoint, which may name the interface too."""
     endpoint = _ENDPOINT.fullmatch(port)
     if endpoint is not None:
@@ -245,7 +265,7 @@ def _endpoint(port: str, interface: str) -> tuple[int, str]:
         if endpoint[2] is not None:
             interface = re.sub(r"\\(.)", r"\1", endpoint[2])
     if not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
-        raise Mistake(f"--port {port}: give a number from 0 to 65535, or tcp:PORT, or tcp:PORT:interface=ADDR")
+        raise Mistake(f"{option} {port}: give a number from 0 to 65535, or tcp:PORT, or tcp:PORT:interface=ADDR")
     return int(port), interface
 
 

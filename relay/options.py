@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options of `relay-gevent`; times in seconds. docs/running.md describes each.
+    """The options of `relay-gevent`; times in seconds. docs/running.md describes each. `websocket` is a port and the
+    address of an interface, as `port` and `interface` are.
 
     `most_held` is how many connections there are descriptors for, those included that siblings hand on; `most_pipes`,
     for how many pipes beside `max_connections`. Both follow from the limit of file descriptors.
@@ -15,6 +16,8 @@ class Options:
 
     port: int = 4001
     interface: str = "::"
+    websocket: tuple[int, str] | None = None
+    ping_interval: float = 30.0
     blur_usage: int | None = None
     log_fd: int | None = None
     usage_db: str | None = None

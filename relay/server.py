@@ -10,6 +10,8 @@ import logging
 import math
 import socket
 import time
+from dataclasses import dataclass
+from typing import Any
 
 import gevent
 from gevent.event import Event
@@ -18,8 +20,10 @@ from relay.clients.bounds import BoundsMet
 from relay.clients.door import Door, is_at, open_port
 from relay.clients.farewell import Farewell
 from relay.clients.matching import Matching
+from relay.clients.pings import Pings
 from relay.clients.places import Places
 from relay.clients.reception import Reception
+from relay.clients.speech import EITHER, PLAIN, Speech
 from relay.mistakes import Mistake
 from relay.options import Options
 from relay.transfer.eviction import Eviction
@@ -38,6 +42,15 @@ TICK_SECONDS = 1.0
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """The listening sockets: the `plain` one, on which there may be WebSocket, too (`shared`), and one for `web`."""
+
+    plain: socket.socket
+    web: socket.socket | None
+    shared: bool
+
+
 class Relay:
     """One worker: everything between the listening socket and the usage records."""
 
@@ -47,8 +60,9 @@ class Relay:
         self._bounds_met = BoundsMet()
         self._places = Places(options, self._bounds_met, self._place_is_free)
         self._farewell = Farewell(loop, self._places, self._record)
-        self.pairs = Pairs(options, self._places, self._record)
-        self._matching = Matching(loop, options, self._places, self._farewell, self.pairs.glue)
+        self._pings = Pings(options.ping_interval)
+        self.pairs = Pairs(options, self._places, self._record, self._pings)
+        self._matching = Matching(loop, options, self._places, self._farewell, self._pings, self.pairs.glue)
         self._reception = Reception(loop, options, self._places, self._farewell, self._matching.admit)
         self._eviction = Eviction(self._places, self._matching, self.pairs, self._is_awaited)
         self._changed = Event()
@@ -82,25 +96,40 @@ class Relay:
 
     # Starting
 
-    def find_port(self) -> socket.socket:
-        """The relay's listening socket: a sibling's, or, where there is none, a new one.
+    def find_ports(self) -> Ports:
+        """The relay's listening sockets: a sibling's, or, where there are none, new ones.
 
         Raises Mistake, also when the siblings listen elsewhere than this worker was told to.
         """
-        listener = None if self._household is None else self._household.siblings.join()
+        options = self.options
+        port = web_port = None
+        if self._household is not None:
+            port, web_port = self._household.siblings.join()
+        listener = self._port(port, options.interface, options.port, "--port")
+        if options.websocket is None or options.websocket == (options.port, options.interface):
+            return Ports(listener, None, shared=options.websocket is not None)
+        number, interface = options.websocket
+        try:
+            return Ports(listener, self._port(web_port, interface, number, "--websocket"), shared=False)
+        except BaseException:
+            listener.close()
+            raise
+
+    def _port(self, listener: socket.socket | None, interface: str, port: int, option: str) -> socket.socket:
+        """`listener`, which a sibling has given, if it is where it should be, or a new one."""
         if listener is None:
-            return self._open_port()
-        if not is_at(listener, self.options.interface, self.options.port):
-            address, port = listener.getsockname()[:2]
+            return self._open_port(interface, port, option)
+        if not is_at(listener, interface, port):
+            address, number = listener.getsockname()[:2]
             raise Mistake(
-                f"--run-dir {self.options.run_dir}: its relay listens on {address} port {port}, not on "
-                f"{self.options.interface} port {self.options.port}; give each relay a run directory of its own"
+                f"--run-dir {self.options.run_dir}: its relay listens on {address} port {number}, not on "
+                f"{interface} port {port}; give each relay a run directory of its own"
             )
         return listener
 
-    def _open_port(self) -> socket.socket:
+    def _open_port(self, interface: str, port: int, option: str) -> socket.socket:
         try:
-            return open_port(self.options.interface, self.options.port)
+            return open_port(interface, port, option)
         except Mistake as mistake:
             unanswering = 0 if self._household is None else self._household.siblings.unanswering
             if not unanswering:
@@ -110,24 +139,43 @@ class Relay:
                 f"wait until they run again, or end them ({mistake})"
             ) from None
 
-    def start(self, listener: socket.socket, recorder: Recorder) -> None:
-        """Begin to accept from `listener`, and to record with `recorder`."""
+    def start(self, ports: Ports, recorder: Recorder) -> None:
+        """Begin to accept from `ports`, and to record with `recorder`."""
         self._recorder = recorder
-        self._door = Door(
+        self._door = self._make_door(ports.plain, EITHER if ports.shared else PLAIN)
+        if ports.web is not None:
+            self._door.twin = self._make_door(ports.web, None)
+            self._door.twin.twin = self._door
+        self._tick.start(self._every_second)
+        self._current_greenlet = gevent.spawn(self._keep_current_fresh)
+        self._door.start()
+        address, port = ports.plain.getsockname()[:2]
+        logger.info("listening on %s port %d", address, port)
+        if ports.web is not None:
+            assert self._door.twin is not None
+            self._door.twin.start()
+            address, port = ports.web.getsockname()[:2]
+        if ports.web is not None or ports.shared:
+            logger.info("WebSocket on %s port %d", address, port)
+        if self._household is not None:
+            self._household.open(self._door, ports.plain, ports.web)
+
+    def _make_door(self, listener: socket.socket, speech: Speech | None) -> Door:
+        """A door for clients that speak like this; None is for WebSocket, of which each needs its own."""
+
+        def admit(sock: socket.socket, address: tuple[Any, ...]) -> None:
+            self._reception.accepted(sock, address, speech or new_web())
+
+        if speech is None:
+            from relay.clients.web import Web as new_web  # noqa: N813  # not before: most relays have no WebSocket
+        return Door(
             listener,
-            self._reception.accepted,
+            self._reception.accepted if speech is PLAIN else admit,
             self._places.is_full,
             self.pairs.turns.busy,
             self._pass_the_door_on,
             self._bounds_met.note,
         )
-        self._tick.start(self._every_second)
-        self._current_greenlet = gevent.spawn(self._keep_current_fresh)
-        self._door.start()
-        address, port = listener.getsockname()[:2]
-        logger.info("listening on %s port %d", address, port)
-        if self._household is not None:
-            self._household.open(self._door, listener)
 
     def _is_awaited(self) -> bool:
         return self._door is not None and self._door.is_awaited()
@@ -181,18 +229,22 @@ class Relay:
     def _give_up(self) -> None:
         """Nobody will take over: close the port, and send those away who have no partner."""
         self._given_up = True
-        assert self._door is not None
-        self._door.close()
+        self._close_door()
         self._matching.close()
         self._reception.close()
+
+    def _close_door(self) -> None:
+        if self._door is not None:
+            self._door.close()
+            if self._door.twin is not None:
+                self._door.twin.close()
 
     def _is_cleared_out(self) -> bool:
         return self._places.taken == 0 and (self._household is None or self._household.siblings.left)
 
     def close(self) -> None:
         """Cut off what is still here, record it, and let go of everything; however far `start` has come."""
-        if self._door is not None:
-            self._door.close()
+        self._close_door()
         self._tick.stop()
         for line in self._bounds_met.lines(math.inf):
             logger.warning("%s", line)
@@ -236,6 +288,7 @@ class Relay:
         self._matching.every_second(now)
         # Those whose handshake is not whole come last: one that is by now may be matched with somebody who waits.
         self._reception.every_second(now)
+        self._pings.every_second(now)
         self._places.next_second()
         if self._household is None:
             self.pairs.every_second(now, lambda busy: 1.0)

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from relay.clients.speech import PLAIN, Speech
+
 
 class Watcher(Protocol):
     """What is needed of an event loop's watcher."""
@@ -34,7 +36,7 @@ class Client:
     `started` is when it was accepted, in seconds since the epoch, for the record; `arrived` is the same moment on the
     monotonic clock, for every duration; `asked` is when its handshake was whole. CLOCK_MONOTONIC is one clock for all
     processes of a machine, so all stay true when the client is handed to another worker. `is_own` is whether it comes
-    from this machine, as health checks do.
+    from this machine, as health checks do; `speech` is how it speaks.
     """
 
     __slots__ = (
@@ -48,6 +50,7 @@ class Client:
         "side",
         "sock",
         "source",
+        "speech",
         "started",
         "token",
         "watcher",
@@ -57,6 +60,7 @@ class Client:
         self.sock = sock
         self.source: bytes | None = None
         self.is_own = False
+        self.speech: Speech = PLAIN
         self.started = time.time() if started is None else started
         self.arrived = time.monotonic() if arrived is None else arrived
         self.asked = 0.0

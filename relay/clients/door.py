@@ -51,10 +51,10 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 logger = logging.getLogger(__name__)
 
 
-def open_port(interface: str, port: int) -> socket.socket:
+def open_port(interface: str, port: int, option: str = "--port") -> socket.socket:
     """Listen on `port` of the address `interface` (``::`` means every address, IPv6 and IPv4; port 0 a free one).
 
-    Raises Mistake when that cannot be had.
+    Raises Mistake when that cannot be had; `option` is what it names.
     """
     family, address = _resolve(interface, port)
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -66,7 +66,7 @@ def open_port(interface: str, port: int) -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise _port_mistake(error, interface, port) from None
+        raise _port_mistake(error, interface, port, option) from None
     return listener
 
 
@@ -107,14 +107,14 @@ def _set(listener: socket.socket, level: int, option: int, value: int) -> None:
         logger.info("the kernel refuses a socket option (%s); the relay goes on with its default", error.strerror)
 
 
-def _port_mistake(error: OSError, interface: str, port: int) -> Mistake:
+def _port_mistake(error: OSError, interface: str, port: int, option: str) -> Mistake:
     if error.errno == errno.EADDRINUSE:
-        return Mistake(f"--port {port}: another program listens there already; stop it or choose another port")
+        return Mistake(f"{option} {port}: another program listens there already; stop it or choose another port")
     if error.errno in (errno.EACCES, errno.EPERM):
-        return Mistake(f"--port {port}: this user may not listen there; ports below 1024 are for root")
+        return Mistake(f"{option} {port}: this user may not listen there; ports below 1024 are for root")
     if error.errno == errno.EADDRNOTAVAIL:
         return Mistake(f"--interface {interface}: not an address of this machine")
-    return Mistake(f"--port {port} --interface {interface}: {os.strerror(error.errno or 0)}")
+    return Mistake(f"{option} {port} --interface {interface}: {os.strerror(error.errno or 0)}")
 
 
 class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
@@ -139,7 +139,9 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
         note: Callable[[Bound], None],
     ) -> None:
         super().__init__(listener, handle=admit, spawn=None)
-        self.shared = False
+        self.twin: Door | None = None
+        """The relay's other port, if there is one: the turn at one is the turn at both."""
+        self._shared = False
         self._is_full = is_full
         self._is_busy = is_busy
         self._pass_on = pass_on
@@ -150,10 +152,25 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
         self._turn_ends = 0.0
         self._found_nobody = False  # when we last looked
 
+    @property
+    def shared(self) -> bool:
+        """Whether other workers accept here, too, by turns."""
+        return self._shared
+
+    @shared.setter
+    def shared(self, shared: bool) -> None:
+        self._shared = shared
+        if self.twin is not None:
+            self.twin._shared = shared
+
     def retire(self) -> None:
-        """Stop accepting for good; the listening socket stays open."""
-        self._is_retired = True
-        self.stop_accepting()
+        """Stop accepting for good; the listening sockets stay open."""
+        for door in self._both():
+            door._is_retired = True
+            door.stop_accepting()
+
+    def _both(self) -> list[Door]:
+        return [self] if self.twin is None else [self, self.twin]
 
     def start_accepting(self) -> None:
         """Accept whatever comes, unless this door was retired or it is not our turn; gevent and `reopen` call it."""
@@ -162,12 +179,16 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
 
     def take_turn(self) -> None:
         """It is our turn, or may be."""
+        for door in self._both():
+            door._begin_turn()
+
+    def _begin_turn(self) -> None:
         self._accepted = 0
         self._found_nobody = False
         if not self._has_turn:
             self._has_turn = True
             if not self._rests():
-                self.reopen()
+                self._reopen()
 
     def has_room(self) -> bool:
         """Whether another connection could be accepted, as far as we know."""
@@ -180,6 +201,12 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
 
     def is_awaited(self) -> bool:
         """Whether somebody waits to be accepted."""
+        if self.twin is not None and self.twin.is_awaited_here():
+            return True
+        return self.is_awaited_here()
+
+    def is_awaited_here(self) -> bool:
+        """The same, for this port alone."""
         if not self.started:
             return False
         queue = select.poll()
@@ -187,15 +214,17 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
         return bool(queue.poll(0))
 
     def _end_turn(self) -> None:
-        self._has_turn = False
-        self.stop_accepting()
+        for door in self._both():
+            door._has_turn = False
+            door.stop_accepting()
 
     def full(self) -> bool:
         """Whether no further connection is to be accepted now; asked by gevent before each."""
         if not self._is_full():
             return False
         if self.shared and self._pass_on():
-            self._has_turn = False
+            for door in self._both():
+                door._has_turn = False
         else:
             self._note(Bound.CONNECTIONS)
         return True
@@ -233,6 +262,10 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
 
     def reopen(self) -> None:
         """Accept again, if accepting rests and there is room."""
+        for door in self._both():
+            door._reopen()
+
+    def _reopen(self) -> None:
         if self._watcher is None and self.started and not self._is_full():
             if self._timer is not None:
                 self._timer.stop()
@@ -250,4 +283,4 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
         if self.shared and self._pass_on():
             self._has_turn = False
         self._timer = self.loop.timer(FULL_PAUSE_SECONDS)
-        self._timer.start(self.reopen)
+        self._timer.start(self._reopen)

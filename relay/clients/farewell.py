@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 from relay.clients.client import Client, EventLoop
 from relay.clients.deadlines import Deadlines
-from relay.clients.handshake import Refusal
 from relay.clients.places import Places
+from relay.clients.speech import Ending
 from relay.usage.record import Mood, Record
 
 LINGER_SECONDS = 2.0
@@ -41,27 +41,20 @@ class Farewell:
         self._lingering: Deadlines[Client] = Deadlines()
         self._on_readable = self._discard  # bound once, and not for every client
 
-    def refuse(self, client: Client, refusal: Refusal) -> None:
-        """Tell `client` why it is turned away."""
-        self.finish(client, "errory")
-        self.send_away(client, refusal.value)
+    def end(self, client: Client, ending: Ending) -> None:
+        """End a connection in this way."""
+        if ending.mood is not None:
+            self.finish(client, ending.mood)
+        if ending.gone:
+            with contextlib.suppress(OSError):
+                client.sock.send(ending.words)
+            self.close(client)
+        else:
+            self._send_away(client, ending.words)
 
-    def refuse_who_left(self, client: Client, refusal: Refusal) -> None:
-        """The same for one that has ended its stream, or gone, before its handshake was whole."""
-        self.finish(client, "errory")
-        with contextlib.suppress(OSError):
-            client.sock.send(refusal.value)
-        self.close(client)
-
-    def turn_away(self, client: Client, mood: Mood = "lonely") -> None:
-        """Send `client` away without a word."""
-        self.finish(client, mood)
-        self.send_away(client)
-
-    def let_leave(self, client: Client) -> None:
-        """`client`, whose handshake was good, has left."""
-        self.finish(client, "lonely")
-        self.close(client)
+    def turn_away(self, client: Client) -> None:
+        """Send `client` away for want of a partner."""
+        self.end(client, client.speech.lonely())
 
     def finish(self, client: Client, mood: Mood) -> None:
         """Record a connection that ends without a partner, unless it was a health check: of this machine's own, and
@@ -70,7 +63,7 @@ class Farewell:
             return
         self._record(Record(client.started, time.monotonic() - client.arrived, None, 0, mood))
 
-    def send_away(self, client: Client, reply: bytes = b"") -> None:
+    def _send_away(self, client: Client, reply: bytes) -> None:
         """Say `reply`, end the stream, and read on for a moment so that both arrive."""
         client.stop_listening()
         try:

@@ -17,6 +17,9 @@ import enum
 import re
 from dataclasses import dataclass
 
+OK = b"ok\n"
+"""What both sides read when they have met."""
+
 TOKEN_DIGITS = 64
 SIDE_DIGITS = 16
 

@@ -6,15 +6,15 @@ the hub and must not wait.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 from relay.clients.bounds import Bound
 from relay.clients.client import Client, EventLoop
 from relay.clients.deadlines import Deadlines
 from relay.clients.farewell import Farewell
-from relay.clients.handshake import Refusal
+from relay.clients.pings import Pings
 from relay.clients.places import Places
 from relay.clients.waiting_room import WaitingRoom
 from relay.options import Options
@@ -64,6 +64,7 @@ class Matching:
         options: the operator's bounds and patience.
         places: where bounds that were met are noted.
         farewell: takes those who go without a partner.
+        pings: pings those who speak WebSocket.
         on_match: takes two that have met, the one that waited first; their watchers are as they were.
     """
 
@@ -73,6 +74,7 @@ class Matching:
         options: Options,
         places: Places,
         farewell: Farewell,
+        pings: Pings,
         on_match: Callable[[Client, Client], None],
     ) -> None:
         self.elsewhere: Elsewhere = Nowhere()
@@ -84,6 +86,7 @@ class Matching:
         self._room: WaitingRoom[Client] = WaitingRoom()
         self._deadlines: Deadlines[Client] = Deadlines()
         self._closed = False
+        self._pings = pings
         self._on_readable = self._interrupted  # bound once, and not for every client
 
     def __len__(self) -> int:
@@ -104,10 +107,8 @@ class Matching:
 
     def readmit(self, client: Client) -> None:
         """The same for one that was under way between workers, and may have left or spoken meanwhile."""
-        if self._has_kept_quiet(client):
+        if not self._judge(client):
             self.admit(client)
-        else:
-            self._judge(client)
 
     def _meet(self, client: Client) -> None:
         """Pair `client`, or let it wait."""
@@ -119,13 +120,11 @@ class Matching:
         while (partner := self._room.partner_for(client)) is not None:
             if partner.asked < last_match:
                 self.dismiss(partner)
-            elif not self._has_kept_quiet(partner):
+            elif partner.speech.interruption(partner.sock) is not None:
                 self._interrupted(partner)
-            elif self._has_kept_quiet(client):
-                self._match(partner, client)
-                return
             else:
-                self._judge(client)  # it has gone before anybody had time to look
+                if not self._judge(client):  # it may have gone before anybody had time to look
+                    self._match(partner, client)
                 return
             if not self._room.waiting_for(client.token):
                 self.admit(client)  # nobody is home to it now
@@ -144,6 +143,8 @@ class Matching:
         self._deadlines.set(client, client.arrived + self._options.wait_timeout)
         self._room.enter(client)
         client.listen(self._loop, self._on_readable)
+        if client.speech.reader is not None:
+            client.speech.be_pinged(self._pings, client.sock)
         if len(self._room) > self._options.max_waiting:
             # The oldest gives way. Were newcomers turned away instead, whoever fills the room once would own it for as
             # long as clients may wait; like this it takes more newcomers all the time, and those are bounded, too.
@@ -153,6 +154,7 @@ class Matching:
     def leave(self, client: Client) -> None:
         """Take out of the waiting room somebody who is not matched; its watcher is as it was."""
         self._deadlines.clear(client)
+        client.speech.be_silent()
         self._room.leave(client)
         self._vacate(client.token)
 
@@ -164,7 +166,7 @@ class Matching:
     def evict(self, client: Client) -> None:
         """End the connection of somebody who waits here, at once, for its place."""
         self.leave(client)
-        self._farewell.let_leave(client)
+        self._farewell.end(client, replace(client.speech.lonely(), gone=True))
 
     def dismiss_oldest(self) -> None:
         """The same for the one that has waited longest; there is one."""
@@ -175,36 +177,24 @@ class Matching:
         if not self._room.waiting_for(token):
             self.elsewhere.give_up(token)
 
-    def _has_kept_quiet(self, client: Client) -> bool:
-        """Whether a waiting client is still there and has sent nothing, as far as the kernel knows by now."""
-        try:
-            client.sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
-        return False
-
     def _interrupted(self, client: Client) -> None:
         """A waiting client has left, or has said something before it was told ``ok``."""
-        if not self._has_kept_quiet(client):  # no false alarm
+        if client.speech.interruption(client.sock) is not None:  # no false alarm
             self.leave(client)
             self._judge(client)
 
-    def _judge(self, client: Client) -> None:
-        """Turn away somebody who has left or spoken, and does not wait here."""
-        try:
-            spoke = bool(client.sock.recv(1, socket.MSG_PEEK))
-        except OSError:
-            spoke = False
-        if spoke:
-            self._farewell.refuse(client, Refusal.IMPATIENT)
-        else:
-            self._farewell.let_leave(client)
+    def _judge(self, client: Client) -> bool:
+        """Turn away `client`, which does not wait here, if it has left or spoken, as far as the kernel knows by now."""
+        ending = client.speech.interruption(client.sock)
+        if ending is None:
+            return False
+        self._farewell.end(client, ending)
+        return True
 
     def _match(self, waited: Client, newcomer: Client) -> None:
         self._room.leave(waited)
         self._deadlines.clear(waited)
+        waited.speech.be_silent()
         spares = self._room.take_all(newcomer.token)
         self.elsewhere.matched(newcomer.token)
         self._on_match(waited, newcomer)

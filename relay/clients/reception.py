@@ -15,8 +15,9 @@ from relay.clients.bounds import Bound
 from relay.clients.client import Client, EventLoop
 from relay.clients.deadlines import Deadlines
 from relay.clients.farewell import Farewell
-from relay.clients.handshake import LONGEST, Handshake, Refusal, read_handshake
+from relay.clients.handshake import Handshake, Refusal
 from relay.clients.places import Places, is_own
+from relay.clients.speech import PLAIN, Speech
 from relay.options import Options
 
 
@@ -48,8 +49,8 @@ class Reception:
         """Everybody whose handshake is awaited; they may go meanwhile."""
         return iter([*self._shaking])
 
-    def accepted(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
-        """Somebody has connected from `address`."""
+    def accepted(self, sock: socket.socket, address: tuple[Any, ...], speech: Speech = PLAIN) -> None:
+        """Somebody has connected from `address`, who speaks like this."""
         own = is_own(address[0], sock)
         source = self._places.source_of(address[0], own=own)
         if not self._places.admits(source):
@@ -60,27 +61,22 @@ class Reception:
         client = Client(sock)
         client.source = source
         client.is_own = own
+        client.speech = speech
         self.expect(client)
 
     def expect(self, client: Client) -> None:
         """Hear what `client`, which has just connected, or was handed on, has to say."""
         if self._closed:
-            self._farewell.refuse(client, Refusal.BAD_HANDSHAKE)
+            self._farewell.end(client, client.speech.refusal(Refusal.BAD_HANDSHAKE))
             return
         self._deadlines.set(client, client.arrived + self._options.handshake_timeout)
         self._shake_hands(client)
 
     def _shake_hands(self, client: Client) -> None:
         try:
-            # One byte more than a handshake can have tells everything there is to know.
-            chunk = client.sock.recv(LONGEST + 1 - len(client.received))
+            verdict = client.speech.hear(client)
         except BlockingIOError:
-            self._expect_more(client)
-            return
-        except OSError:
-            chunk = b""
-        client.received += chunk
-        verdict = read_handshake(client.received) if chunk else Refusal.BAD_HANDSHAKE
+            verdict = None
         if verdict is None:
             self._expect_more(client)
             return
@@ -89,10 +85,8 @@ class Reception:
             client.token, client.side, client.received = verdict.token, verdict.side, b""
             client.asked = time.monotonic()
             self._admit(client)
-        elif chunk:
-            self._farewell.refuse(client, verdict)
         else:
-            self._farewell.refuse_who_left(client, verdict)
+            self._farewell.end(client, verdict)
 
     def _expect_more(self, client: Client) -> None:
         """Wait for the rest of a handshake. When too many are waited for, the oldest gives way: it has had the most
@@ -112,7 +106,7 @@ class Reception:
 
     def _turn_away(self, client: Client) -> None:
         self.let_go(client)
-        self._farewell.refuse(client, Refusal.BAD_HANDSHAKE)
+        self._farewell.end(client, client.speech.refusal(Refusal.BAD_HANDSHAKE))
 
     def close(self) -> None:
         """Turn away everybody who is here, and who will come."""

@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from select import EPOLLET, EPOLLIN, EPOLLOUT, POLLERR, POLLHUP
+from typing import TYPE_CHECKING, TypeAlias
 
 import gevent
 from gevent.select import poll
@@ -40,6 +41,11 @@ from relay.transfer.pump import INPUT, OVER, ROOM, TURN, Pump
 from relay.transfer.rest import Rest
 from relay.transfer.state import PairState
 from relay.transfer.turns import Turns
+
+if TYPE_CHECKING:
+    from relay.clients.frames import FrameReader
+    from relay.clients.pings import Pings
+    from relay.transfer.framed import FramedPump
 
 HALF_CLOSED_SECONDS = 10.0
 """How long the second side may say nothing once it has all of the first one's stream."""
@@ -93,8 +99,9 @@ class Pair:
 
     `started` (seconds since the epoch) and `arrived` (monotonic seconds) are the first side's; `waiting_time` is how
     long it was alone, in seconds. `limits` are the operator's, if there are any; `sources` are where the sides come
-    from (see `bounds`), for whoever counts. `on_over` is called with the pair, once, from its greenlet, when it is over
-    and its sockets are closed; then `cut_by` is the bound that ended it, if one did.
+    from (see `bounds`), for whoever counts; `readers` is where the frames are of those that speak WebSocket. `on_over`
+    is called with the pair, once, when it is over and its sockets are closed; then `cut_by` is the bound that ended it,
+    if one did.
     """
 
     __slots__ = (
@@ -134,6 +141,7 @@ class Pair:
         on_over: Callable[[Pair], None],
         limits: Limits | None = None,
         sources: tuple[bytes | None, bytes | None] = (None, None),
+        readers: Readers = (None, None),
     ) -> None:
         self.first = first
         self.second = second
@@ -153,13 +161,24 @@ class Pair:
         self._moved_then = 0
         self._moved_a_second_ago = 0
         self._idle_since = 0.0
-        self.pumps = (Pump(first, second, pipes, turns), Pump(second, first, pipes, turns))
+        self.pumps = _pumps(first, second, pipes, turns, readers)
         self.greenlet: gevent.Greenlet | None = None
 
     @property
     def started_pumping(self) -> bool:
         """Whether the pair looks after itself, with a greenlet or at rest."""
         return self.greenlet is not None or self.watched is not None
+
+    @property
+    def speaks_websocket(self) -> bool:
+        """Whether either side does."""
+        return any(pump.reader is not None for pump in self.pumps)
+
+    def be_pinged(self, pings: Pings) -> None:
+        """Have the sides that speak WebSocket pinged."""
+        for pump in self.pumps:
+            if not isinstance(pump, Pump) and pump.frames_out:
+                pings.add(pump, time.monotonic())
 
     @property
     def moved(self) -> int:
@@ -171,7 +190,10 @@ class Pair:
         """Begin to pump, or go on: at rest, until there is much to move."""
         for pump in self.pumps:
             pump.resume()
-        self._go_to_rest()
+        if any(pump.waits == TURN for pump in self.pumps):
+            self._wake()
+        else:
+            self._go_to_rest()
 
     def detach(self) -> None:
         """Make the pair let go of its sockets, between two turns; to be called from another greenlet."""
@@ -208,7 +230,12 @@ class Pair:
     def pack(self) -> tuple[PairState, list[int]]:
         """This pair as it is, for another process, and the file descriptors that go with it; after `detach`."""
         (there, there_fds), (back, back_fds) = (pump.pack() for pump in self.pumps)
-        state = PairState(self.started, self.arrived, self.waiting_time, there, back)
+        first_frames, second_frames = (
+            b"" if pump.reader is None else pump.reader.state.encode() for pump in self.pumps
+        )
+        state = PairState(
+            self.started, self.arrived, self.waiting_time, there, back, first_frames, second_frames
+        )
         return state, [self.first.fileno(), self.second.fileno(), *there_fds, *back_fds]
 
     def unpack(self, state: PairState, fds: Sequence[int]) -> None:
@@ -388,20 +415,20 @@ class Pair:
                     self.turns.wait()
                 self._turn(pump)
 
-    def _turn(self, pump: Pump) -> None:
+    def _turn(self, pump: Pump | FramedPump) -> None:
         if self.limits is None:
             pump.turn(self.turns.size())
         else:
             self._turn_within(self.limits, pump)
 
-    def _turn_within(self, limits: Limits, pump: Pump) -> None:
+    def _turn_within(self, limits: Limits, pump: Pump | FramedPump) -> None:
         """Give `pump` a turn that keeps to the limits; raises Cut when they allow none any more."""
         paces = [pace for pace in (self._pace, limits.relay_pace) if pace is not None]
         most = min([self.turns.size(), *(pace.portion() for pace in paces)])
         if limits.pair_bytes is not None:
             most = min(most, limits.pair_bytes - self.moved - sum(pump.held for pump in self.pumps))
             if most <= 0 and not pump.held:
-                if _has_more(pump.source):
+                if pump.has_more():
                     raise Cut(Bound.PAIR_BYTES)
                 most = 1  # it was exactly what is allowed, and its end is no byte
         now = time.monotonic()
@@ -420,7 +447,9 @@ class Pair:
         """Whether nothing can be delivered any more, in either direction."""
         there, back = self.pumps
         if there.waits == OVER or back.waits == OVER:
-            return there.waits == back.waits or ((there.discards or back.discards) and not self._owes())
+            return there.waits == back.waits or (
+                any(pump.discards and not pump.held for pump in self.pumps) and not self._owes()
+            )
         return False
 
     def _is_half_closed(self) -> bool:
@@ -451,10 +480,28 @@ class Pair:
                     pump.turn(self.turns.size())
 
 
+Readers: TypeAlias = "tuple[FrameReader | None, FrameReader | None]"
+"""Where the frames of the first and of the second side are; None for one that does not speak WebSocket."""
+
+
+def _pumps(
+    first: socket.socket, second: socket.socket, pipes: PipePool, turns: Turns, readers: Readers
+) -> tuple[Pump | FramedPump, Pump | FramedPump]:
+    """A pump in each direction."""
+    if readers == (None, None):
+        return Pump(first, second, pipes, turns), Pump(second, first, pipes, turns)
+    from relay.transfer.framed import FramedPump  # not before: most relays have no WebSocket
+
+    there = FramedPump(first, second, turns, readers[0], frames_out=readers[1] is not None)
+    back = FramedPump(second, first, turns, readers[1], frames_out=readers[0] is not None)
+    there.other, back.other = back, there
+    return there, back
+
+
 _BOTH_INPUT = (INPUT, INPUT)
 
 
-def _events(out_of: Pump, into: Pump) -> int:
+def _events(out_of: Pump | FramedPump, into: Pump | FramedPump) -> int:
     """What to watch a side for, as poll(2) and epoll_ctl(2) have it; see `rest` for a side that is not to be read."""
     return (INPUT if out_of.waits == INPUT else 0) | (ROOM if into.waits == ROOM else 0) or EPOLLET
 
@@ -475,14 +522,6 @@ def _raise_error_of(sock: socket.socket) -> None:
         return  # where it is refused, reading or writing tells
     if error not in (0, errno.EPIPE):  # EPIPE: it had ended its stream before, and that is still delivered
         raise OSError(error, os.strerror(error))
-
-
-def _has_more(sock: socket.socket) -> bool:
-    """Whether bytes have come over `sock` that nobody has read; False at the end of its stream."""
-    try:
-        return bool(sock.recv(1, socket.MSG_PEEK))
-    except BlockingIOError:
-        return False
 
 
 def _silence(sock: socket.socket) -> float:

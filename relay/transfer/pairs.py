@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 from relay.clients.bounds import Bound
 from relay.clients.client import Client
+from relay.clients.pings import Pings
 from relay.clients.places import Places
 from relay.options import Options
 from relay.transfer.pace import Pace
-from relay.transfer.pair import Limits, Pair
+from relay.transfer.pair import Limits, Pair, Readers
 from relay.transfer.pipes import PipePool
 from relay.transfer.rest import Rest
 from relay.transfer.state import PairState
@@ -27,9 +28,10 @@ class Pairs:
         options: the operator's limits.
         places: where the places of their connections go when they are over.
         record: takes the record of each that is over.
+        pings: pings the sides that speak WebSocket.
     """
 
-    def __init__(self, options: Options, places: Places, record: Callable[[Record], None]) -> None:
+    def __init__(self, options: Options, places: Places, record: Callable[[Record], None], pings: Pings) -> None:
         self.moves_on: Callable[[], bool] = lambda: False
         """Whether a pair that is new here is about to be handed on, and so need not begin."""
         self.turns = Turns()
@@ -37,6 +39,7 @@ class Pairs:
         self._options = options
         self._places = places
         self._record = record
+        self._pings = pings
         self._pairs: set[Pair] = set()
         self._pipes = PipePool(most=options.most_pipes)
         self._relay_pace = None if options.relay_rate is None else Pace(options.relay_rate)
@@ -71,7 +74,7 @@ class Pairs:
         for client in (waited, newcomer):
             client.stop_listening()
             with contextlib.suppress(OSError):  # one that has just gone: the pair will see it
-                client.sock.send(b"ok\n")
+                client.sock.send(client.speech.ok())
         self.begin(
             self._new_pair(
                 first.sock,
@@ -80,6 +83,7 @@ class Pairs:
                 started=first.started,
                 arrived=first.arrived,
                 waiting_time=second.arrived - first.arrived,
+                readers=(first.speech.reader, second.speech.reader),
             )
         )
 
@@ -92,6 +96,7 @@ class Pairs:
         started: float,
         arrived: float,
         waiting_time: float,
+        readers: Readers,
     ) -> Pair:
         return Pair(
             first,
@@ -105,11 +110,14 @@ class Pairs:
             on_over=self._over,
             limits=self._limits,
             sources=sources,
+            readers=readers,
         )
 
     def begin(self, pair: Pair) -> None:
         """Let `pair` pump, or go on, unless it is about to move house."""
         self._pairs.add(pair)
+        if pair.speaks_websocket:
+            pair.be_pinged(self._pings)
         if not self.moves_on():
             pair.start()
 
@@ -135,6 +143,7 @@ class Pairs:
             started=state.started,
             arrived=state.arrived,
             waiting_time=state.waiting_time,
+            readers=_readers(state),
         )
         pair.unpack(state, fds[2:])
         self.turns.moved += pair.moved
@@ -200,3 +209,16 @@ class Pairs:
         self._relay_pace.rate = self._options.relay_rate * share_of(busy)
         self._relay_pace.sharers = max(1, busy)
         return busy
+
+
+def _readers(state: PairState) -> Readers:
+    """Where the frames of both sides are, of those that speak WebSocket."""
+    if not state.first_frames and not state.second_frames:
+        return None, None
+    from relay.clients.frames import FrameReader, FrameState  # not before: most relays have no WebSocket
+
+    first, second = (
+        FrameReader(FrameState.decode(frames)) if frames else None
+        for frames in (state.first_frames, state.second_frames)
+    )
+    return first, second

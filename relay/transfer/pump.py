@@ -70,6 +70,9 @@ class Pump:
     input would destroy it.
     """
 
+    reader = None
+    """No frames are read here."""
+
     __slots__ = (
         "_pipe",
         "_pipes",
@@ -265,7 +268,7 @@ class Pump:
         if self._pipe is not None and self.held:
             fds = [self._pipe.inlet, self._pipe.outlet]
         elif len(rest) > COPY_BYTES:
-            fds = [_file_of(rest)]
+            fds = [file_of(rest)]
             rest = b""
         return PumpState(self.moved, self.held, self.waits == OVER, self.splices, rest, len(fds)), fds
 
@@ -283,6 +286,13 @@ class Pump:
         self.resume()
         if state.over:
             self.waits = OVER
+
+    def has_more(self) -> bool:
+        """Whether there are bytes from the source that nobody has read yet; False at the end of its stream."""
+        try:
+            return bool(self.source.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            return False
 
     def resume(self) -> None:
         """Begin anew to wait, after the pump was let go of between two turns."""
@@ -303,7 +313,7 @@ class Pump:
         self.held = 0
 
 
-def _file_of(content: bytes) -> int:
+def file_of(content: bytes) -> int:
     """A file in memory with that content; the number of its descriptor."""
     fd = os.memfd_create("relay-rest", os.MFD_CLOEXEC)
     try:

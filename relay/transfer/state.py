@@ -13,7 +13,8 @@ PIPE_FDS = 2
 @dataclass(frozen=True, slots=True)
 class PumpState:
     """One direction of a pair. `held` bytes rest in it: in `rest`, or in what travels along as so many `fds`, a pipe
-    (inlet and outlet) or a file in memory."""
+    (inlet and outlet) or a file in memory. Of a pump with frames the last `unread` of these are still to be read, and
+    `owed` is payload in the others that is not counted yet; `ends` and `discards` are as there."""
 
     moved: int
     held: int
@@ -21,17 +22,27 @@ class PumpState:
     splices: bool
     rest: bytes
     fds: int = 0
+    unread: int = 0
+    owed: int = 0
+    ends: bool = False
+    discards: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class PairState:
-    """A pair in mid-transfer, but for its sockets and pipes; the times are those of `relay.transfer.pair.Pair`."""
+    """A pair in mid-transfer, but for its sockets and pipes; the times are those of `relay.transfer.pair.Pair`.
+
+    `first_frames` and `second_frames` are where the frames of a side that speaks WebSocket are, a
+    `relay.clients.frames.FrameState` as it encodes itself; empty for one that does not.
+    """
 
     started: float
     arrived: float
     waiting_time: float
     there: PumpState
     back: PumpState
+    first_frames: bytes = b""
+    second_frames: bytes = b""
 
     @property
     def fds(self) -> int:

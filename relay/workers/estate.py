@@ -1,5 +1,5 @@
 """What the workers of a relay have in common, and each newcomer gets from a sibling: the files of the homes, and the
-listening socket, which comes last so that workers of other languages find it, too.
+listening sockets, of which that for plain TCP comes last, so that workers of other languages find it, too.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ class Estate:
 
     def __init__(self) -> None:
         self.port: socket.socket | None = None
+        self.web_port: socket.socket | None = None
         self.homes: Homes | None = None
 
     def make_homes(self, run_dir: str, *, first: bool) -> None:
@@ -39,9 +40,11 @@ class Estate:
 
     def fds_for(self, language: int) -> list[int]:
         """What a newcomer of that language gets."""
-        listener = [] if self.port is None or self.port.fileno() < 0 else [self.port.fileno()]
-        homes = self.homes.fds if self.homes is not None and language == LANGUAGE else ()
-        return [*homes, *listener]
+        ports = [port.fileno() for port in (self.port,) if port is not None and port.fileno() >= 0]
+        if language != LANGUAGE:
+            return ports
+        web_ports = [port.fileno() for port in (self.web_port,) if port is not None and port.fileno() >= 0]
+        return [*(() if self.homes is None else self.homes.fds), *web_ports, *ports]
 
     def take(self, language: int, fds: list[int]) -> None:
         """A sibling of that language has given us these; what is left in `fds` is not needed.
@@ -52,6 +55,8 @@ class Estate:
             self.port = socket.socket(fileno=fds.pop())
         if language != LANGUAGE or len(fds) < FILES:
             return
+        if self.web_port is None and len(fds) > FILES:
+            self.web_port = socket.socket(fileno=fds.pop())
         try:
             homes = Homes(fds[:FILES])
         except OSError:

@@ -20,6 +20,7 @@ from relay.clients.farewell import Farewell
 from relay.clients.matching import Matching
 from relay.clients.places import Places
 from relay.clients.reception import Reception
+from relay.clients.speech import Ending
 from relay.transfer.pair import Pair
 from relay.transfer.pairs import Pairs
 from relay.transfer.state import PairState
@@ -78,10 +79,10 @@ class Household:
         matching.elsewhere = self
         pairs.moves_on = self._moves_on_at_once
 
-    def open(self, door: Door, listener: socket.socket) -> None:
-        """Take part in the relay, whose `listener` this worker has behind `door`."""
+    def open(self, door: Door, listener: socket.socket, web_listener: socket.socket | None) -> None:
+        """Take part in the relay, whose listening sockets this worker has behind `door`."""
         self._door = door
-        self.siblings.announce(listener)
+        self.siblings.announce(listener, web_listener)
 
     def leave(self) -> None:
         """Tell everybody that we leave."""
@@ -185,7 +186,7 @@ class Household:
         client.source, client.is_own = self._places.origin_of(client.sock)
         self._places.take(client.source)
         if self._places.has_too_many(client.source):  # a source can choose tokens that all live with us
-            self._farewell.turn_away(client, "lonely" if client.token else "errory")
+            self._farewell.end(client, client.speech.lonely() if client.token else Ending("errory"))
         else:
             self.take_back(client)
 

@@ -46,6 +46,9 @@ HANDED_PAIR = b"P"
 CONFIRMED = b"C"
 REFUSED = b"N"
 
+CLIENT_BYTES = 128 << 10
+"""At most so much of what clients have sent travels in one packet, but for that of the last."""
+
 CLIENTS_PER_PACKET = 64
 """At most this many clients travel in one packet; the kernel takes up to 253 sockets (SCM_MAX_FD)."""
 
@@ -54,11 +57,13 @@ LARGEST_PACKET = 192 << 10
 
 _ENVELOPE = struct.Struct("!cQd")  # kind, serial number, when it was sent
 _ANSWER = struct.Struct("!cQ")  # kind, serial number
-_CLIENT = struct.Struct("!dddBBBB")  # started, arrived, asked, hops, length of token, of side, of what it has sent
+_CLIENT = struct.Struct("!dddBBBBH")  # started, arrived, asked, hops, length of token, side, what it has sent, speech
 _STILL_HERE = struct.Struct("!cIfI")  # kind, transfers, load, room
 _TURN = struct.Struct("!cI")  # kind, how many had no room
-_PAIR = struct.Struct("!ddd")  # started, arrived, waiting time
-_PUMP = struct.Struct("!QI??IB")  # moved, held, over, splices, length of what rests in it, file descriptors beside it
+_PAIR = struct.Struct("!dddBB")  # started, arrived, waiting time, lengths of where the frames of each side are
+_PUMP = struct.Struct("!QI??IBII??")
+"""Moved, held, over, splices, length of what rests in it, file descriptors beside it; unread, owed, ends, discards."""
+
 
 
 class Misunderstood(Exception):
@@ -111,6 +116,17 @@ class ClientState(Protocol):
     received: bytes
     hops: int
 
+    @property
+    def speech(self) -> Packed:
+        """How it speaks."""
+
+
+class Packed(Protocol):
+    """How a client speaks; see `relay.clients.speech`."""
+
+    def pack(self) -> bytes:
+        """As bytes."""
+
 
 @dataclass(slots=True)
 class HandedClient:
@@ -123,6 +139,7 @@ class HandedClient:
     side: bytes | None
     received: bytes
     hops: int
+    speech: bytes
 
 
 @dataclass(slots=True)  # not frozen: there are thousands a second, and freezing makes each three times as dear
@@ -200,12 +217,16 @@ def encode_clients(envelope: Envelope, clients: Sequence[ClientState]) -> bytes:
     parts = [_ENVELOPE.pack(HANDED_CLIENTS, envelope.serial, envelope.sent)]
     for client in clients:
         token, side, received = client.token, client.side or b"", client.received
+        speech = client.speech.pack()
         hops = min(client.hops + 1, 255)
         parts += (
-            _CLIENT.pack(client.started, client.arrived, client.asked, hops, len(token), len(side), len(received)),
+            _CLIENT.pack(
+                client.started, client.arrived, client.asked, hops, len(token), len(side), len(received), len(speech)
+            ),
             token,
             side,
             received,
+            speech,
         )
     return b"".join(parts)
 
@@ -215,11 +236,12 @@ def decode_clients(packet: bytes) -> list[HandedClient]:
     clients = []
     at = _ENVELOPE.size
     while at < len(packet):
-        started, arrived, asked, hops, token, side, received = _unpack(_CLIENT, packet, at)
+        started, arrived, asked, hops, token, side, received, speech = _unpack(_CLIENT, packet, at)
         at += _CLIENT.size
         side_at = at + token
         received_at = side_at + side
-        end = received_at + received
+        speech_at = received_at + received
+        end = speech_at + speech
         if end > len(packet):
             raise Misunderstood("a client that is cut short")
         clients.append(
@@ -229,8 +251,9 @@ def decode_clients(packet: bytes) -> list[HandedClient]:
                 asked,
                 packet[at:side_at],
                 packet[side_at:received_at] or None,
-                packet[received_at:end],
+                packet[received_at:speech_at],
                 hops,
+                packet[speech_at:end],
             )
         )
         at = end
@@ -243,36 +266,54 @@ def encode_pair(envelope: Envelope, pair: PairState) -> bytes:
     return b"".join(
         (
             _ENVELOPE.pack(HANDED_PAIR, envelope.serial, envelope.sent),
-            _PAIR.pack(pair.started, pair.arrived, pair.waiting_time),
-            *(
-                _PUMP.pack(pump.moved, pump.held, pump.over, pump.splices, len(pump.rest), pump.fds)
-                for pump in (pair.there, pair.back)
+            _PAIR.pack(
+                pair.started, pair.arrived, pair.waiting_time, len(pair.first_frames), len(pair.second_frames)
             ),
+            *map(_encode_pump, (pair.there, pair.back)),
+            pair.first_frames,
+            pair.second_frames,
             pair.there.rest,
             pair.back.rest,
         )
     )
 
 
+def _encode_pump(pump: PumpState) -> bytes:
+    return _PUMP.pack(
+        pump.moved,
+        pump.held,
+        pump.over,
+        pump.splices,
+        len(pump.rest),
+        pump.fds,
+        pump.unread,
+        pump.owed,
+        pump.ends,
+        pump.discards,
+    )
+
+
 def decode_pair(packet: bytes) -> PairState:
     """The pair of a ``P``; raises Misunderstood."""
     at = _ENVELOPE.size
-    started, arrived, waiting_time = _unpack(_PAIR, packet, at)
+    started, arrived, waiting_time, first, second = _unpack(_PAIR, packet, at)
     at += _PAIR.size
-    rest_at = at + 2 * _PUMP.size
+    frames_at = at + 2 * _PUMP.size
+    rest_at = frames_at + first + second
     pumps = []
     for _ in range(2):
-        moved, held, over, splices, length, fds = _unpack(_PUMP, packet, at)
+        moved, held, over, splices, length, fds, *of_frames = _unpack(_PUMP, packet, at)
         at += _PUMP.size
         rest = packet[rest_at : rest_at + length]
         rest_at += length
         if length != (0 if fds else held) or (fds and not held):
             raise Misunderstood("a pair that holds more, or less, than it brings")
-        pumps.append(PumpState(moved, held, over, splices, rest, fds))
+        pumps.append(PumpState(moved, held, over, splices, rest, fds, *of_frames))
     if rest_at != len(packet):
         raise Misunderstood("a pair of the wrong length")
     there, back = pumps
-    return PairState(started, arrived, waiting_time, there, back)
+    first_frames, second_frames = packet[frames_at : frames_at + first], packet[frames_at + first :][:second]
+    return PairState(started, arrived, waiting_time, there, back, first_frames, second_frames)
 
 
 def _unpack(layout: struct.Struct, packet: bytes, at: int) -> tuple[Any, ...]:

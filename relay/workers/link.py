@@ -20,6 +20,7 @@ import gevent
 from relay.clients.client import Client
 from relay.transfer.pair import Pair
 from relay.workers.language import (
+    CLIENT_BYTES,
     CLIENTS_PER_PACKET,
     CONFIRMED,
     LARGEST_PACKET,
@@ -142,8 +143,16 @@ class Link:
 
     def _send_clients(self) -> None:
         clients, self._next_clients = self._next_clients, []
-        for begin in range(0, len(clients), CLIENTS_PER_PACKET):
-            self.say(Parcel(clients[begin : begin + CLIENTS_PER_PACKET]))
+        batch: list[Client] = []
+        size = 0
+        for client in clients:
+            batch.append(client)
+            size += len(client.speech.pack())
+            if len(batch) == CLIENTS_PER_PACKET or size > CLIENT_BYTES:
+                self.say(Parcel(batch))
+                batch, size = [], 0
+        if batch:
+            self.say(Parcel(batch))
 
     def _send(self) -> None:
         try:

@@ -87,10 +87,8 @@ class Parcels:
         if not self._accepts(link, envelope, len(clients), complete=len(clients) == len(fds)):
             close_all(fds)
             return
-        assert self._estate.port is not None
-        family = self._estate.port.family
         for handed, fd in zip(clients, fds, strict=True):
-            sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=fd)
+            sock = socket.socket(fileno=fd)
             self._receiver.take_in(_client_from(handed, sock))
 
     def take_pair(self, link: Link, packet: bytes, fds: list[int]) -> None:
@@ -148,6 +146,10 @@ def _client_from(handed: HandedClient, sock: socket.socket) -> Client:
     client = Client(sock, handed.started, handed.arrived)
     client.asked, client.token, client.side = handed.asked, handed.token, handed.side
     client.received, client.hops = handed.received, handed.hops
+    if handed.speech:
+        from relay.clients.web import unpack  # not before: most relays have no WebSocket
+
+        client.speech = unpack(handed.speech)
     return client
 
 

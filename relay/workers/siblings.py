@@ -99,21 +99,22 @@ class Siblings:
 
     # Coming and going
 
-    def join(self) -> socket.socket | None:
+    def join(self) -> tuple[socket.socket | None, socket.socket | None]:
         """Find the siblings, under the run directory's lock, which is kept until `announce`.
 
-        Returns the relay's listening socket as a sibling has given it, or None when there is nobody to give one.
+        Returns the relay's listening sockets, for plain TCP and for WebSocket, as a sibling has given them; None for
+        one that there is not.
         Blocks for a few seconds, and for the lock; raises Mistake.
         """
         self.unanswering = self._gathering.join()
-        return self._estate.port
+        return self._estate.port, self._estate.web_port
 
-    def announce(self, listener: socket.socket) -> None:
-        """Take part: the relay's port is open here, and newcomers get `listener` from us too.
+    def announce(self, listener: socket.socket, web_listener: socket.socket | None) -> None:
+        """Take part: the relay's ports are open here, and newcomers get the listening sockets from us too.
 
         Raises Mistake.
         """
-        self._estate.port = listener
+        self._estate.port, self._estate.web_port = listener, web_listener
         self._estate.make_homes(self._run_dir.path, first=not self._greeted())
         self._gathering.open()
         for link in self._greeted():

@@ -27,6 +27,7 @@ def terms_of(options: Options) -> dict[str, str]:
         "--log-fd or --log-stdout": None if options.log_fd is None else "given",
         "--max-pair-bytes": options.max_pair_bytes,
         "--pair-rate": options.pair_rate,
+        "--websocket": None if options.websocket is None else "{1} port {0}".format(*options.websocket),
         "--relay-rate": options.relay_rate,
         "--max-per-source or --max-new-per-source": "given" if options.bounds_loopback else None,
     }

@@ -1,0 +1,43 @@
+"""Pings for WebSocket clients to which nothing was said for a while: proxies in between cut what is silent for long.
+
+RFC 6455, 5.5.2. No pong is needed: whether somebody is dead is found out otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from relay.clients.deadlines import Deadlines
+
+
+class Pinged(Protocol):
+    """One side of a connection that speaks WebSocket; `due` belongs to `Pings`."""
+
+    due: int
+
+    def ping(self) -> bool:
+        """Say a ping, unless something else was said since this was last asked. False when there is nobody any more."""
+
+
+class Pings:
+    """Who is pinged, and when.
+
+    Args:
+        interval: seconds after which somebody who was told nothing is pinged, once and a half as many at the most; 0 is
+            never.
+    """
+
+    def __init__(self, interval: float) -> None:
+        self._interval = interval
+        self._deadlines: Deadlines[Pinged] = Deadlines()
+
+    def add(self, somebody: Pinged, now: float) -> None:
+        """Ping `somebody` from now on, until that finds nobody; `now` in monotonic seconds."""
+        if self._interval:
+            self._deadlines.set(somebody, now + self._interval / 2)
+
+    def every_second(self, now: float) -> None:
+        """Ping those whose time has come."""
+        for somebody in self._deadlines.take_due(now):
+            if somebody.ping():
+                self.add(somebody, now)

@@ -1,0 +1,158 @@
+"""How a client speaks before it has a partner: plainly over TCP, or in WebSocket frames.
+
+What is decided about a client (`reception`, `matching`, `farewell`) is the same for both; what differs is how its bytes
+become a handshake, how it is told something, and how one finds out that it has left or spoken. `Plain` is one object
+for all, so that a client over TCP is not larger for it; each WebSocket client has a `Web` of its own. Nothing here
+waits.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from relay.clients.handshake import LONGEST, OK, Handshake, Refusal, read_handshake
+from relay.usage.record import Mood
+
+if TYPE_CHECKING:
+    from relay.clients.client import Client
+    from relay.clients.frames import FrameReader
+    from relay.clients.pings import Pings
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a connection ends that has no partner: the mood on record (None is no record), the last words, and whether
+    it has gone already, so that nobody need wait for these to arrive."""
+
+    mood: Mood | None
+    words: bytes = b""
+    gone: bool = False
+
+
+class Speech(Protocol):
+    """How one client speaks."""
+
+    @property
+    def reader(self) -> FrameReader | None:
+        """Where its frames are; None if it speaks plainly."""
+
+    def hear(self, client: Client) -> Handshake | Ending | None:
+        """Read what has come of a handshake: the whole, the end of the connection, or None while more is needed.
+
+        Raises BlockingIOError when nothing has come.
+        """
+
+    def interruption(self, sock: socket.socket) -> Ending | None:
+        """What has become of a client that waits and was to say nothing: None while it is there and has said nothing,
+        as far as the kernel knows by now."""
+
+    def refusal(self, refusal: Refusal) -> Ending:
+        """How to turn the client away."""
+
+    def lonely(self) -> Ending:
+        """How to send it away for want of a partner."""
+
+    def ok(self) -> bytes:
+        """What it reads when its partner is there."""
+
+    def be_pinged(self, pings: Pings, sock: socket.socket) -> None:
+        """Be pinged from now on, if that means anything to it."""
+
+    def be_silent(self) -> None:
+        """Say nothing of its own accord any more."""
+
+    def pack(self) -> bytes:
+        """As it travels to another worker; empty for one that speaks plainly."""
+
+
+class Plain:
+    """Over TCP, as the protocol has it."""
+
+    reader = None
+
+    def hear(self, client: Client) -> Handshake | Ending | None:
+        """See `Speech`."""
+        try:
+            # One byte more than a handshake can have tells everything there is to know.
+            chunk = client.sock.recv(LONGEST + 1 - len(client.received))
+        except BlockingIOError:
+            raise
+        except OSError:
+            chunk = b""
+        client.received += chunk
+        verdict = read_handshake(client.received) if chunk else Refusal.BAD_HANDSHAKE
+        if isinstance(verdict, Refusal):
+            return Ending("errory", verdict.value, gone=not chunk)
+        return verdict
+
+    def interruption(self, sock: socket.socket) -> Ending | None:
+        """See `Speech`."""
+        try:
+            spoke = bool(sock.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            return None
+        except OSError:
+            spoke = False
+        return self.refusal(Refusal.IMPATIENT) if spoke else Ending("lonely", gone=True)
+
+    def refusal(self, refusal: Refusal) -> Ending:
+        """See `Speech`."""
+        return Ending("errory", refusal.value)
+
+    def lonely(self) -> Ending:
+        """See `Speech`."""
+        return Ending("lonely")
+
+    def ok(self) -> bytes:
+        """See `Speech`."""
+        return OK
+
+    def be_pinged(self, pings: Pings, sock: socket.socket) -> None:
+        """See `Speech`."""
+
+    def be_silent(self) -> None:
+        """See `Speech`."""
+
+    def pack(self) -> bytes:
+        """See `Speech`."""
+        return b""
+
+
+PLAIN = Plain()
+
+
+class Either:
+    """On a port for both: the first byte tells. HTTP begins with a capital letter, a handshake does not."""
+
+    def hear(self, client: Client) -> Handshake | Ending | None:
+        """See `Speech`; from the first byte on the client has another one."""
+        try:
+            first = client.sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            raise
+        except OSError:
+            first = b""
+        if first.isupper():
+            from relay.clients.web import Web
+
+            client.speech = Web()
+        else:
+            client.speech = PLAIN
+        return client.speech.hear(client)
+
+    reader = None
+    interruption = PLAIN.interruption
+    refusal = PLAIN.refusal
+    lonely = PLAIN.lonely
+    ok = PLAIN.ok
+    be_pinged = PLAIN.be_pinged
+    be_silent = PLAIN.be_silent
+
+    def pack(self) -> bytes:
+        """See `Speech`: it travels before its first byte."""
+        return b"?"
+
+
+EITHER = Either()

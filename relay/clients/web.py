@@ -1,0 +1,179 @@
+"""A WebSocket client before it has a partner: the upgrade, its handshake in frames, and what it says while it waits."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from typing import TYPE_CHECKING
+
+from relay.clients import frames
+from relay.clients.frames import NORMAL, Close, FrameReader, FrameState, Taken
+from relay.clients.handshake import OK, Handshake, Refusal, read_handshake
+from relay.clients.line import Line
+from relay.clients.speech import EITHER, PLAIN, Ending, Speech
+from relay.clients.websocket import LONGEST_HEAD, Outcome, read_request
+
+if TYPE_CHECKING:
+    from relay.clients.client import Client
+    from relay.clients.pings import Pings
+
+READ_BYTES = 4096
+"""What is read at a time before there is a partner: whoever says more than a handshake is turned away anyway."""
+
+_TIMED_OUT = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+_PACKED = struct.Struct("!?B")  # whether the line is split, length of the frames' state
+_HEAD, _FRAMES, _UNDECIDED = b"H", b"F", b"?"
+
+
+class Web:
+    """What has to be known of a WebSocket client.
+
+    `due` belongs to the deadlines of `pings`, `sock` is None unless it is to be pinged. Until the upgrade, `head` is
+    what has come of the request; afterwards `reader` is where its frames are, and `line` what its messages say.
+    """
+
+    __slots__ = ("_interrupted", "due", "head", "line", "reader", "sock")
+
+    def __init__(self) -> None:
+        self.due = 0
+        self.sock: socket.socket | None = None
+        self.head = b""
+        self.reader: FrameReader | None = None
+        self.line = Line()
+        self._interrupted: Ending | None = None
+
+    def hear(self, client: Client) -> Handshake | Ending | None:
+        """See `Speech`. What the client has sent is in `client.received`, for whoever asks whether it has said
+        anything."""
+        try:
+            chunk = client.sock.recv(READ_BYTES)
+        except BlockingIOError:
+            raise
+        except OSError:
+            chunk = b""
+        if not chunk:
+            return Ending("errory", self.refusal(Refusal.BAD_HANDSHAKE).words, gone=True)
+        client.received = b"."  # it has said something
+        if self.reader is not None:
+            return self._hear_frames(client.sock, chunk)
+        self.head += chunk
+        answer = read_request(self.head)
+        if answer is None:
+            return None
+        self.head = b""
+        if answer.outcome is not Outcome.UPGRADED:
+            client.received = b""
+            return Ending(None if answer.outcome is Outcome.ANSWERED else "errory", answer.response)
+        self.reader = FrameReader()
+        self._say(client.sock, answer.response)
+        return self._hear_frames(client.sock, answer.rest)
+
+    def _hear_frames(self, sock: socket.socket, sent: bytes) -> Handshake | Ending | None:
+        assert self.reader is not None
+        heard = self.line.hear(self.reader, sent)
+        self._answer_ping(sock, heard)
+        verdict = read_handshake(self.line.received) if self.line.received else None
+        if isinstance(verdict, Refusal):
+            return self.refusal(verdict)
+        over = self._over(heard)
+        if over is None or not isinstance(verdict, Handshake):
+            return verdict if over is None else Ending("errory", over.words, gone=over.gone)
+        self._interrupted = over  # it has said what it wants, and left or broken the protocol in the same breath
+        return verdict
+
+    def _answer_ping(self, sock: socket.socket, heard: Taken) -> None:
+        if heard.ping is not None:
+            self._say(sock, frames.pong(heard.ping))
+
+    def _over(self, heard: Taken) -> Ending | None:
+        """How the connection ends by what it has just said, if it does."""
+        if heard.fault is not None:
+            return Ending("errory", frames.close(heard.fault))
+        if heard.closed is not None:
+            return Ending("lonely", frames.close(heard.closed))
+        return None
+
+    def interruption(self, sock: socket.socket) -> Ending | None:
+        """See `Speech`. Pings are answered, and pongs are nothing."""
+        assert self.reader is not None
+        while self._interrupted is None:
+            try:
+                chunk = sock.recv(READ_BYTES)
+            except BlockingIOError:
+                return None
+            except OSError:
+                chunk = b""
+            if not chunk:
+                self._interrupted = Ending("lonely", gone=True)
+                break
+            taken = self.reader.read(chunk, 0, len(chunk))
+            self._answer_ping(sock, taken)
+            self._interrupted = self.refusal(Refusal.IMPATIENT) if taken.payload else self._over(taken)
+            if taken.consumed < len(chunk) and self._interrupted is None:
+                self._interrupted = self.refusal(Refusal.IMPATIENT)  # more frames than anybody needs to say nothing
+        return self._interrupted
+
+    def refusal(self, refusal: Refusal) -> Ending:
+        """See `Speech`: one message, and a Close; before the upgrade, in terms of HTTP."""
+        if self.reader is None:
+            return Ending("errory", _TIMED_OUT if self.head else b"")
+        return Ending("errory", frames.message(refusal.value) + frames.close(Close(NORMAL)))
+
+    def lonely(self) -> Ending:
+        """See `Speech`."""
+        return Ending("lonely", frames.close(Close(NORMAL)))
+
+    def ok(self) -> bytes:
+        """See `Speech`."""
+        return frames.message(OK)
+
+    def be_pinged(self, pings: Pings, sock: socket.socket) -> None:
+        """See `Speech`."""
+        self.sock = sock
+        pings.add(self, time.monotonic())
+
+    def be_silent(self) -> None:
+        """See `Speech`."""
+        self.sock = None
+
+    def pack(self) -> bytes:
+        """See `Speech`."""
+        if self.reader is None:
+            return _HEAD + self.head
+        state = self.reader.state.encode()
+        return _FRAMES + _PACKED.pack(self.line.split, len(state)) + state + self.line.received
+
+    def ping(self) -> bool:
+        """Say something, if nothing was said for a while; False when this client is somebody else's now."""
+        if self.sock is None or self.sock.fileno() < 0:
+            return False
+        self._say(self.sock, frames.ping())
+        return True
+
+    def _say(self, sock: socket.socket, words: bytes) -> None:
+        """Send what is so little that it fits, or the client does not read, and is none."""
+        try:
+            sock.send(words)
+        except OSError:
+            pass
+
+
+def unpack(packed: bytes) -> Speech:
+    """The speech of a client that another worker has handed on; raises ValueError when it is none."""
+    kind, rest = packed[:1], packed[1:]
+    if not kind:
+        return PLAIN
+    if kind == _UNDECIDED:
+        return EITHER
+    web = Web()
+    if kind == _HEAD and len(rest) <= LONGEST_HEAD:
+        web.head = rest
+        return web
+    if kind != _FRAMES or len(rest) < _PACKED.size:
+        raise ValueError("a client of no kind")
+    split, length = _PACKED.unpack_from(rest)
+    begins = _PACKED.size + length
+    web.reader = FrameReader(FrameState.decode(rest[_PACKED.size : begins]))
+    web.line = Line(rest[begins:], split=split)
+    return web
