@@ -72,6 +72,11 @@ class Client:
         self.due = 0
         self.watcher: Watcher | None = None
 
+    @property
+    def packed_speech(self) -> bytes:
+        """How it speaks, as it travels to another worker."""
+        return self.speech.pack()
+
     def listen(self, loop: EventLoop, on_readable: Callable[[Client], None]) -> None:
         """Have the event loop call `on_readable`, and nothing else, with this client when its socket is readable."""
         if self.watcher is None:

@@ -287,9 +287,9 @@ class Pair:
             if not events & (EPOLLIN | EPOLLOUT):
                 _raise_error_of(out_of.source)
             if into.waits == ROOM:
-                into.sip()
+                much = into.sip()
             if out_of.waits == INPUT:
-                much = out_of.sip()
+                much = out_of.sip() or much
         except OSError:
             self._deliver_what_fits()
             self._end()

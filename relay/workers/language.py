@@ -117,15 +117,8 @@ class ClientState(Protocol):
     hops: int
 
     @property
-    def speech(self) -> Packed:
-        """How it speaks."""
-
-
-class Packed(Protocol):
-    """How a client speaks; see `relay.clients.speech`."""
-
-    def pack(self) -> bytes:
-        """As bytes."""
+    def packed_speech(self) -> bytes:
+        """How it speaks, as `relay.clients.speech` packs it; empty for plain TCP."""
 
 
 @dataclass(slots=True)
@@ -139,7 +132,7 @@ class HandedClient:
     side: bytes | None
     received: bytes
     hops: int
-    speech: bytes
+    packed_speech: bytes = b""
 
 
 @dataclass(slots=True)  # not frozen: there are thousands a second, and freezing makes each three times as dear
@@ -217,7 +210,7 @@ def encode_clients(envelope: Envelope, clients: Sequence[ClientState]) -> bytes:
     parts = [_ENVELOPE.pack(HANDED_CLIENTS, envelope.serial, envelope.sent)]
     for client in clients:
         token, side, received = client.token, client.side or b"", client.received
-        speech = client.speech.pack()
+        speech = client.packed_speech
         hops = min(client.hops + 1, 255)
         parts += (
             _CLIENT.pack(

@@ -147,7 +147,7 @@ class Link:
         size = 0
         for client in clients:
             batch.append(client)
-            size += len(client.speech.pack())
+            size += len(client.packed_speech)
             if len(batch) == CLIENTS_PER_PACKET or size > CLIENT_BYTES:
                 self.say(Parcel(batch))
                 batch, size = [], 0

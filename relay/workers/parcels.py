@@ -146,10 +146,10 @@ def _client_from(handed: HandedClient, sock: socket.socket) -> Client:
     client = Client(sock, handed.started, handed.arrived)
     client.asked, client.token, client.side = handed.asked, handed.token, handed.side
     client.received, client.hops = handed.received, handed.hops
-    if handed.speech:
+    if handed.packed_speech:
         from relay.clients.web import unpack  # not before: most relays have no WebSocket
 
-        client.speech = unpack(handed.speech)
+        client.speech = unpack(handed.packed_speech)
     return client
 
 

@@ -304,6 +304,10 @@ class Service:
         """The process ids of the workers that run."""
         return [worker.pid for worker in self.living()]
 
+    def log_text(self) -> str:
+        """What the workers wrote to stderr so far, one after another."""
+        raise NotImplementedError
+
     def stop(self, seconds: float = 15) -> int:
         """Ask every worker to stop, wait for all; return the exit status (the first that is not 0, if any)."""
         raise NotImplementedError

@@ -50,6 +50,7 @@ shaken = st.builds(
     side=sides,
     received=st.just(b""),
     hops=st.integers(0, 300),
+    packed_speech=st.binary(max_size=300),
 )
 shaking = st.builds(
     HandedClient,
@@ -60,6 +61,7 @@ shaking = st.builds(
     side=st.none(),
     received=st.binary(max_size=103),
     hops=st.integers(0, 300),
+    packed_speech=st.binary(max_size=300),
 )
 counts = st.integers(min_value=0, max_value=2**50)
 empty = st.builds(
@@ -78,6 +80,10 @@ beside = st.builds(
     splices=st.booleans(),
     rest=st.just(b""),
     fds=st.sampled_from([1, 2]),
+    unread=st.integers(0, 1 << 20),
+    owed=st.integers(0, 1 << 20),
+    ends=st.booleans(),
+    discards=st.booleans(),
 )
 copied = st.binary(min_size=1, max_size=300).flatmap(
     lambda rest: st.builds(
@@ -85,7 +91,16 @@ copied = st.binary(min_size=1, max_size=300).flatmap(
     )
 )
 pumps = empty | beside | copied
-pairs = st.builds(PairState, started=seconds, arrived=seconds, waiting_time=seconds, there=pumps, back=pumps)
+pairs = st.builds(
+    PairState,
+    started=seconds,
+    arrived=seconds,
+    waiting_time=seconds,
+    there=pumps,
+    back=pumps,
+    first_frames=st.binary(max_size=143),
+    second_frames=st.binary(max_size=143),
+)
 greetings = st.builds(
     Greeting,
     name=st.text(max_size=40),
