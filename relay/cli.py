@@ -7,6 +7,8 @@ Where it listens:
   --port PORT                  TCP port; 0 picks a free one, and the log says which. Also takes the Twisted relay's
                                forms tcp:4001 and tcp:4001:interface=ADDR [default: 4001]
   --interface ADDR             Address to listen on; :: is every address, IPv6 and IPv4 [default: ::]
+  --congestion-control NAME    How TCP sends to the clients, such as bbr, which is faster on paths that are long and
+                               lose packets. Without it, as this machine does by default.
 
 What it records:
   --usage-db PATH              Keep usage in this SQLite file; it is made when missing.
@@ -199,6 +201,7 @@ def read_options(arguments: Sequence[str]) -> Options:
     return Options(
         port=port,
         interface=interface,
+        congestion_control=given["--congestion-control"],
         blur_usage=None if given["--blur-usage"] is None else _whole(given, "--blur-usage", 1),
         log_fd=_log_fd(given),
         usage_db=given["--usage-db"],

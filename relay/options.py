@@ -15,6 +15,7 @@ class Options:
 
     port: int = 4001
     interface: str = "::"
+    congestion_control: str | None = None
     blur_usage: int | None = None
     log_fd: int | None = None
     usage_db: str | None = None

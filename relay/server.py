@@ -15,6 +15,7 @@ import gevent
 from gevent.event import Event
 
 from relay.clients.bounds import BoundsMet
+from relay.clients.congestion import take_over
 from relay.clients.door import Door, is_at, open_port
 from relay.clients.farewell import Farewell
 from relay.clients.matching import Matching
@@ -85,6 +86,9 @@ class Relay:
     def find_port(self) -> socket.socket:
         """The relay's listening socket: a sibling's, or, where there is none, a new one.
 
+        Whose congestion control is this worker's, whatever the siblings had chosen: so a new choice comes with the
+        first worker of a rolling restart.
+
         Raises Mistake, also when the siblings listen elsewhere than this worker was told to.
         """
         listener = None if self._household is None else self._household.siblings.join()
@@ -96,11 +100,12 @@ class Relay:
                 f"--run-dir {self.options.run_dir}: its relay listens on {address} port {port}, not on "
                 f"{self.options.interface} port {self.options.port}; give each relay a run directory of its own"
             )
+        take_over(listener, self.options.congestion_control)
         return listener
 
     def _open_port(self) -> socket.socket:
         try:
-            return open_port(self.options.interface, self.options.port)
+            return open_port(self.options.interface, self.options.port, self.options.congestion_control)
         except Mistake as mistake:
             unanswering = 0 if self._household is None else self._household.siblings.unanswering
             if not unanswering:
