@@ -42,10 +42,15 @@ class Cell:
         return (far, NEAR) if self.side == "sender" else (NEAR, far)
 
     @property
+    def parts(self) -> list[str]:
+        """What there is to say of it."""
+        path = [f"{self.rtt_ms:g} ms", f"{self.mbit:g} Mbit/s", f"{self.loss:g} %", f"queue {self.queue_ms:g} ms"]
+        return [f"{self.side} far", *path, f"clients {'of 32 MiB' if self.clients is ROOMY else 'stock'}"]
+
+    @property
     def title(self) -> str:
-        """What the tables call it."""
-        parts = [f"{self.rtt_ms:g} ms", f"{self.mbit:g} Mbit/s", f"{self.loss:g} %", f"queue {self.queue_ms:g} ms"]
-        return f"{self.side} far, {', '.join(parts)}, clients {'of 32 MiB' if self.clients is ROOMY else 'stock'}"
+        """All of it."""
+        return ", ".join(self.parts)
 
 
 @dataclass(frozen=True)
@@ -89,14 +94,23 @@ class Table:
         kept = self.without(lambda each: each.name == f"all but {_short_name(QDISC)}" or each in (FQ, TWISTED_FQ))
         return dataclasses.replace(kept, settings=[dataclasses.replace(each, qdisc=None) for each in kept.settings])
 
+    def _label(self, cell: Cell) -> str:
+        """What tells a cell from the others."""
+        varies = [len(set(column)) > 1 for column in zip(*(other.parts for other in self.cells), strict=True)]
+        return ", ".join(part for part, does in zip(cell.parts, varies, strict=True) if does)
+
+    def _in_common(self) -> str:
+        columns = zip(*(cell.parts for cell in self.cells), strict=True)
+        return ", ".join(column[0] for column in columns if len(set(column)) == 1)
+
     def _rows(self, samples: Sequence[Sample]) -> list[list[str]]:
         mine = [sample for sample in samples if sample.table == self.name]
         names = [setting.name for setting in self.settings if any(sample.setting == setting.name for sample in mine)]
-        rows = [["Mbit/s", *names]]
+        rows = [["Mbit/s, whole (second half)", *names]]
         for cell in self.cells:
             figures = [figure(mine, cell.title, name) for name in names]
             if any(found is not None for found in figures):
-                rows.append([cell.title, *("" if found is None else _written(found) for found in figures)])
+                rows.append([self._label(cell), *("" if found is None else _written(found) for found in figures)])
         return rows
 
     def as_text(self, samples: Sequence[Sample]) -> str:
@@ -107,12 +121,13 @@ class Table:
             "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
             for row in rows
         ]
-        return "\n".join([f"{self.name}: {self.about}", *lines])
+        return "\n".join([f"{self.name}: {self.about} ({self._in_common()})", *lines])
 
     def as_markdown(self, samples: Sequence[Sample]) -> str:
         """For a page."""
         head, *rows = self._rows(samples)
-        return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---", *["---:"] * (len(head) - 1)], *rows])
+        lines = [f"| {' | '.join(row)} |" for row in [head, ["---", *["---:"] * (len(head) - 1)], *rows]]
+        return "\n".join([f"In all rows: {self._in_common()}.", "", *lines])
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -284,11 +285,11 @@ def test_both_relays_are_measured_over_long_paths(tmp_path: Path) -> None:
         wanted = "bbr" if sample["setting"].endswith("bbr") else "cubic"
         assert sample["outcome"]["congestion"] == [wanted, wanted]
         assert sample["outcome"]["mbit"] > 0
-    assert "| receiver far, 80 ms" in page.read_text()
+    assert "| 80 ms, queue 60 ms |" in page.read_text()
     assert "old" not in page.read_text()
     assert "kept" in page.read_text()
     again = bench("--from", str(kept), "--only", "queue")
-    assert "receiver far, 80 ms" in again.stdout
+    assert "80 ms, queue 60 ms" in again.stdout
 
 
 @pytest.mark.parametrize(
@@ -304,3 +305,14 @@ def test_a_wrong_word_to_the_benchmark_is_one_line(words: tuple[str, ...], said:
     done = bench(*words)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"bench-paths: error: {said}"
+
+
+def test_each_line_of_the_shipped_settings_is_one_that_the_kernel_has_and_a_host_takes() -> None:
+    lines = (CHECKOUT / "etc" / "sysctl.d" / "relay-gevent.conf").read_text().splitlines()
+    settings = dict(re.split(r"\s*=\s*", line.lstrip("#")) for line in lines if re.match(r"#?net\.", line))
+    assert len(settings) >= 4
+    for name in settings:
+        assert Path("/proc/sys", *name.split(".")).exists(), name
+    with long_paths(Leg(), Leg()) as net:
+        settle(net.relay, {name: value for name, value in settings.items() if re.search("tcp_.mem", name)})
+        congestion_by_route(net, settings["net.ipv4.tcp_congestion_control"])
