@@ -11,7 +11,7 @@ export RELAY_PORT
 # Stamps older than these files are made anew.
 DISTRIBUTION := setup.py setup.cfg pyproject.toml relay/__init__.py
 
-.PHONY: run foreground stop rolling-restart status test lint types check bench soak dist clean
+.PHONY: run foreground stop rolling-restart status test lint types check bench bench-paths soak dist clean
 .DEFAULT_GOAL := run
 
 $(BIN)/python:
@@ -72,6 +72,10 @@ check: lint types test
 
 bench: $(VENV)/.bench
 	$(BIN)/python misc/bench/run.py $(BENCH_OPTIONS)
+
+# Long paths that lose packets, simulated; needs root. For the whole of it: more than an hour.
+bench-paths: $(VENV)/.bench
+	$(BIN)/python misc/bench/paths.py $(BENCH_OPTIONS)
 
 $(VENV)/.bench: $(DISTRIBUTION) | $(BIN)/python
 	$(BIN)/pip install --quiet --editable '.[bench]'

@@ -7,11 +7,12 @@ Where it listens:
   --port PORT                  TCP port; 0 picks a free one, and the log says which. Also takes the Twisted relay's
                                forms tcp:4001 and tcp:4001:interface=ADDR [default: 4001]
   --interface ADDR             Address to listen on; :: is every address, IPv6 and IPv4 [default: ::]
-
   -w, --websocket ENDPOINT     Take WebSocket clients here, too: 4002, tcp:4002 or tcp:4002:interface=ADDR, where ADDR
                                is otherwise that of --interface. The endpoint of --port makes one port serve both.
   -u, --websocket-url URL      What clients are told elsewhere to connect to; it is checked, and changes nothing here.
   --ping-interval SECONDS      Ping a WebSocket client that was told nothing for so long; 0 is never [default: 30]
+  --congestion-control NAME    How TCP sends to the clients, such as bbr, which is faster on paths that are long and
+                               lose packets. Without it, as this machine does by default.
 
 What it records:
   --usage-db PATH              Keep usage in this SQLite file; it is made when missing.
@@ -207,6 +208,7 @@ def read_options(arguments: Sequence[str]) -> Options:
         interface=interface,
         websocket=_websocket(given, interface),
         ping_interval=_seconds(given, "--ping-interval", 0),
+        congestion_control=given["--congestion-control"],
         blur_usage=None if given["--blur-usage"] is None else _whole(given, "--blur-usage", 1),
         log_fd=_log_fd(given),
         usage_db=given["--usage-db"],

@@ -18,6 +18,7 @@ class Options:
     interface: str = "::"
     websocket: tuple[int, str] | None = None
     ping_interval: float = 30.0
+    congestion_control: str | None = None
     blur_usage: int | None = None
     log_fd: int | None = None
     usage_db: str | None = None

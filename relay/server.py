@@ -17,6 +17,7 @@ import gevent
 from gevent.event import Event
 
 from relay.clients.bounds import BoundsMet
+from relay.clients.congestion import take_over
 from relay.clients.door import Door, is_at, open_port
 from relay.clients.farewell import Farewell
 from relay.clients.matching import Matching
@@ -99,6 +100,9 @@ class Relay:
     def find_ports(self) -> Ports:
         """The relay's listening sockets: a sibling's, or, where there are none, new ones.
 
+        Whose congestion control is this worker's, whatever the siblings had chosen: so a new choice comes with the
+        first worker of a rolling restart.
+
         Raises Mistake, also when the siblings listen elsewhere than this worker was told to.
         """
         options = self.options
@@ -125,11 +129,12 @@ class Relay:
                 f"--run-dir {self.options.run_dir}: its relay listens on {address} port {number}, not on "
                 f"{interface} port {port}; give each relay a run directory of its own"
             )
+        take_over(listener, self.options.congestion_control)
         return listener
 
     def _open_port(self, interface: str, port: int, option: str) -> socket.socket:
         try:
-            return open_port(interface, port, option)
+            return open_port(interface, port, self.options.congestion_control, option=option)
         except Mistake as mistake:
             unanswering = 0 if self._household is None else self._household.siblings.unanswering
             if not unanswering:

@@ -3,7 +3,7 @@
 Read it in the order in which a connection meets it:
 
 ==============  =======================================================================================
-`door`          the TCP port, and whose turn it is to accept
+`door`          the TCP port, and whose turn it is to accept; `congestion`, how TCP sends on its connections
 `client`        one connection that is not yet in a pair
 `places`        how many connections there are, and from whom; `bounds`, pure: what nobody may have more of
 `reception`     from accept to a whole handshake

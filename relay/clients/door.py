@@ -24,6 +24,7 @@ from typing import Any
 from gevent.server import StreamServer
 
 from relay.clients.bounds import Bound
+from relay.clients.congestion import choose_congestion_control, pace
 from relay.mistakes import Mistake
 
 BACKLOG = 4096
@@ -51,8 +52,12 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 logger = logging.getLogger(__name__)
 
 
-def open_port(interface: str, port: int, option: str = "--port") -> socket.socket:
+def open_port(
+    interface: str, port: int, congestion_control: str | None = None, *, option: str = "--port"
+) -> socket.socket:
     """Listen on `port` of the address `interface` (``::`` means every address, IPv6 and IPv4; port 0 a free one).
+
+    Its connections have `congestion_control`, or what is this machine's default.
 
     Raises Mistake when that cannot be had; `option` is what it names.
     """
@@ -62,8 +67,13 @@ def open_port(interface: str, port: int, option: str = "--port") -> socket.socke
         _prepare(listener)
         if family == socket.AF_INET6:
             _set(listener, socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if interface == "::" else 1)
+        if congestion_control is not None:
+            choose_congestion_control(listener, congestion_control)
         listener.bind(address)
         listener.listen(BACKLOG)
+    except Mistake:
+        listener.close()
+        raise
     except OSError as error:
         listener.close()
         raise _port_mistake(error, interface, port, option) from None
@@ -97,6 +107,7 @@ def _prepare(listener: socket.socket) -> None:
     _set(listener, socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
     _set(listener, socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_PROBE_SECONDS)
     _set(listener, socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+    pace(listener)
 
 
 def _set(listener: socket.socket, level: int, option: int, value: int) -> None:

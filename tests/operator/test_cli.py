@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import signal
 import socket
 import sqlite3
@@ -22,6 +21,7 @@ import pytest
 
 from relay import __version__
 from relay.cli import LEAST_FDS, main, read_options
+from tests.support.command_line import checked, complaint, powerless, run
 from tests.support.harness import (
     CHECKOUT,
     Relay,
@@ -39,46 +39,6 @@ from tests.support.hostile import honest_transfer
 
 DOCUMENTATION_ADDRESS = "198.51.100.7"  # TEST-NET-2 (RFC 5737): no machine's own
 Start = Callable[..., Relay]
-
-
-def run(
-    *arguments: str, inside: Sequence[str] = (), pass_fds: tuple[int, ...] = ()
-) -> subprocess.CompletedProcess[str]:
-    """Run relay-gevent to its end; `inside` is what comes before its command."""
-    return subprocess.run(
-        [*inside, sys.executable, "-m", "relay", *arguments],
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-        pass_fds=pass_fds,
-    )
-
-
-def complaint(*arguments: str, inside: Sequence[str] = (), pass_fds: tuple[int, ...] = ()) -> str:
-    """Run relay-gevent, which must find a mistake; return what it says behind `relay-gevent: error: `."""
-    return checked(run("--port", "0", "--interface", "127.0.0.1", *arguments, inside=inside, pass_fds=pass_fds))
-
-
-def powerless() -> list[str]:
-    """What to put before a command to take root's powers over files and ports from it; an ordinary user has none."""
-    if os.geteuid() != 0:
-        return []
-    if shutil.which("setpriv") is None:
-        pytest.skip("root's powers are taken away with setpriv(1): apt-get install util-linux")
-    return ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
-
-
-def checked(ended: subprocess.CompletedProcess[str]) -> str:
-    """What an ended relay complained of: one line, and nothing else."""
-    assert ended.returncode == 2, ended
-    assert ended.stdout == ""
-    assert ended.stderr.startswith("relay-gevent: error: ")
-    assert ended.stderr.endswith("\n")
-    assert ended.stderr[:-1].isprintable(), ended.stderr
-    return ended.stderr[len("relay-gevent: error: ") : -1]
 
 
 Here = Callable[..., str]

@@ -7,7 +7,8 @@
 `ledger`         everything that was recorded, against what was done
 `relay_model`    what a relay has to answer and to record, as a model for Hypothesis
 `kernel_view`    the relay's own sockets, pipes and locks, as the kernel knows them
-`namespaces`     hosts of the test's own
+`command_line`   relay-gevent run to its end, and what it complained of
+`namespaces`     hosts of the test's own; `wan`: long paths between them
 `wormholes`      the real clients, and a mailbox server for them
 `told_process`   processes that do what a test says: `homes_worker`, `usage_worker`
 `usage_disk`     a small disk that can be full

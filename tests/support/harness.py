@@ -464,14 +464,17 @@ class Workers(Service):
         interface: str = "127.0.0.1",
         env: Mapping[str, str] | None = None,
         nofile: int | None = None,
+        inside: Sequence[str] = (),
         recording: bool = True,
     ) -> None:
         self.folder = folder
         self.options = options
+        """Of the workers that are started from now on."""
         self.count = count
         self.interface = interface
         self.env = env
         self.nofile = nofile
+        self.inside = inside
         self.recording = recording
         self.port = 0
         self.run_dir = folder / "run"
@@ -493,6 +496,7 @@ class Workers(Service):
                 interface=self.interface,
                 env=self.env,
                 nofile=self.nofile,
+                inside=self.inside,
                 recording=self.recording,
                 name=f"relay-{len(self.workers)}",
             )

@@ -64,18 +64,27 @@ class Host:
         return ["ip", "netns", "exec", self.name]
 
     def make_there(self, make: Callable[[], socket.socket]) -> socket.socket:
-        """Make a socket on this host: it belongs to the namespace of the thread that makes it, and may be used here."""
+        """Make a socket on this host: it belongs to the namespace of the thread that makes it, and may be used here.
+
+        Raises what `make` raises.
+        """
         made: list[socket.socket] = []
+        failed: list[Exception] = []
 
         def go_and_make() -> None:
             with Path(f"/run/netns/{self.name}").open() as namespace:
                 libc = ctypes.CDLL(None, use_errno=True)
                 assert libc.setns(namespace.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
-            made.append(make())
+            try:
+                made.append(make())
+            except Exception as error:  # whatever it is, it is for the caller
+                failed.append(error)
 
         thread = threading.Thread(target=go_and_make)
         thread.start()
         thread.join()
+        for error in failed:
+            raise error
         return made[0]
 
     def create(self) -> None:
