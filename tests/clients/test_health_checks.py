@@ -59,9 +59,7 @@ def test_every_address_of_this_machine_is_its_own_and_no_other_is(tmp_path: Path
     if reason := namespaces.not_allowed():
         pytest.skip(reason)
     with namespaces.three_hosts("relay.test") as network, contextlib.ExitStack() as stack:
-        relay = stack.enter_context(
-            Relay(tmp_path, interface="0.0.0.0", recording=True, inside=network.relay.inside)
-        )
+        relay = stack.enter_context(Relay(tmp_path, interface="0.0.0.0", recording=True, inside=network.relay.inside))
 
         def dial(host: namespaces.Host, address: str) -> Callable[[], socket.socket]:
             return lambda: host.make_there(lambda: connect(relay.port, address))

@@ -22,6 +22,7 @@ from relay.usage.schema import open_database
 from tests.support.harness import (
     CHECKOUT,
     Relay,
+    accepts,
     connect,
     free_port,
     handshake,
@@ -156,13 +157,7 @@ def twisted_relay(folder: Path, *options: str) -> Iterator[TwistedRelay]:
     command = [sys.executable, "-m", "twisted", "transitrelay", "--port", f"tcp:{port}:interface=127.0.0.1"]
     command += ["--usage-db", str(database), *options]
     with running(command, folder / "twist.log", cwd=folder):
-
-        def listens() -> bool:
-            with contextlib.suppress(ConnectionRefusedError), connect(port):
-                return True
-            return False
-
-        wait_until(listens, 20, "the Twisted relay")
+        wait_until(lambda: accepts(port), 20, "the Twisted relay")
         relay = TwistedRelay(database, port)
         relay.wait_for(1)  # the question just asked is an "empty" one
         yield relay

@@ -1,16 +1,22 @@
-"""What the tests share; nothing here is a test.
+"""What the tests share; nothing here is a test, and no test module imports another one.
 
 ===============  ===================================================================================
 `harness`        relays as real processes, clients as plain blocking sockets, and waiting for conditions
 `crowd`          many clients at once, and whether every byte of theirs arrives
 `hostile`        clients that mean no good, and honest ones beside them
+`load`           transfers beside what happens to the relay, and whether each was recorded once
 `ledger`         everything that was recorded, against what was done
+`current`        who has how much just now, by the `current` table and the workers' shares of it
 `relay_model`    what a relay has to answer and to record, as a model for Hypothesis
 `kernel_view`    the relay's own sockets, pipes and locks, as the kernel knows them
 `command_line`   relay-gevent run to its end, and what it complained of
 `namespaces`     hosts of the test's own; `wan`: long paths between them
 `wormholes`      the real clients, and a mailbox server for them
 `told_process`   processes that do what a test says: `homes_worker`, `usage_worker`
+`usage_records`  records for the recorder, and what of them has come to be written
 `usage_disk`     a small disk that can be full
+`needs`          what not every machine has
 ===============  ===================================================================================
+
+Fixtures of several folders are in tests/conftest.py: `relay`, `any_relay`, their factories, `stack`, `small_disk`.
 """

@@ -94,6 +94,13 @@ def connect(port: int, host: str = "127.0.0.1", timeout: float = 10, source: str
     return socket.create_connection((host, port), timeout, None if source is None else (source, 0))
 
 
+def accepts(port: int) -> bool:
+    """Whether somebody accepts connections at `port`; to ask is to make one."""
+    with contextlib.suppress(OSError), connect(port):
+        return True
+    return False
+
+
 def new_token() -> str:
     """Return a token that no other transfer uses: 64 hex digits."""
     return secrets.token_hex(32)

@@ -12,12 +12,12 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.support.harness import CHECKOUT, connect, free_port, wait_until
+from tests.support.harness import CHECKOUT, accepts, free_port, wait_until
 from tests.support.hostile import honest_transfer
 
 F_SETPIPE_SZ = 1031
@@ -60,13 +60,6 @@ def full_socket(stack: contextlib.ExitStack) -> int:
     return os.dup(theirs.fileno())
 
 
-@pytest.fixture
-def stack() -> Iterator[contextlib.ExitStack]:
-    """Whatever a test opens is closed at its end."""
-    with contextlib.ExitStack() as stack:
-        yield stack
-
-
 @pytest.mark.parametrize("reader", [full_pipe, stopped_terminal, full_socket])
 def test_a_log_whose_reader_stands_still_stops_neither_transfers_nor_newcomers_nor_the_end(
     tmp_path: Path, stack: contextlib.ExitStack, reader: Reader
@@ -84,7 +77,7 @@ def test_a_log_whose_reader_stands_still_stops_neither_transfers_nor_newcomers_n
         os.close(stderr)
     stack.callback(relay.wait, 10)
     stack.callback(relay.kill)
-    wait_until(lambda: _accepts(port), what="the relay accepts connections")
+    wait_until(lambda: accepts(port), what="the relay accepts connections")
     for _ in range(3):
         honest_transfer(port, 1_000_000)
     for _ in range(40):  # each of these is a line in the log
@@ -96,13 +89,6 @@ def test_a_log_whose_reader_stands_still_stops_neither_transfers_nor_newcomers_n
     honest_transfer(port, 1_000_000)
     relay.send_signal(signal.SIGTERM)
     assert relay.wait(10) == 0
-
-
-def _accepts(port: int) -> bool:
-    with contextlib.suppress(OSError):
-        connect(port).close()
-        return True
-    return False
 
 
 def test_lines_that_nobody_reads_are_counted_and_the_others_arrive_when_somebody_does(tmp_path: Path) -> None:
