@@ -63,7 +63,6 @@ class Web:
             return None
         self.head = b""
         if answer.outcome is not Outcome.UPGRADED:
-            client.received = b""
             return Ending(None if answer.outcome is Outcome.ANSWERED else "errory", answer.response)
         self.reader = FrameReader()
         self._say(client.sock, answer.response)

@@ -308,7 +308,7 @@ class Pair:
     def _plan_to_look_around(self) -> None:
         """See to it that the pair ends when nothing happens, if it has to."""
         there, back = self.pumps
-        if there.discards or back.discards:
+        if self._is_one_gone():
             patience = GONE_CHECK_SECONDS
         elif OVER in (there.waits, back.waits):
             patience = HALF_CLOSED_SECONDS
@@ -447,10 +447,15 @@ class Pair:
         """Whether nothing can be delivered any more, in either direction."""
         there, back = self.pumps
         if there.waits == OVER or back.waits == OVER:
-            return there.waits == back.waits or (
-                any(pump.discards and not pump.held for pump in self.pumps) and not self._owes()
-            )
+            return there.waits == back.waits or (self._is_one_gone() and not self._owes())
         return False
+
+    def _is_one_gone(self) -> bool:
+        """Whether one side hears nothing any more, so that the other's end of stream need not be waited for: unless it
+        was sent a Close, since it answers that, and takes it amiss when nobody is there to hear it."""
+        return any(pump.discards and not pump.held for pump in self.pumps) and not any(
+            pump.waits == OVER and pump.frames_out for pump in self.pumps
+        )
 
     def _is_half_closed(self) -> bool:
         """Whether one stream is over, and of the other everything that came was delivered."""

@@ -71,7 +71,8 @@ class Pump:
     """
 
     reader = None
-    """No frames are read here."""
+    frames_out = False
+    """No frames are read here, and none written."""
 
     __slots__ = (
         "_pipe",

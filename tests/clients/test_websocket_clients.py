@@ -246,6 +246,7 @@ def test_plain_http_is_answered_and_on_no_record(service: Service) -> None:
     assert http(port, b"POST / HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 405 ")
     assert http(port, b"GET / HTTP/1.1\r\nUpgrade: websocket\r\n\r\n").startswith(b"HTTP/1.1 400 ")
     assert http(port, b"GET / HTTP/1.1\r\nX: " + b"x" * 9000).startswith(b"HTTP/1.1 431 ")
+    assert [record["mood"] for record in service.wait_for_records(3)] == ["errory"] * 3
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -1,0 +1,1 @@
+"""Chromium against a relay: what a web client meets."""
