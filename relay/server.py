@@ -110,6 +110,8 @@ class Relay:
         if self._household is not None:
             port, web_port = self._household.siblings.join()
         listener = self._port(port, options.interface, options.port, "--port")
+        if self._household is not None:
+            self._household.siblings.check_terms()
         if options.websocket is None or options.websocket == (options.port, options.interface):
             return Ports(listener, None, shared=options.websocket is not None)
         number, interface = options.websocket

@@ -92,6 +92,7 @@ class Siblings:
         self._gathering = Gathering(run_dir, self._new_link, self._greeting, self._warn)
         self._run_dir = run_dir
         self._terms = terms
+        self._disagreement: str | None = None
         self._at_home = at_home
         self._last_second = time.monotonic()
         self._turn = 0
@@ -267,12 +268,16 @@ class Siblings:
             self._change()
 
     def _agree(self, greeting: Greeting) -> None:
-        """Raise Mistake if we must not be of one relay with a sibling that we have come to."""
+        """Find out whether we may be of one relay with a sibling that we have come to."""
         reason = disagreement(self._terms, greeting.terms)
-        if reason is not None and not self._gathering.is_open:
-            raise Mistake(f"--run-dir {self._run_dir.path}: {reason}")
-        if reason is not None:
+        if reason is not None and self._gathering.is_open:
             raise Misunderstood(reason)  # it was too slow for `join`
+        self._disagreement = self._disagreement or reason
+
+    def check_terms(self) -> None:
+        """Raise Mistake if we must not be of one relay with those whom `join` has found."""
+        if self._disagreement is not None:
+            raise Mistake(f"--run-dir {self._run_dir.path}: {self._disagreement}")
 
     def _heard_sibling(self, link: Link, packet: bytes, fds: list[int]) -> None:
         kind = kind_of(packet)

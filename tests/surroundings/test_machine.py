@@ -281,6 +281,7 @@ def test_a_clock_that_is_set_leaves_all_durations_true(tmp_path: Path, stack: co
         waiting = stack.enter_context(connect(relay.port))
         waiting.sendall(handshake(new_token(), new_side()))
         mute = stack.enter_context(connect(relay.port))
+        mute.sendall(b"p")  # without a byte it would be a health check, and on no record
         wait_until(lambda: relay.rows("current")[0]["waiting"] == 1, what="both are known to the relay")
         for step in (7200, -3600, 86400 * 400, 0):
             set_clock(step)

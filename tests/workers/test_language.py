@@ -132,6 +132,7 @@ def test_the_form_of_a_greeting_never_changes() -> None:
             "version": "1.0.0",
             "language": LANGUAGE,
             "leaving": False,
+            "terms": {},
         }
     }
 
