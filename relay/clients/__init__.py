@@ -8,6 +8,9 @@ Read it in the order in which a connection meets it:
 `places`        how many connections there are, and from whom; `bounds`, pure: what nobody may have more of
 `reception`     from accept to a whole handshake
 `handshake`     pure: the bytes so far, and what they can still become
+`websocket`     pure: the opening handshake of a WebSocket client, and plain HTTP
+`frames`        pure: WebSocket frames, read and written; `masks`, how their mask comes off
+`line`          pure: the handshake line out of a WebSocket client's messages
 `matching`      those whose handshake is whole meet, wait, or turn out to be spares
 `waiting_room`  pure: who waits for which token, a newcomer's match, and the spares
 `deadlines`     pure: who has to be done by when

@@ -2,7 +2,7 @@
 
 A client masks each frame with four bytes of its own; byte `i` of the payload is XORed with byte `i % 4` of the mask. In
 C this costs 0.03 to 0.1 s/GiB, so the C function of `websockets` does it. Without it the same is done in Python, which
-costs 1 to 4 s/GiB, and up to five times as much as C for a short frame.
+costs 1.2 to 1.7 s/GiB, and for a short frame four to eight times what C does (misc/bench/frames.py).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ send is encrypted, so that compressing it would gain nothing.
 
 The head is read here and not by `websockets`, which is the oracle in the tests: its releases for Python 3.10 know
 neither HEAD nor HTTP/1.0, so that every head has to be read before one knows whether it is for them. Reading it and
-answering takes 8 microseconds where `websockets` takes 52, and 4.5 MB less in each worker.
+answering takes 17 microseconds where `websockets` takes 54, and 4.5 MB less in each worker.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ _REQUEST_BEGUN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,20}(?: |\Z)")
 _KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # 16 bytes in base64
 _KEY_SUFFIX = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
 _VERSION = "13"
+_OTHER_VERSION = f"its Sec-WebSocket-Version is not {_VERSION}."
 
 _WHAT_THIS_IS = "This is a magic-wormhole transit relay. "
 
@@ -134,28 +135,15 @@ def _asks_for_websocket(fields: defaultdict[str, list[str]]) -> bool:
 def _open(
     is_http_1_1: bool, fields: defaultdict[str, list[str]], rest: bytes, forwarded_for: tuple[str, ...]
 ) -> Answer:
-    """Answer a GET that asks for WebSocket, by RFC 6455, 4.2.1 and 4.2.2."""
-    keys, versions = fields["sec-websocket-key"], fields["sec-websocket-version"]
-    headers = ""
-    wrong = ""
-    status, phrase = 400, "Bad Request"
-    if not is_http_1_1:
-        wrong = "it came as HTTP/1.0. (In nginx: proxy_http_version 1.1.)"
-    elif "websocket" not in _names(fields["upgrade"]) or "upgrade" not in _names(fields["connection"]):
-        wrong = "it lacks Upgrade: websocket, or Connection: Upgrade. A proxy in front has to pass both on."
-    elif len(keys) != 1 or not _KEY.fullmatch(keys[0]):
-        wrong = "its Sec-WebSocket-Key is missing or is none."
-    elif not versions:
-        wrong = "it lacks Sec-WebSocket-Version."
-    elif versions != [_VERSION]:
-        wrong = "its Sec-WebSocket-Version is not 13."
-        status, phrase = 426, "Upgrade Required"
-        headers = f"Upgrade: websocket\r\nSec-WebSocket-Version: {_VERSION}\r\n"
-    elif fields["transfer-encoding"] or set(fields["content-length"]) - {"0"}:
-        wrong = "it has a body."
-    if wrong:
-        return _refuse(status, phrase, f"The WebSocket upgrade failed: {wrong}", headers, forwarded_for)
-    digest = sha1((keys[0] + _KEY_SUFFIX).encode(), usedforsecurity=False).digest()
+    """Answer a GET that asks for WebSocket, by RFC 6455, 4.2.2."""
+    flaw = _flaw_in(is_http_1_1, fields)
+    if flaw is not None:
+        why = f"The WebSocket upgrade failed: {flaw}"
+        if flaw is _OTHER_VERSION:
+            known = f"Upgrade: websocket\r\nSec-WebSocket-Version: {_VERSION}\r\n"  # RFC 6455, 4.4
+            return _refuse(426, "Upgrade Required", why, known, forwarded_for)
+        return _refuse(400, "Bad Request", why, "", forwarded_for)
+    digest = sha1((fields["sec-websocket-key"][0] + _KEY_SUFFIX).encode(), usedforsecurity=False).digest()
     accept = binascii.b2a_base64(digest, newline=False).decode()
     response = (
         "HTTP/1.1 101 Switching Protocols\r\n"
@@ -165,6 +153,24 @@ def _open(
         "\r\n"
     )
     return Answer(Outcome.UPGRADED, response.encode(), rest, forwarded_for)
+
+
+def _flaw_in(is_http_1_1: bool, fields: defaultdict[str, list[str]]) -> str | None:
+    """What is wrong with a request for WebSocket, by RFC 6455, 4.2.1, for whoever set up the client or the proxy."""
+    keys, versions = fields["sec-websocket-key"], fields["sec-websocket-version"]
+    if not is_http_1_1:
+        return "it came as HTTP/1.0. (In nginx: proxy_http_version 1.1.)"
+    if "websocket" not in _names(fields["upgrade"]) or "upgrade" not in _names(fields["connection"]):
+        return "it lacks Upgrade: websocket, or Connection: Upgrade. A proxy in front has to pass both on."
+    if len(keys) != 1 or not _KEY.fullmatch(keys[0]):
+        return "its Sec-WebSocket-Key is missing or is none."
+    if not versions:
+        return "it lacks Sec-WebSocket-Version."
+    if versions != [_VERSION]:
+        return _OTHER_VERSION
+    if fields["transfer-encoding"] or set(fields["content-length"]) - {"0"}:
+        return "it has a body."
+    return None
 
 
 def _greeting(*, body: bool) -> bytes:

@@ -86,3 +86,13 @@ def test_a_benchmark_without_a_relay_is_refused_in_one_line(tmp_path: Path) -> N
     done = bench("--relay", str(tmp_path))
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_frames_cost_is_measured_without_a_relay() -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "frames.py"), "--quick"], capture_output=True, text=True, timeout=100, cwd=HERE
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if "s/GiB" in line or "µs" in line]
+    assert len(rows) == 13
+    assert all(any(float(word) >= 0 for word in row.split() if word.replace(".", "").isdigit()) for row in rows)

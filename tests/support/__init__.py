@@ -3,6 +3,7 @@
 ===============  ===================================================================================
 `harness`        relays as real processes, clients as plain blocking sockets, and waiting for conditions
 `crowd`          many clients at once, and whether every byte of theirs arrives
+`client_frames`  WebSocket frames as a client sends them, good or not
 `hostile`        clients that mean no good, and honest ones beside them
 `load`           transfers beside what happens to the relay, and whether each was recorded once
 `web`            WebSocket clients
