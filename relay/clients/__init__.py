@@ -7,6 +7,7 @@ Read it in the order in which a connection meets it:
 `client`        one connection that is not yet in a pair
 `places`        how many connections there are, and from whom; `bounds`, pure: what nobody may have more of
 `sources`       pure: whom a connection counts for, by its address
+`proxy_header`  pure, with `forwarded_for`: whom a proxy names as its client; `trusted_proxies`: whose word is taken
 `reception`     from accept to a whole handshake
 `handshake`     pure: the bytes so far, and what they can still become
 `matching`      those whose handshake is whole meet, wait, or turn out to be spares

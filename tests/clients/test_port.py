@@ -12,7 +12,7 @@ import pytest
 from relay.clients.door import is_at, open_port
 from relay.mistakes import Mistake
 from tests.support import namespaces
-from tests.support.harness import Relay, connect, free_port
+from tests.support.harness import Relay, connect, free_port, wait_until
 
 needs_ipv6 = pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="there is no IPv6 here")
 
@@ -113,3 +113,19 @@ def test_workers_of_one_relay_may_spell_its_address_differently(tmp_path: Path) 
             folder.mkdir()
             stack.enter_context(Relay(folder, *shared, interface=interface, port=port))
         connect(port, "127.0.0.1").close()
+
+
+@needs_ipv6
+@pytest.mark.parametrize("endpoint", ["tcp:{}:interface=\\:\\:", "tcp:{}:interface=0\\:\\:0"])
+def test_the_port_for_websocket_may_be_the_same_one_in_another_spelling(tmp_path: Path, endpoint: str) -> None:
+    port = free_port()
+    with Relay(tmp_path, "--websocket", endpoint.format(port), interface="::0", port=port) as relay:
+        wait_until(lambda: f"WebSocket on :: port {port}\n" in relay.log_text())
+
+
+@needs_ipv6
+def test_the_port_for_websocket_may_have_the_same_number_at_another_address(tmp_path: Path) -> None:
+    port = free_port()
+    with Relay(tmp_path, "--websocket", rf"tcp:{port}:interface=\:\:1", port=port) as relay:
+        wait_until(lambda: f"WebSocket on ::1 port {port}\n" in relay.log_text())
+        assert f"listening on 127.0.0.1 port {port}\n" in relay.log_text()
