@@ -112,10 +112,12 @@ class Relay:
         listener = self._port(port, options.interface, options.port, "--port")
         if self._household is not None:
             self._household.siblings.check_terms()
-        if options.websocket is None or options.websocket == (options.port, options.interface):
-            return Ports(listener, None, shared=options.websocket is not None)
+        if options.websocket is None:
+            return Ports(listener, None, shared=False)
         number, interface = options.websocket
         try:
+            if number == options.port and is_at(listener, interface, number):
+                return Ports(listener, None, shared=True)
             return Ports(listener, self._port(web_port, interface, number, "--websocket"), shared=False)
         except BaseException:
             listener.close()

@@ -6,6 +6,8 @@ Read it in the order in which a connection meets it:
 `door`          the TCP port, and whose turn it is to accept; `congestion`, how TCP sends on its connections
 `client`        one connection that is not yet in a pair
 `places`        how many connections there are, and from whom; `bounds`, pure: what nobody may have more of
+`sources`       pure: whom a connection counts for, by its address
+`proxy_header`  pure, with `forwarded_for`: whom a proxy names as its client; `trusted_proxies`: whose word is taken
 `reception`     from accept to a whole handshake
 `handshake`     pure: the bytes so far, and what they can still become
 `websocket`     pure: the opening handshake of a WebSocket client, and plain HTTP

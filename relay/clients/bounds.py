@@ -10,14 +10,8 @@ from __future__ import annotations
 import enum
 from collections import Counter
 
-# Not for a socket, but to read addresses: the module ipaddress takes 0.4 MB, and ten times as long.
-from socket import AF_INET, AF_INET6, inet_pton
-
 LOG_SECONDS = 60.0
 """At most so often does the log say that bounds were met."""
-
-_IPV4_MAPPED = bytes(10) + b"\xff\xff"
-"""The beginning of an IPv6 address that holds an IPv4 address (RFC 4291, 2.5.5.2)."""
 
 
 class Bound(enum.Enum):
@@ -33,24 +27,6 @@ class Bound(enum.Enum):
     CONNECTIONS = "--max-connections: let new connections wait to be accepted"
     PLACES = "--max-connections: ended what had been idle longest, of whoever had most, for new connections"
     EXHAUSTED = "no file descriptor or memory was left: let new connections wait to be accepted"
-
-
-def source_of(host: str) -> bytes:
-    """Where a connection comes from, as far as bounds are concerned, by its peer's numeric address.
-
-    That is an IPv4 address, also when it comes mapped into IPv6, or the first 64 bits of an IPv6 address: a
-    household or a server gets at least that many (RFC 6177), and may use all of them.
-    """
-    numeric = host.partition("%")[0]
-    if ":" not in numeric:
-        return inet_pton(AF_INET, numeric)
-    address = inet_pton(AF_INET6, numeric)
-    return address[12:] if address.startswith(_IPV4_MAPPED) else address[:8]
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a numeric address is of this machine's loopback."""
-    return host.startswith(("127.", "::ffff:127.")) or host == "::1"
 
 
 class Sources:

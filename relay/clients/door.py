@@ -55,7 +55,8 @@ logger = logging.getLogger(__name__)
 def open_port(
     interface: str, port: int, congestion_control: str | None = None, *, option: str = "--port"
 ) -> socket.socket:
-    """Listen on `port` of the address `interface` (``::`` means every address, IPv6 and IPv4; port 0 a free one).
+    """Listen on `port` of the address `interface`, in any spelling (``::`` means every address, IPv6 and IPv4; port 0 a
+    free one).
 
     Its connections have `congestion_control`, or what is this machine's default.
 
@@ -66,7 +67,7 @@ def open_port(
     try:
         _prepare(listener)
         if family == socket.AF_INET6:
-            _set(listener, socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if interface == "::" else 1)
+            _set(listener, socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if address[0] == "::" else 1)
         if congestion_control is not None:
             choose_congestion_control(listener, congestion_control)
         listener.bind(address)
@@ -84,18 +85,22 @@ def is_at(listener: socket.socket, interface: str, port: int) -> bool:
     """Whether `listener` is what `open_port` makes of the same arguments; any port will do for port 0."""
     _, address = _resolve(interface, port)
     here = listener.getsockname()
-    return bool(here[0] == address[0] and port in (0, here[1]))
+    # Of an IPv6 address there is the zone, too: fe80::1 may be on several links.
+    return bool((here[0], here[2:]) == (address[0], address[2:]) and port in (0, here[1]))
 
 
 def _resolve(interface: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
-    if interface == "::" and not socket.has_dualstack_ipv6():
-        interface = "0.0.0.0"  # a machine without IPv6
     try:
         numeric = socket.AI_PASSIVE | socket.AI_NUMERICHOST
         found = socket.getaddrinfo(interface, port, type=socket.SOCK_STREAM, flags=numeric)
     except (socket.gaierror, UnicodeError):
         raise Mistake(f"--interface {interface}: not an IPv4 or IPv6 address of this machine") from None
     family, _, _, _, address = found[0]
+    host = str(address[0])  # in one spelling, whichever was given
+    if host == "::" and not socket.has_dualstack_ipv6():
+        return socket.AF_INET, ("0.0.0.0", port)  # a machine without IPv6
+    if host.startswith("::ffff:"):
+        return socket.AF_INET, (host.removeprefix("::ffff:"), port)  # an IPv6 socket for IPv6 alone cannot have that
     return family, address
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
-from relay.clients.bounds import Bound, BoundsMet, Sources, is_loopback, source_of
+from relay.clients.bounds import Bound, BoundsMet, Sources
+from relay.clients.sources import is_loopback, is_same, source_of
 from relay.options import Options
 
 
@@ -91,12 +92,12 @@ class Places:
 
 
 def is_own(host: str, sock: socket.socket) -> bool:
-    """Whether `sock`, a connection from the numeric address `host`, comes from this machine itself: over its loopback,
-    or from and to the same one of its addresses."""
+    """Whether a client at the canonical address `host`, for whom `sock` is here, is on this machine: it came over the
+    loopback, or from the address that it came to."""
     if is_loopback(host):
-        return True
+        return True  # as with every proxy and every check on this machine; to ask the kernel takes 1.5 µs
     try:
         here: str = sock.getsockname()[0]
     except OSError:
         return False  # it has just gone
-    return here == host
+    return is_same(host, here)

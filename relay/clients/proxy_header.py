@@ -1,0 +1,233 @@
+"""The PROXY header, as a pure function of the bytes that have come so far.
+
+A proxy sends it before anything else, to say who has called it. Version 1 is a line of text, version 2 is binary::
+
+    PROXY TCP4 192.0.2.7 198.51.100.1 51234 4001\\r\\n
+    \\r\\n\\r\\n\\0\\r\\nQUIT\\n  command  family  length  addresses and ports  further fields
+
+(Source: “The PROXY protocol, versions 1 and 2”, ``doc/proxy-protocol.txt`` of HAProxy.) Whom to believe it, and what
+becomes of a connection without a good one, is not for here.
+
+What the specification leaves to the receiver is decided like this:
+
+- A header may come in any number of pieces, and what cannot become one is told at the first byte that makes it so.
+- In version 1, an IPv6 address may end in an IPv4 address: so HAProxy names IPv4 clients of a port for both families.
+- UNKNOWN, and in version 2 every family and protocol that is not TCP, leave the connection what it is: the proxy's.
+- Of the further fields only the checksum is of use. It is verified; and bytes that are no fields at all make the header
+  wrong, as they do for HAProxy.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import re
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
+
+from relay.clients.sources import canonical
+
+LONGEST_LINE = 107
+"""Bytes in the longest header of version 1, its end of line included (section 2.1)."""
+
+LONGEST = 4096
+"""Bytes in the longest header that is taken. Its length could say 65 551, but a header is meant to fit into one segment
+of 536 bytes; a few that tell much about TLS do not. What is more than a page of memory is a mistake, or malice."""
+
+_SIGNATURES = (b"PROXY", b"\r\n\r\n\x00\r\nQUIT\n")
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyHeader:
+    """A whole, well-formed header.
+
+    Attributes:
+        size: how many bytes it takes; what follows is the client's.
+        host: the canonical address of the client. None where the header names none that is of use here: then the
+            connection counts as what it is, the proxy's.
+        is_local: whether the proxy says that it has called for itself, as for a health check.
+    """
+
+    size: int
+    host: str | None = None
+    is_local: bool = False
+
+
+class Flaw(enum.Enum):
+    """Why some bytes cannot become a header any more."""
+
+    MISSING = "is missing"
+    WRONG = "is wrong"
+    TOO_LONG = "is too long"
+
+
+def read_proxy_header(received: bytes) -> ProxyHeader | Flaw | None:
+    """Judge `received`, everything that a proxy has sent since it connected.
+
+    Returns the `ProxyHeader` when it is whole, whatever follows it; a `Flaw` when the bytes can no longer become one,
+    at the first byte that makes it so (a wrong checksum: at the last byte of the header); and None while more bytes are
+    needed. What has a flaw keeps it, whatever follows.
+    """
+    for signature, read in zip(_SIGNATURES, (_read_line, _read_binary), strict=True):
+        if received.startswith(signature):
+            return read(received)
+        if signature.startswith(received):
+            return None
+    return Flaw.MISSING
+
+
+# Version 1
+
+
+def _is_address(family: int, text: bytes) -> bool:
+    if not re.fullmatch(rb"[0-9a-fA-F.:]+", text):
+        return False
+    try:
+        inet_pton(family, text.decode())
+    except OSError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """A kind of field. What has come of one can still become it exactly when one of `rests` behind it makes it one."""
+
+    is_one: Callable[[bytes], bool]
+    rests: tuple[bytes, ...]
+
+    def may_begin_with(self, text: bytes) -> bool:
+        return any(self.is_one(text + rest) for rest in self.rests)
+
+
+_PORT = _Field(lambda text: re.fullmatch(rb"0|[1-9][0-9]{0,4}", text) is not None and int(text) <= 65535, (b"", b"0"))
+_IPV4 = _Field(
+    functools.partial(_is_address, AF_INET), (b"", b"0", b".0", b"0.0", b".0.0", b"0.0.0", b".0.0.0", b"0.0.0.0")
+)
+_IPV6 = _Field(functools.partial(_is_address, AF_INET6), (*_IPV4.rests, b":", b"::", b":0"))
+
+_FIELDS = {b"TCP4": (_IPV4, _IPV4, _PORT, _PORT), b"TCP6": (_IPV6, _IPV6, _PORT, _PORT)}
+_BEGINNINGS = (b"PROXY TCP4 ", b"PROXY TCP6 ", b"PROXY UNKNOWN\r")
+
+
+def _read_line(received: bytes) -> ProxyHeader | Flaw | None:
+    line, end, _ = received[:LONGEST_LINE].partition(b"\r\n")
+    if end:
+        return _understand_line(line)
+    if not _may_become_line(line[: LONGEST_LINE - 1]):
+        return Flaw.WRONG
+    # The end of the line takes the last two bytes that there is room for, if not earlier ones.
+    return None if line[LONGEST_LINE - 2 :] in (b"", b"\r") else Flaw.TOO_LONG
+
+
+def _understand_line(line: bytes) -> ProxyHeader | Flaw:
+    size = len(line) + len(b"\r\n")
+    match line.split(b" "):
+        case [b"PROXY", b"UNKNOWN", *_]:
+            return ProxyHeader(size)
+        case [b"PROXY", (b"TCP4" | b"TCP6") as protocol, *fields] if len(fields) == 4 and _are_good(protocol, fields):
+            return ProxyHeader(size, canonical(fields[0].decode()))
+    return Flaw.WRONG
+
+
+def _may_become_line(line: bytes) -> bool:
+    """Whether `line`, which has not ended yet, can become a header, its length aside."""
+    match line.split(b" "):
+        case [b"PROXY", b"UNKNOWN", *_]:
+            return True
+        case [b"PROXY", (b"TCP4" | b"TCP6") as protocol, *whole, last] if len(whole) < 4:
+            if len(whole) == 3 and last.endswith(b"\r"):
+                return _are_good(protocol, [*whole, last[:-1]])
+            return _are_good(protocol, whole) and _FIELDS[protocol][len(whole)].may_begin_with(last)
+    return any(beginning.startswith(line) for beginning in _BEGINNINGS)
+
+
+def _are_good(protocol: bytes, fields: Sequence[bytes]) -> bool:
+    """Whether `fields`, which need not be all, are what has to follow `protocol`."""
+    return all(kind.is_one(field) for kind, field in zip(_FIELDS[protocol], fields, strict=False))
+
+
+# Version 2
+
+_COMMAND_AT, _FAMILY_AT, _LENGTH_AT, _ADDRESSES_AT = 12, 13, 14, 16
+
+_LOCAL, _PROXY = b"\x20", b"\x21"
+_TCP4, _TCP6 = 0x11, 0x21
+_SIZE_OF_ADDRESSES = {_TCP4: 2 * 4 + 2 * 2, _TCP6: 2 * 16 + 2 * 2}
+
+_CHECKSUM = b"\x03"
+_LENGTH_OF_CHECKSUM = b"\x00\x04"
+
+
+def _read_binary(received: bytes) -> ProxyHeader | Flaw | None:
+    command = received[_COMMAND_AT:_FAMILY_AT]
+    if command not in (b"", _LOCAL, _PROXY):
+        return Flaw.WRONG
+    is_local = command == _LOCAL
+    # LOCAL discards the family and whatever follows, which then is as if nothing had been specified.
+    family = 0 if is_local else int.from_bytes(received[_FAMILY_AT:_LENGTH_AT], "big")
+    if family >> 4 > 3 or family & 15 > 2:
+        return Flaw.WRONG
+    # As long as there is only one byte of the length, this is the least that it can become.
+    length = int.from_bytes(received[_LENGTH_AT:_ADDRESSES_AT].ljust(2, b"\0"), "big")
+    end = _ADDRESSES_AT + length
+    if end > LONGEST:
+        return Flaw.TOO_LONG
+    if len(received) < _ADDRESSES_AT:
+        return None
+    addresses = _SIZE_OF_ADDRESSES.get(family)
+    if addresses is not None and not _may_be_fields(received[:end], _ADDRESSES_AT + addresses, end):
+        return Flaw.WRONG
+    return ProxyHeader(end, _client(received, family), is_local) if len(received) >= end else None
+
+
+def _client(received: bytes, family: int) -> str | None:
+    if family == _TCP4:
+        return inet_ntop(AF_INET, received[_ADDRESSES_AT : _ADDRESSES_AT + 4])
+    if family == _TCP6:
+        return canonical(inet_ntop(AF_INET6, received[_ADDRESSES_AT : _ADDRESSES_AT + 16]))
+    return None
+
+
+def _may_be_fields(received: bytes, at: int, end: int) -> bool:
+    """Whether what has come of a header can have its further fields from `at` to `end`, each a byte of type, two of
+    length and its value, and at most one of them a checksum, which is right."""
+    checksum_at = 0
+    while at < end:
+        kind, length, value_at = received[at : at + 1], received[at + 1 : at + 3], at + 3
+        at = value_at + int.from_bytes(length.ljust(2, b"\0"), "big")
+        if kind == _CHECKSUM:
+            if checksum_at or value_at + 4 > end or not _LENGTH_OF_CHECKSUM.startswith(length):
+                return False
+            checksum_at = value_at
+        if at <= end and len(length) < 2:
+            return True  # that is all that is known yet
+    return at == end and (len(received) < end or not checksum_at or _is_right(received, checksum_at))
+
+
+def _is_right(header: bytes, checksum_at: int) -> bool:
+    after = checksum_at + 4
+    without = header[:checksum_at] + bytes(4) + header[after:]
+    return crc32c(without) == int.from_bytes(header[checksum_at:after], "big")
+
+
+def crc32c(octets: bytes) -> int:
+    """The checksum of RFC 4960, appendix B: a CRC of 32 bits with Castagnoli's polynomial."""
+    table = _crc32c_table()
+    crc = 0xFFFFFFFF
+    for octet in octets:
+        crc = table[(crc ^ octet) & 0xFF] ^ crc >> 8
+    return crc ^ 0xFFFFFFFF
+
+
+@functools.cache
+def _crc32c_table() -> array[int]:
+    """The checksum's part for each value of a byte: 1 kB, made when a checksum comes, since most proxies send none."""
+    table = array("I")
+    for octet in range(256):
+        for _ in range(8):
+            octet = octet >> 1 ^ (0x82F63B78 if octet & 1 else 0)
+        table.append(octet)
+    return table
