@@ -20,10 +20,21 @@ from relay.clients import congestion
 from relay.clients.congestion import choose_congestion_control, pace, take_over
 from relay.mistakes import Mistake
 from tests.support.command_line import complaint, powerless
-from tests.support.harness import Relay, Service, Workers, connect, met, read_exactly
+from tests.support.harness import (
+    Relay,
+    Service,
+    Workers,
+    connect,
+    handshake,
+    met,
+    new_side,
+    new_token,
+    read_exactly,
+)
 from tests.support.hostile import honest_transfer
 from tests.support.kernel_view import relays_end
 from tests.support.needs import needs_strace
+from tests.support.web import dial_web, read_bytes, web_options, web_port
 
 OPTION = "--congestion-control"
 SETTINGS = Path("/proc/sys/net/ipv4")
@@ -197,6 +208,26 @@ def test_a_rolling_restart_with_another_choice_takes_effect_and_what_moves_keeps
     for one, other in (transfer, later):
         one.sendall(b"still here")
         assert read_exactly(other, 10) == b"still here"
+
+
+def test_websocket_clients_have_it_too_and_keep_theirs_when_they_move(
+    tmp_path: Path, stack: contextlib.ExitStack
+) -> None:
+    web = web_options()
+    with Workers(tmp_path, *web, OPTION, another(), count=2, recording=False) as workers:
+        browser = stack.enter_context(dial_web(web_port(workers)))
+        other = stack.enter_context(connect(workers.port))
+        token = new_token()
+        browser.send(handshake(token, new_side()))
+        other.sendall(handshake(token, new_side()))
+        assert read_bytes(browser, 3) == read_exactly(other, 3) == b"ok\n"
+        assert of_connection(workers, browser.socket) == another()
+        restart_each(workers, *web)
+        assert of_connection(workers, browser.socket) == of_connection(workers, other) == another()
+        with connect(web_port(workers)) as newcomer:
+            assert of_connection(workers, newcomer) == default()
+        other.sendall(b"still here")
+        assert read_bytes(browser, 10) == b"still here"
 
 
 def test_a_wrong_choice_in_a_rolling_restart_ends_the_newcomer_and_nobody_else(relay_of_two: Workers) -> None:
