@@ -6,8 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONF := etc/supervisord.conf
-RELAY_PORT ?= 4001
-export RELAY_PORT
+RELAY_LISTEN ?= 4001
+export RELAY_LISTEN
 # Stamps older than these files are made anew.
 DISTRIBUTION := setup.py setup.cfg pyproject.toml relay/__init__.py
 
@@ -32,7 +32,7 @@ run: $(VENV)/.relay
 	@for try in 1 2 3 4 5 6 7 8 9 10; do \
 	    sleep 0.5; $(BIN)/supervisorctl -c $(CONF) status | awk '$$2 != "RUNNING" {bad = 1} END {exit bad || !NR}' && exit 0; \
 	done; $(BIN)/supervisorctl -c $(CONF) status; tail -n 5 var/*.log; exit 1
-	@echo "The relay runs on port $(RELAY_PORT). What it does: var/*.log; its usage: var/usage.jsonl, var/usage.sqlite"
+	@echo "The relay runs on port $(RELAY_LISTEN). What it does: var/*.log; its usage: var/relay/usage.jsonl, var/relay/usage.sqlite"
 	@echo "Next: make status, make stop"
 
 # The same, but it stays in this terminal until it gets Ctrl-C.
@@ -46,7 +46,7 @@ stop:
 
 # One worker after another, without ending a transfer.
 rolling-restart: $(VENV)/.relay
-	PATH="$(CURDIR)/$(BIN):$$PATH" misc/rolling-restart $(CONF)
+	PATH="$$PWD/$(BIN):$$PATH" misc/rolling-restart $(CONF)
 
 status:
 	$(BIN)/supervisorctl -c $(CONF) status

@@ -24,7 +24,7 @@ from tests.support.relay_model import RelayModel
 
 def main() -> None:
     """Read the command line and run."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--steps", type=int, default=40, help="in each run")
     arguments = parser.parse_args()

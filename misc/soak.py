@@ -618,7 +618,7 @@ class Soak:
 
 def main() -> int:
     """Read the command line and run."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=None, help="of what the clients do")
     parser.add_argument("--folder", type=Path, default=None, help="keep what the relay writes here")

@@ -6,6 +6,8 @@ in which order to read it:
 
 ====================  =================================================================================
 `cli`, `options`      the command line: docopt text to `Options`, and `main()`; `mistakes`, what it may complain of
+`program`             what every program here does around its own work; beside it `signals`, what each signal means to
+                      a worker, `fd_limit` and `temporary`
 `server`              one worker: puts the parts together, starts, ticks and stops
 `clients/`            before a pair: accept, shake hands, wait, match; or be turned away
 `transfer/`           a pair: bytes in both directions, and how it ends
@@ -14,9 +16,9 @@ in which order to read it:
 `report/`             `relay-usage`, which reads the database for a person
 ====================  =================================================================================
 
-Imports run downwards only: `server`, `workers`, `transfer`, `clients`, the records of `usage`; `options` and `mistakes`
-are below all. (``make lint`` checks it.) A part that needs something above it is given it. Pure modules know no sockets
-and no gevent. Nothing is monkey-patched: the threads of `usage` are real ones.
+Imports run downwards only: `server`, `workers`, `transfer`, `clients`, the records of `usage`; `options`, `mistakes`
+and `program` are below all. (``make lint`` checks it.) A part that needs something above it is given it. Pure modules
+know no sockets and no gevent. Nothing is monkey-patched: the threads of `usage` are real ones.
 """
 
 __version__ = "1.0.0"

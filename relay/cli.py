@@ -1,4 +1,24 @@
-"""relay-gevent, a transit relay for magic-wormhole.
+"""The command line of `relay-gevent`: docopt text to `Options`; and `main()`."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+import sys
+from collections.abc import Collection, Sequence
+from typing import Any, TypeVar
+
+from relay import __version__
+from relay.fd_limit import fd_limit, raise_fd_limit
+from relay.mistakes import Mistake
+from relay.options import Options
+from relay.program import NotUnderstood, fail, get_ready, read_command_line
+from relay.signals import be_ready_for_signals, end_by_signal
+from relay.usage.own_log import OwnLog
+
+USAGE = """relay-gevent, a transit relay for magic-wormhole.
 
 Usage:
   relay-gevent [options]
@@ -25,7 +45,7 @@ Several workers:
                                DIR are one relay. Without it, this worker is alone.
 
 How it ends, and how long it waits:
-  --grace SECONDS              How long transfers may go on after a signal to stop [default: 10]
+  --grace SECONDS              How long transfers may go on after a signal to stop [default: 7]
   --handshake-timeout SECONDS  How long a client may take to say what it wants [default: 30]
   --wait-timeout SECONDS       How long a client may wait for its partner [default: 3600]
   --idle-timeout SECONDS       How long a transfer may go on without a byte [default: 86400]
@@ -54,24 +74,6 @@ What nobody gets more of (for each worker, unless it says otherwise):
 SIGTERM and SIGINT end it in good order; a second one ends it at once.
 """
 
-from __future__ import annotations
-
-import importlib.util
-import logging
-import re
-import resource
-import signal
-import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn, TypeVar
-
-import docopt
-
-from relay import __version__
-from relay.mistakes import Mistake
-from relay.options import Options
-from relay.usage.own_log import OwnLog
-
 RESERVED_FDS = 128
 """File descriptors that are not for clients: the database, the log, the listening socket, the siblings, the homes; and
 those that `pipes` leaves free."""
@@ -82,6 +84,10 @@ LEAST_FDS = RESERVED_FDS + 6
 MOST_PIPES = 1000
 """How many pipes a worker has at the most, however many file descriptors. Only transfers in which much moves hold one,
 and one after the other does that; those who get none copy."""
+
+USUAL_FDS = 65_536
+"""As many file descriptors are made use of unasked. A limit of a thousand million, as some containers have it, says
+nothing about how many connections there is memory for; who wants more says so with --max-connections."""
 
 LOG_SECONDS = 1.0
 """How long the end waits for the reader of the log."""
@@ -97,30 +103,32 @@ _ENDPOINT = re.compile(r"tcp:(\d+)(?::interface=((?:[^:\\]|\\.)+))?")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run `relay-gevent` with the arguments `argv`, by default the process's own; never returns normally for a mistake.
+    """Run `relay-gevent` with the arguments `argv`; without them, as the program, with those of the process, which is
+    made ready for it. Never returns normally for a mistake.
 
     Exit status: 0 after an orderly stop, 2 after a mistake of the operator's, told in one line on stderr.
     """
-    arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        raise_fd_limit()
-        options = read_options(arguments)
+        closed: Collection[int] = ()
+        if argv is None:
+            be_ready_for_signals()  # `relay-gevent` is already; not so who calls this
+            closed = get_ready()
+        complaint = raise_fd_limit()
+        options = read_options(sys.argv[1:] if argv is None else argv)
+        if options.log_fd in closed:
+            fd = options.log_fd
+            raise Mistake(f"--log-fd {fd}: it is not open; have the shell open it, as in {fd}>>usage.json")
         log = _log_to_stderr()
         try:
+            if complaint:
+                logger.warning("%s", complaint)
             _serve(options, log)
         finally:
             log.finish(LOG_SECONDS)
     except Mistake as mistake:
-        _fail(mistake)
+        fail("relay-gevent", mistake)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _fail(mistake: Exception) -> NoReturn:
-    # A value that the operator gave may hold anything, and this is one line.
-    line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in str(mistake))
-    print(f"relay-gevent: error: {line}", file=sys.stderr)
-    sys.exit(2)
 
 
 def _serve(options: Options, log: OwnLog) -> None:
@@ -152,9 +160,7 @@ def _serve(options: Options, log: OwnLog) -> None:
             )
         except UsageError as error:
             raise Mistake(error) from None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            gevent.signal_handler(number, relay.stop)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nothing here needs it, and what was meant well ends no transfer
+        end_by_signal(relay.stop)
         relay.start(ports, recorder)
     except OSError as error:
         relay.close()
@@ -185,24 +191,18 @@ def _log_to_stderr() -> OwnLog:
     return log
 
 
-def raise_fd_limit() -> None:
-    """Raise the soft limit of file descriptors to the hard one: each connection takes one."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def read_options(arguments: Sequence[str]) -> Options:
     """Understand the command line; prints and exits with status 0 for --help and --version.
 
     Raises Mistake for anything that is not as the help says.
     """
     try:
-        given = docopt.docopt(__doc__, list(arguments), version=f"relay-gevent {__version__}")
-    except docopt.DocoptExit as refusal:
+        given = read_command_line(USAGE, arguments, f"relay-gevent {__version__}")
+    except NotUnderstood as refusal:
         raise Mistake(_what_docopt_means(arguments, str(refusal))) from None
     port, interface = _endpoint(given["--port"], given["--interface"])
-    held, pipes = _shares_of_fds()
-    most = _max_connections(given, held)
+    held, pipes = _shares_of_fds(given)
+    most = _max_connections(given, held, pipes)
     return Options(
         port=port,
         interface=interface,
@@ -211,7 +211,7 @@ def read_options(arguments: Sequence[str]) -> Options:
         congestion_control=given["--congestion-control"],
         blur_usage=None if given["--blur-usage"] is None else _whole(given, "--blur-usage", 1),
         log_fd=_log_fd(given),
-        usage_db=given["--usage-db"],
+        usage_db=_path(given, "--usage-db"),
         run_dir=given["--run-dir"],
         grace=_seconds(given, "--grace", 0),
         handshake_timeout=_seconds(given, "--handshake-timeout", 0.1),
@@ -232,11 +232,10 @@ def read_options(arguments: Sequence[str]) -> Options:
     )
 
 
-def _what_docopt_means(arguments: Sequence[str], message: str) -> str:
-    complaint = message.partition("Usage:")[0].strip()
+def _what_docopt_means(arguments: Sequence[str], complaint: str) -> str:
     if complaint:
         return f"{complaint}; see relay-gevent --help"
-    known = set(re.findall(r"^  (--[a-z-]+)", __doc__ or "", re.MULTILINE))
+    known = set(re.findall(r"^  (--[a-z-]+)", USAGE, re.MULTILINE))
     names = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
     for name in names:
         if not any(option.startswith(name) for option in known):
@@ -271,6 +270,16 @@ def _endpoint(port: str, interface: str, option: str = "--port") -> tuple[int, s
     return int(port), interface
 
 
+def _path(given: dict[str, Any], option: str) -> str | None:
+    path: str | None = given[option]
+    if path is not None and not os.path.isabs(path):
+        try:
+            os.getcwd()
+        except OSError:
+            raise Mistake(f"{option} {path}: the folder in which this was started is gone; give a whole path") from None
+    return path
+
+
 def _log_fd(given: dict[str, Any]) -> int | None:
     if given["--log-fd"] is None:
         return 1 if given["--log-stdout"] else None
@@ -280,21 +289,23 @@ def _log_fd(given: dict[str, Any]) -> int | None:
     return log_fd
 
 
-def _shares_of_fds() -> tuple[int, int]:
+def _shares_of_fds(given: dict[str, Any]) -> tuple[int, int]:
     """For how many connections, and for how many pipes beside them, there are file descriptors."""
-    fds, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fds = fd_limit()
     if fds < LEAST_FDS:
         raise Mistake(f"the limit of file descriptors is {fds}; raise it to {LEAST_FDS} or more (ulimit -n)")
-    free = fds - RESERVED_FDS
+    # As many as are asked for, and once more for those that siblings hand on.
+    asked_for = 0 if given["--max-connections"] is None else 2 * _whole(given, "--max-connections", 2)
+    free = min(fds, max(USUAL_FDS, RESERVED_FDS + asked_for + 2 * MOST_PIPES)) - RESERVED_FDS
     pipes = min(MOST_PIPES, free // 16)
     return free - 2 * pipes, pipes
 
 
-def _max_connections(given: dict[str, Any], held: int) -> int:
+def _max_connections(given: dict[str, Any], held: int, pipes: int) -> int:
     if given["--max-connections"] is None:
         return held if given["--run-dir"] is None else max(2, held // 2)
     most = _whole(given, "--max-connections", 2)
-    possible = held + 2 * _shares_of_fds()[1]
+    possible = held + 2 * pipes
     if most > possible:
         raise Mistake(
             f"--max-connections {most}: the limit of file descriptors allows {possible}; raise it (ulimit -n)"

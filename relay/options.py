@@ -23,7 +23,7 @@ class Options:
     log_fd: int | None = None
     usage_db: str | None = None
     run_dir: str | None = None
-    grace: float = 10.0
+    grace: float = 7.0
     handshake_timeout: float = 30.0
     wait_timeout: float = 3600.0
     max_connections: int = 1000

@@ -1,6 +1,25 @@
-"""Measures the relay beside its peers.
+"""Measures the relay beside its peers; USAGE says how."""
 
-Usage:
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from clients import Load, compile_programs
+from docopt import docopt
+from figures import Figure, Samples, as_text, lines_of, verdicts_of
+from machine import Conditions, describe
+from page import Run, draw_plots, read_run, write_page, write_run
+from peers import Peer, PeerError, Server, why_missing
+from rows import QUICK, Bench, Case, Group, Scale, groups
+
+USAGE = """Usage:
   run.py [options] [--only NAME]... [--relay CHECKOUT]...
   run.py --list
   run.py --help
@@ -25,25 +44,6 @@ Options:
   --markdown FILE   Write the tables into this page, between its markers.
   --list            Names for --only.
 """
-
-from __future__ import annotations
-
-import contextlib
-import os
-import resource
-import sys
-import tempfile
-import time
-from dataclasses import dataclass
-from pathlib import Path
-
-from clients import Load, compile_programs
-from docopt import docopt
-from figures import Figure, Samples, as_text, lines_of, verdicts_of
-from machine import Conditions, describe
-from page import Run, draw_plots, read_run, write_page, write_run
-from peers import Peer, PeerError, Server, why_missing
-from rows import QUICK, Bench, Case, Group, Scale, groups
 
 HERE = Path(__file__).resolve().parents[2]
 
@@ -204,7 +204,7 @@ def raise_fd_limit() -> int:
 
 
 def main() -> int:
-    words = docopt(__doc__ or "")
+    words = docopt(USAGE)
     try:
         choice = choice_of(words)
         if words["--list"]:

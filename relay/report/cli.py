@@ -1,4 +1,29 @@
-"""relay-usage, what the usage database of relay-gevent says.
+"""The command line of `relay-usage`."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from relay import __version__
+from relay.mistakes import Mistake
+from relay.program import NotUnderstood, fail, get_ready, read_command_line, say
+from relay.report.database import Database, ReportError, opened
+from relay.report.export import as_csv, as_json
+from relay.report.layout import Screen, table
+from relay.report.periods import Span, day_of, parse_span
+from relay.report.scan import count
+from relay.report.summing_up import Report, sum_up
+from relay.report.tally import spreads
+
+USAGE = """relay-usage, what the usage database of relay-gevent says.
 
 Usage:
   relay-usage [options] DATABASE
@@ -18,29 +43,6 @@ DATABASE is the file that the relay's --usage-db names. It is only read; the rel
 took at most so long. In a terminal there are bars and colours; the environment variable NO_COLOR turns colours off.
 """
 
-from __future__ import annotations
-
-import os
-import re
-import shutil
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NoReturn, TextIO
-
-import docopt
-
-from relay import __version__
-from relay.report.database import Database, ReportError, opened
-from relay.report.export import as_csv, as_json
-from relay.report.layout import Screen, table
-from relay.report.periods import Span, day_of, parse_span
-from relay.report.scan import count
-from relay.report.summing_up import Report, sum_up
-from relay.report.tally import spreads
-
 DEFAULT_LAST: dict[Span, int] = {"day": 14, "week": 12, "month": 12}
 MOST_PERIODS = 100_000
 READINGS = 5  # at most, of a database that a relay opens while it is being read without locks
@@ -58,21 +60,20 @@ class Options:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run `relay-usage`. Exit status: 0, or 2 after a mistake, told in one line on stderr."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    """Run `relay-usage` with the arguments `argv`; without them, as the program, with those of the process.
+
+    Exit status: 0, or 2 after a mistake, told in one line on stderr.
+    """
     try:
-        options = read_options(arguments)
+        if argv is None:
+            get_ready()
+        options = read_options(sys.argv[1:] if argv is None else argv)
         report = read_report(options)
-    except ReportError as mistake:
-        _fail(mistake)
+        say(_text(report, options.form, sys.stdout))
+    except (ReportError, Mistake) as mistake:
+        fail("relay-usage", mistake)
     except KeyboardInterrupt:
         sys.exit(130)
-    _print(_text(report, options.form, sys.stdout))
-
-
-def _fail(mistake: Exception) -> NoReturn:
-    print(f"relay-usage: error: {mistake}", file=sys.stderr)
-    sys.exit(2)
 
 
 def read_options(arguments: Sequence[str]) -> Options:
@@ -80,11 +81,12 @@ def read_options(arguments: Sequence[str]) -> Options:
 
     Raises:
         ReportError: something is not as the help says.
+        Mistake: the help cannot be printed.
     """
     try:
-        given = docopt.docopt(__doc__, list(arguments), version=f"relay-usage {__version__}")
-    except docopt.DocoptExit as refusal:
-        complaint = str(refusal).partition("Usage:")[0].strip() or "give one DATABASE, and the options of the help"
+        given = read_command_line(USAGE, arguments, f"relay-usage {__version__}")
+    except NotUnderstood as refusal:
+        complaint = str(refusal) or "give one DATABASE, and the options of the help"
         raise ReportError(f"{complaint}; see relay-usage --help") from None
     try:
         span = parse_span(given["--by"])
@@ -144,7 +146,7 @@ def _read_once(database: Database, options: Options) -> Report:
     )
 
 
-def _text(report: Report, form: str, output: TextIO) -> str:
+def _text(report: Report, form: str, output: TextIO | None) -> str:
     if form == "json":
         return as_json(report)
     if form == "csv":
@@ -152,20 +154,14 @@ def _text(report: Report, form: str, output: TextIO) -> str:
     return table(report, _screen(output))
 
 
-def _screen(output: TextIO) -> Screen:
+def _screen(output: TextIO | None) -> Screen:
+    if output is None:  # closed, as `say` will find
+        return Screen()
     blocks = (output.encoding or "").lower().startswith("utf")
     if not output.isatty():
         return Screen(blocks=blocks)
     colours = not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
     return Screen(width=shutil.get_terminal_size().columns, colours=colours, blocks=blocks)
-
-
-def _print(text: str) -> None:
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:  # relay-usage | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ import contextlib
 import os
 import shutil
 import sqlite3
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 from relay.report.tally import Sums
+from relay.temporary import temporary_folder
 
 APPLICATION_ID = 0x52474556  # "RGEV"
 SCHEMA_VERSION = 1
@@ -116,6 +116,7 @@ def opened(path: Path) -> Iterator[Database]:
 
     Raises:
         ReportError: the file is missing, cannot be read, or is something else.
+        Mistake: it has to be copied, and there is nowhere to.
     """
     with contextlib.ExitStack() as cleanup:
         database = Database(path, _choose_uri(path, cleanup), _looks(path))
@@ -133,7 +134,7 @@ def _choose_uri(path: Path, cleanup: contextlib.ExitStack) -> str:
     if not logged and not indexed:
         return _uri(path, "mode=ro&immutable=1")
     if not indexed:
-        folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="relay-usage-"))
+        folder = cleanup.enter_context(temporary_folder("relay-usage"))
         return _uri(_copied(path, Path(folder)), "mode=ro")
     return _uri(path, "mode=ro")
 

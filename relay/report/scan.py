@@ -140,6 +140,11 @@ def _counted(counting: Callable[[Block], Tallies], blocks: list[Block], rows: in
         return
     from multiprocessing import get_context  # only here: to import it takes longer than to count a small table
 
-    # Forked, not spawned: nothing to import anew. This process has no thread and no open connection here.
-    with get_context("fork").Pool(min(processors, 4)) as pool:
+    try:
+        # Forked, not spawned: nothing to import anew. This process has no thread and no open connection here.
+        processes = get_context("fork").Pool(min(processors, 4))
+    except OSError:  # no semaphores (/dev/shm is missing), or no more processes
+        yield from map(counting, blocks)
+        return
+    with processes as pool:
         yield from pool.imap_unordered(counting, blocks)

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-import resource
 import time
 from dataclasses import dataclass
+
+from relay.fd_limit import fd_limit
 
 PIPE_BYTES = 1 << 20
 """What a pipe holds; also the most that ever rests in the relay in one direction of a pair."""
@@ -100,9 +101,8 @@ def _new_pipe() -> Pipe | None:
     except OSError:
         return None
     pipe = Pipe(inlet, outlet)
-    fds, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        if inlet < fds - FDS_LEFT_FREE:  # the kernel gives the lowest number that is free
+        if inlet < fd_limit() - FDS_LEFT_FREE:  # the kernel gives the lowest number that is free
             fcntl.fcntl(inlet, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
             return pipe
     except OSError:

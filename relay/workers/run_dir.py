@@ -46,6 +46,7 @@ class RunDir:
         try:
             try:
                 os.mkdir(self.path, 0o700)
+                os.chmod(self.path, 0o700)  # a umask may have taken something off
             except FileExistsError:
                 pass
             fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -63,8 +64,15 @@ class RunDir:
         return fd
 
     def lock(self) -> None:
-        """Wait for our turn to join; raises Mistake when it does not come within `LOCK_SECONDS`."""
-        self._lock_fd = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
+        """Wait for our turn to join; raises Mistake when it does not come within `LOCK_SECONDS`, or cannot."""
+        try:
+            self._lock_fd = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
+            os.fchmod(self._lock_fd, 0o600)  # the next worker opens it, too
+        except OSError as error:
+            raise Mistake(
+                f"--run-dir {self.path}: {os.strerror(error.errno or 0)} when opening its lock; chmod 700 it, or name "
+                "another folder"
+            ) from None
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             with contextlib.suppress(BlockingIOError):
@@ -84,6 +92,7 @@ class RunDir:
         """Our own socket, non-blocking, listening under `own_name`."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         listener.bind(self._reach(self.own_name))
+        os.chmod(self.own_name, 0o600, dir_fd=self._fd)  # who connects has to be allowed to write, umask or not
         listener.listen(128)
         return listener
 

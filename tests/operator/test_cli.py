@@ -289,7 +289,7 @@ def test_without_options_the_defaults_are_those_of_the_twisted_relay() -> None:
     options = read_options([])
     assert (options.port, options.interface) == (4001, "::")
     assert (options.blur_usage, options.log_fd, options.usage_db, options.run_dir) == (None, None, None, None)
-    assert (options.grace, options.handshake_timeout, options.wait_timeout) == (10, 30, 3600)
+    assert (options.grace, options.handshake_timeout, options.wait_timeout) == (7, 30, 3600)
 
 
 @pytest.mark.parametrize(

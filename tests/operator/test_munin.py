@@ -48,7 +48,7 @@ class Munin:
             (self.services / f"relay_{graph}").symlink_to(PLUGIN)
         shipped = (PLUGIN.parent / "plugin-conf.d" / "relay-gevent").read_text()
         configured = [
-            line.replace("/var/lib/relay-gevent/var/usage.sqlite", str(database))
+            line.replace("/var/lib/relay-gevent/var/relay/usage.sqlite", str(database))
             for line in shipped.splitlines()
             if not line.startswith("group ")  # there is no such group here
         ]

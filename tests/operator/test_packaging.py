@@ -62,11 +62,13 @@ def distribution(tmp_path_factory: pytest.TempPathFactory) -> Distribution:
     """An sdist of the checkout, and a wheel of that sdist."""
     folder = tmp_path_factory.mktemp("build")
     source = folder / "source"
-    # A copy, since building writes beside the sources. What a running relay keeps in var/ is played by one file.
+    # A copy, since building writes beside the sources. What a running relay keeps in var/ is played by two files.
     shutil.copytree(CHECKOUT, source, ignore=shutil.ignore_patterns(*NOT_SOURCE, "var"))
     (source / "var").mkdir()
     shutil.copy(CHECKOUT / "var" / "README", source / "var")
-    (source / "var" / "usage.sqlite").touch()
+    (source / "var" / "relay").mkdir()
+    (source / "var" / "relay" / "usage.sqlite").touch()
+    (source / "var" / "relay-0.log").touch()
     run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(source)], folder)
     (sdist,) = (folder / "dist").glob("*.tar.gz")
     (wheel,) = (folder / "dist").glob("*.whl")
@@ -146,7 +148,7 @@ def installed_service(installed: Path, tmp_path: Path) -> Iterator[int]:
     """The installed relay under supervisord, with nothing on the PATH; returns its port."""
     port = free_port()
     share = installed / "share" / "relay-gevent"
-    env = {"PATH": "/usr/bin:/bin", "RELAY_PORT": str(port), "RELAY_OPTIONS": "--interface 127.0.0.1"}
+    env = {"PATH": "/usr/bin:/bin", "RELAY_LISTEN": str(port), "RELAY_OPTIONS": "--interface 127.0.0.1"}
     log = tmp_path / "supervisord"
     command = [str(installed / "bin" / "supervisord"), "-n", "-c", str(share / "etc" / "supervisord.conf")]
     with running(command, log, env=env, cwd=tmp_path):
@@ -159,5 +161,5 @@ def test_supervisord_runs_the_installed_copy_with_the_installed_configuration(
     installed: Path, installed_service: int
 ) -> None:
     relay_one_transfer(installed_service)
-    usage = installed / "share" / "relay-gevent" / "var" / "usage.jsonl"
+    usage = installed / "share" / "relay-gevent" / "var" / "relay" / "usage.jsonl"
     wait_until(lambda: '"happy"' in usage.read_text(), 5, "the JSON line")

@@ -68,7 +68,7 @@ class Rsyslog:
         self.process: subprocess.Popen[bytes] | None = None
         self.starts = 0
         (folder / "spool").mkdir()
-        text = CONFIGURATION.read_text().replace("/var/lib/relay-gevent/var/", f"{folder}/")
+        text = CONFIGURATION.read_text().replace("/var/lib/relay-gevent/var/relay/", f"{folder}/")
         text = text.replace("/var/log/", f"{folder}/")
         for old, new in (change or {}).items():
             assert old in text
@@ -141,7 +141,8 @@ def running(rsyslog: Rsyslog) -> Iterator[Rsyslog]:
 
 def rotate(folder: Path) -> None:
     """Run logrotate with the shipped configuration, but for the paths and the user, whom this machine has not."""
-    text = ROTATION.read_text().replace("/var/lib/relay-gevent/var/", f"{folder}/").replace("/var/log/", f"{folder}/")
+    text = ROTATION.read_text().replace("/var/lib/relay-gevent/var/relay/", f"{folder}/")
+    text = text.replace("/var/log/", f"{folder}/")
     text = text.replace("    su relay-gevent relay-gevent\n", "")
     # There is no rsyslog.service here; what its script does, to the rsyslogd of this test.
     text = text.replace("/usr/lib/rsyslog/rsyslog-rotate", f"{folder}/rotated")

@@ -284,7 +284,7 @@ def test_a_worker_that_finds_one_of_another_language_takes_the_listening_socket_
         transfer = crowd.transfer(head=b"until the end")
         crowd.begin([transfer])
         stopping = crowd._aside.submit(relay.stop)
-        crowd.run_until(lambda: "1 transfers have 10 seconds to finish" in relay.log_text(), 5, "it gives grace")
+        crowd.run_until(lambda: "1 transfers have 7 seconds to finish" in relay.log_text(), 5, "it gives grace")
         crowd.end([transfer])
         crowd.run_until(stopping.done, 5, "it ends")
         assert stopping.result() == 0
@@ -308,7 +308,7 @@ def test_workers_of_two_languages_share_the_port_and_each_gives_its_own_transfer
         crowd.run_beside(lambda: workers.stop_one(0))
         assert not any(transfer.cut for transfer in held)
         stopping = crowd._aside.submit(workers.stop_one, 1)
-        crowd.run_until(lambda: "transfers have 10 seconds" in older[1].log_text(), 5, "it gives grace")
+        crowd.run_until(lambda: "transfers have 7 seconds" in older[1].log_text(), 5, "it gives grace")
         crowd.end(held)
         crowd.run_until(stopping.done, 5, "it ends")
         assert stopping.result() == 0

@@ -1,0 +1,79 @@
+"""What each signal means to a worker: it ends in good order, or nothing happens. None kills it with its records.
+
+============================  =========================================================================================
+SIGTERM, SIGINT, SIGQUIT,     somebody wants it to end (supervisor, Ctrl-C, Ctrl-\\, a container's STOPSIGNAL, a
+SIGABRT                       watchdog). Once more, and it ends at once. abort() itself still ends as it always does
+SIGPWR                        the power fails, or a container is told so: end while there is time
+SIGALRM                       `alarm N; exec` ahead of it: its time is over
+SIGXCPU                       so is its processor time (RLIMIT_CPU); comes each second until the hard limit, so a
+                              further one changes nothing
+SIGTSTP, SIGCONT              keep their meaning: Ctrl-Z suspends it, and its siblings do without it meanwhile
+SIGCHLD                       as ever; there are no children
+SIGBUS, SIGFPE, SIGILL,       nothing when sent by hand. When memory is really not what it should be they kill it, since
+SIGSEGV, SIGSYS, SIGTRAP      such a process must write no record: blocked signals do both. Where Python's faulthandler
+                              is on (PYTHONFAULTHANDLER, PYTHONDEVMODE) they are its own
+all others                    nothing. SIGHUP, SIGUSR1 and SIGUSR2 ask other programs to reopen a log or read a file
+                              again, which the relay does unasked. SIGTTIN and SIGTTOU would stop it for a line in the
+                              log when it is in a terminal's background. SIGPIPE and SIGXFSZ come with an error that is
+                              handled where it is met. SIGVTALRM, SIGPROF, SIGIO and the real-time signals are sent by
+                              what their receiver has set up, and it has set up nothing
+SIGKILL, SIGSTOP              cannot be caught
+============================  =========================================================================================
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+BY_SOMEBODY = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGABRT})
+BY_THE_SYSTEM = frozenset({signal.SIGPWR, signal.SIGALRM, signal.SIGXCPU})
+FAULTS = frozenset({signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGSYS, signal.SIGTRAP})
+KEPT = frozenset({signal.SIGKILL, signal.SIGSTOP, signal.SIGTSTP, signal.SIGCONT, signal.SIGCHLD})
+
+
+def be_ready_for_signals() -> None:
+    """Ignore what means nothing, and end silently at once, with status 0, when told to: as long as there is nothing to
+    put in order. To be called on the main thread."""
+    ending = BY_SOMEBODY | BY_THE_SYSTEM
+    for number in signal.valid_signals() - ending - FAULTS - KEPT:
+        signal.signal(number, signal.SIG_IGN)
+    for number in ending:
+        # Not by an exception: that could come out anywhere, and be swallowed or end as a traceback.
+        signal.signal(number, _leave)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ending)  # whoever started us may have had them blocked
+    if not faulthandler.is_enabled():
+        signal.pthread_sigmask(signal.SIG_BLOCK, FAULTS)  # in each thread that is started from now on, too
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os._exit(0)
+
+
+def end_by_signal(stop: Callable[[], None]) -> None:
+    """From now on let the signals that end something call `stop`, in a greenlet of the event loop: the first of them,
+    and each that somebody sends once more."""
+    import gevent
+
+    begun = told = False
+
+    def by_somebody() -> None:
+        nonlocal begun, told
+        if told or not begun:
+            begun = told = True
+            stop()
+        told = True
+
+    def by_the_system() -> None:
+        nonlocal begun
+        if not begun:
+            begun = True
+            stop()
+
+    for number in BY_SOMEBODY:
+        gevent.signal_handler(number, by_somebody)
+    for number in BY_THE_SYSTEM:
+        gevent.signal_handler(number, by_the_system)
