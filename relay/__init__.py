@@ -6,18 +6,17 @@ in which order to read it:
 
 ====================  =================================================================================
 `cli`, `options`      the command line: docopt text to `Options`, and `main()`; `mistakes`, what it may complain of
-`program`             what every program here does around its own work; beside it `signals`, what each signal means to
-                      a worker, `fd_limit` and `temporary`
 `server`              one worker: puts the parts together, starts, ticks and stops
 `clients/`            before a pair: accept, shake hands, wait, match; or be turned away
 `transfer/`           a pair: bytes in both directions, and how it ends
 `workers/`            the other workers: who is there, what is handed on and taken in
 `usage/`              what is recorded: the JSON lines, the database, and the blur over both
 `report/`             `relay-usage`, which reads the database for a person
+`process/`            what a process is before it is either: standard streams, limits, signals
 ====================  =================================================================================
 
-Imports run downwards only: `server`, `workers`, `transfer`, `clients`, the records of `usage`; `options`, `mistakes`
-and `program` are below all. (``make lint`` checks it.) A part that needs something above it is given it. Pure modules
+Imports run downwards only: `server`, `workers`, `transfer`, `clients`, the records of `usage`; `process/`,
+`options` and `mistakes` are below all. (``make lint`` checks it.) A part that needs something above it is given it. Pure modules
 know no sockets and no gevent. Nothing is monkey-patched: the threads of `usage` are real ones.
 """
 

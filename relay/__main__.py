@@ -1,6 +1,6 @@
 """`python -m relay` is `relay-gevent`; both begin here."""
 
-from relay.signals import be_ready_for_signals
+from relay.process.signals import be_ready_for_signals
 
 
 def main() -> None:

@@ -11,11 +11,11 @@ from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
 from relay import __version__
-from relay.fd_limit import fd_limit, raise_fd_limit
 from relay.mistakes import Mistake
 from relay.options import Options
-from relay.program import NotUnderstood, fail, get_ready, read_command_line
-from relay.signals import be_ready_for_signals, end_by_signal
+from relay.process.fd_limit import fd_limit, raise_fd_limit
+from relay.process.program import NotUnderstood, fail, get_ready, read_command_line
+from relay.process.signals import be_ready_for_signals, end_by_signal
 from relay.usage.own_log import OwnLog
 
 USAGE = """relay-gevent, a transit relay for magic-wormhole.

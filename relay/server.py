@@ -24,7 +24,7 @@ from relay.clients.matching import Matching
 from relay.clients.pings import Pings
 from relay.clients.places import Places
 from relay.clients.reception import Reception
-from relay.clients.speech import EITHER, PLAIN, Speech
+from relay.clients.speech import PLAIN, Speech
 from relay.mistakes import Mistake
 from relay.options import Options
 from relay.transfer.eviction import Eviction
@@ -151,10 +151,15 @@ class Relay:
     def start(self, ports: Ports, recorder: Recorder) -> None:
         """Begin to accept from `ports`, and to record with `recorder`."""
         self._recorder = recorder
-        self._door = self._make_door(ports.plain, EITHER if ports.shared else PLAIN)
-        if ports.web is not None:
-            self._door.twin = self._make_door(ports.web, None)
-            self._door.twin.twin = self._door
+        if ports.web is None and not ports.shared:
+            self._door = self._make_door(ports.plain, PLAIN)
+        else:
+            from relay.clients.web import EITHER, Web  # not before: most relays have no WebSocket
+
+            self._door = self._make_door(ports.plain, EITHER if ports.shared else PLAIN)
+            if ports.web is not None:
+                self._door.twin = self._make_door(ports.web, Web)
+                self._door.twin.twin = self._door
         self._tick.start(self._every_second)
         self._current_greenlet = gevent.spawn(self._keep_current_fresh)
         self._door.start()
@@ -169,14 +174,12 @@ class Relay:
         if self._household is not None:
             self._household.open(self._door, ports.plain, ports.web)
 
-    def _make_door(self, listener: socket.socket, speech: Speech | None) -> Door:
-        """A door for clients that speak like this; None is for WebSocket, of which each needs its own."""
+    def _make_door(self, listener: socket.socket, speech: Speech | type[Speech]) -> Door:
+        """A door for clients that speak like this, or that each need a speech of their own of this kind."""
 
         def admit(sock: socket.socket, address: tuple[Any, ...]) -> None:
-            self._reception.accepted(sock, address, speech or new_web())
+            self._reception.accepted(sock, address, speech() if isinstance(speech, type) else speech)
 
-        if speech is None:
-            from relay.clients.web import Web as new_web  # noqa: N813  # not before: most relays have no WebSocket
         return Door(
             listener,
             self._reception.accepted if speech is PLAIN else admit,

@@ -9,6 +9,7 @@ waits.
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,9 +17,16 @@ from relay.clients.handshake import LONGEST, OK, Handshake, Refusal, read_handsh
 from relay.usage.record import Mood
 
 if TYPE_CHECKING:
-    from relay.clients.client import Client
     from relay.clients.frames import FrameReader
     from relay.clients.pings import Pings
+
+
+class Speaker(Protocol):
+    """A client, as far as its speech is concerned."""
+
+    sock: socket.socket
+    received: bytes
+    speech: Speech
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +46,7 @@ class Speech(Protocol):
     def reader(self) -> FrameReader | None:
         """Where its frames are; None if it speaks plainly."""
 
-    def hear(self, client: Client) -> Handshake | Ending | None:
+    def hear(self, client: Speaker) -> Handshake | Ending | None:
         """Read what has come of a handshake: the whole, the end of the connection, or None while more is needed.
 
         Raises BlockingIOError when nothing has come.
@@ -72,7 +80,7 @@ class Plain:
 
     reader = None
 
-    def hear(self, client: Client) -> Handshake | Ending | None:
+    def hear(self, client: Speaker) -> Handshake | Ending | None:
         """See `Speech`."""
         try:
             # One byte more than a handshake can have tells everything there is to know.
@@ -124,9 +132,15 @@ PLAIN = Plain()
 
 
 class Either:
-    """On a port for both: the first byte tells. HTTP begins with a capital letter, a handshake does not."""
+    """On a port for both: the first byte tells. HTTP begins with a capital letter, a handshake does not.
 
-    def hear(self, client: Client) -> Handshake | Ending | None:
+    `new_web` makes the speech of a WebSocket client.
+    """
+
+    def __init__(self, new_web: Callable[[], Speech]) -> None:
+        self._new_web = new_web
+
+    def hear(self, client: Speaker) -> Handshake | Ending | None:
         """See `Speech`; from the first byte on the client has another one."""
         try:
             first = client.sock.recv(1, socket.MSG_PEEK)
@@ -134,12 +148,7 @@ class Either:
             raise
         except OSError:
             first = b""
-        if first.isupper():
-            from relay.clients.web import Web
-
-            client.speech = Web()
-        else:
-            client.speech = PLAIN
+        client.speech = self._new_web() if first.isupper() else PLAIN
         return client.speech.hear(client)
 
     reader = None
@@ -153,6 +162,3 @@ class Either:
     def pack(self) -> bytes:
         """See `Speech`: it travels before its first byte."""
         return b"?"
-
-
-EITHER = Either()

@@ -11,11 +11,10 @@ from relay.clients import frames
 from relay.clients.frames import NORMAL, Close, FrameReader, FrameState, Taken
 from relay.clients.handshake import OK, Handshake, Refusal, read_handshake
 from relay.clients.line import Line
-from relay.clients.speech import EITHER, PLAIN, Ending, Speech
+from relay.clients.speech import PLAIN, Either, Ending, Speaker, Speech
 from relay.clients.websocket import LONGEST_HEAD, Outcome, read_request
 
 if TYPE_CHECKING:
-    from relay.clients.client import Client
     from relay.clients.pings import Pings
 
 READ_BYTES = 4096
@@ -43,7 +42,7 @@ class Web:
         self.line = Line()
         self._interrupted: Ending | None = None
 
-    def hear(self, client: Client) -> Handshake | Ending | None:
+    def hear(self, client: Speaker) -> Handshake | Ending | None:
         """See `Speech`. What the client has sent is in `client.received`, for whoever asks whether it has said
         anything."""
         try:
@@ -156,6 +155,10 @@ class Web:
             sock.send(words)
         except OSError:
             pass
+
+
+EITHER = Either(Web)
+"""The speech of whoever has not said a first byte yet, on a port for both."""
 
 
 def unpack(packed: bytes) -> Speech:

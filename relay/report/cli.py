@@ -14,7 +14,7 @@ from typing import TextIO
 
 from relay import __version__
 from relay.mistakes import Mistake
-from relay.program import NotUnderstood, fail, get_ready, read_command_line, say
+from relay.process.program import NotUnderstood, fail, get_ready, read_command_line, say
 from relay.report.database import Database, ReportError, opened
 from relay.report.export import as_csv, as_json
 from relay.report.layout import Screen, table

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from relay.process.temporary import temporary_folder
 from relay.report.tally import Sums
-from relay.temporary import temporary_folder
 
 APPLICATION_ID = 0x52474556  # "RGEV"
 SCHEMA_VERSION = 1

@@ -16,7 +16,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from relay.fd_limit import fd_limit
+from relay.process.fd_limit import fd_limit
 
 PIPE_BYTES = 1 << 20
 """What a pipe holds; also the most that ever rests in the relay in one direction of a pair."""

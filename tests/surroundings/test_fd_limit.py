@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from relay import fd_limit
 from relay.cli import MOST_PIPES, RESERVED_FDS, USUAL_FDS, read_options
-from relay.fd_limit import ASSUMED_FDS, raise_fd_limit
 from relay.mistakes import Mistake
+from relay.process import fd_limit
+from relay.process.fd_limit import ASSUMED_FDS, raise_fd_limit
 from tests.support.harness import CHECKOUT, Relay
 from tests.support.hostile import honest_transfer
 from tests.support.needs import needs_strace

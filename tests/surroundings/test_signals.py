@@ -98,7 +98,7 @@ def test_a_real_fault_still_ends_the_process(how: str) -> None:
         "segmentation fault in another thread": "t = threading.Thread(target=ctypes.string_at, args=[0])\n"
         "t.start(); t.join()",
     }[how]
-    preparing = "import ctypes, resource, threading\nfrom relay.signals import be_ready_for_signals"
+    preparing = "import ctypes, resource, threading\nfrom relay.process.signals import be_ready_for_signals"
     without_core = "be_ready_for_signals()\nresource.setrlimit(resource.RLIMIT_CORE, (0, 0))"
     done = subprocess.run(
         [sys.executable, "-c", f"{preparing}\n{without_core}\n{program}\nprint('survived')"],
@@ -126,7 +126,7 @@ sys.meta_path.insert(0, Sender())
 """
 """A sitecustomize.py that sends a signal to its own process when a module is about to be imported."""
 
-MOMENTS = ["relay.cli", "relay.program", "docopt", "gevent", "relay.server", "relay.usage.database", "sqlite3"]
+MOMENTS = ["relay.cli", "relay.process.program", "docopt", "gevent", "relay.server", "relay.usage.database", "sqlite3"]
 
 
 def run_with_signal(folder: Path, module: str, number: int, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,11 @@
+"""What a process is, before it is a relay or a report: its standard streams, its limits, its signals.
+
+=============  ========================================================================================
+`program`      what every program here does around its own work, whatever it was started with
+`signals`      what each signal means to a worker
+`fd_limit`     how many file descriptors this process may have
+`temporary`    a folder for what a program needs for a moment
+=============  ========================================================================================
+
+Nothing here knows what the program is for, and nothing is imported but the standard library and docopt.
+"""
