@@ -4,12 +4,12 @@ In this order:
 
 ==========  ===========================================================================================
 `pairs`     all transfers of this worker: how they begin, what they share, how they end
-`pair`      two clients glued: two pumps, the ways in which a pair ends, how it moves house
-`pump`      one direction of bytes, spliced by the kernel
+`pair`      two clients glued: two pumps, who waits for both, how it moves house; `ending`, how it ends
+`pump`      one direction of bytes, spliced by the kernel; `framed`, one with WebSocket frames at an end
 `rest`      pairs that have little to move: one epoll for all, and no greenlet
 `turns`     whose turn it is to move bytes, and how many
 `pipes`     the kernel pipes that pumps borrow
-`pace`      pure: how fast bytes may move where the operator has set a rate
+`limits`    what the operator allows to a pair; `pace`, pure: how fast bytes may move at a rate
 `eviction`  who gives way when there is no place for newcomers
 `state`     pure: what a pair packs of itself to move to another process
 ==========  ===========================================================================================

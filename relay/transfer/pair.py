@@ -4,30 +4,15 @@ A pair that has much to move has a greenlet, which waits with `gevent.select.pol
 nothing has happened for a moment it does without, and is at `rest`: quiet, or passing small messages, or standing still
 since a side does not read. So only who moves much costs what a greenlet costs, and holds a pipe.
 
-A pair is over
-
-- when both sides have ended their streams and all they sent was delivered;
-- or when one has, and the other has acknowledged it all and then sends nothing for `HALF_CLOSED_SECONDS`;
-- or when one has ended its stream and then gone altogether, as soon as the other has acknowledged all it sent;
-- at once when either side is reset before that, or turns out to be dead.
-
-A side that does not read stops its partner, and nothing else: that may last as long as it likes, as long as its host
-still answers.
+How it ends is in `ending`, and what an operator may allow to it in `limits`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import os
 import socket
-import struct
-import sys
-import termios
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from select import EPOLLET, EPOLLIN, EPOLLOUT, POLLERR, POLLHUP
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -35,7 +20,9 @@ import gevent
 from gevent.select import poll
 
 from relay.clients.bounds import Bound
-from relay.transfer.pace import Pace
+from relay.transfer import ending
+from relay.transfer.ending import Pumps
+from relay.transfer.limits import Allowance, Cut, Limits
 from relay.transfer.pipes import PipePool
 from relay.transfer.pump import INPUT, OVER, ROOM, TURN, Pump
 from relay.transfer.rest import Rest
@@ -47,26 +34,11 @@ if TYPE_CHECKING:
     from relay.clients.pings import Pings
     from relay.transfer.framed import FramedPump
 
-HALF_CLOSED_SECONDS = 10.0
-"""How long the second side may say nothing once it has all of the first one's stream."""
-
-GONE_CHECK_SECONDS = 1.0
-"""How often a pair of which one side has ended its stream and gone looks whether the other has acknowledged it all."""
-
-DEAD_SECONDS = 300.0
-"""A side that has not acknowledged anything for so long while it was owed bytes is gone. A living one that does not
-read answers the kernel's zero-window probes, at least every two minutes (TCP_RTO_MAX)."""
-
-DEAD_CHECKS = 15
-"""How often, in that time, a pair of which a side is owed bytes looks whether that side is dead: keepalive does not,
-being silent while anything is unacknowledged, and TCP itself tries for a quarter of an hour (tcp_retries2)."""
-
 MUCH_BYTES = 256 << 10
 QUIET_SECONDS = 0.1
 """When a pair has moved less than this in that time, it does without its greenlet; and a pump that has moved nothing,
 since its receiver takes nothing, gives its pipe to somebody who does."""
 
-_TCP_INFO_LAST_ACK_RECV = 56  # offset of tcpi_last_ack_recv, milliseconds, in struct tcp_info of linux/tcp.h
 
 
 class Detached(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types
@@ -75,23 +47,6 @@ class Detached(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no type
 
 class Quiet(Exception):
     """Not much has happened for a while."""
-
-
-class Cut(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types
-    """Ends a pair that has met a bound of the operator's."""
-
-    def __init__(self, bound: Bound) -> None:
-        super().__init__(bound)
-        self.bound = bound
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the operator allows to a pair, in bytes and bytes a second; None is no limit. `relay_pace` is shared."""
-
-    pair_bytes: int | None = None
-    pair_rate: int | None = None
-    relay_pace: Pace | None = None
 
 
 class Pair:
@@ -105,17 +60,16 @@ class Pair:
     """
 
     __slots__ = (
+        "_allowance",
         "_delivered",
         "_idle_since",
         "_moved_a_second_ago",
         "_moved_then",
-        "_pace",
         "arrived",
         "cut_by",
         "due",
         "first",
         "greenlet",
-        "limits",
         "on_over",
         "pumps",
         "rest",
@@ -154,10 +108,9 @@ class Pair:
         self.watched: tuple[int, int] | None = None
         self._delivered: tuple[int, bool] | None = None
         self.on_over = on_over
-        self.limits = limits
         self.sources = sources
         self.cut_by: Bound | None = None
-        self._pace = None if limits is None or limits.pair_rate is None else Pace(limits.pair_rate)
+        self._allowance = None if limits is None else Allowance(limits)
         self._moved_then = 0
         self._moved_a_second_ago = 0
         self._idle_since = 0.0
@@ -277,7 +230,7 @@ class Pair:
 
     def attend(self, fd: int, events: int) -> None:
         """Something has happened to the side with that descriptor while the pair rests."""
-        if self.limits is not None:
+        if self._allowance is not None:
             self._wake()
             return
         there, back = self.pumps
@@ -285,7 +238,7 @@ class Pair:
         much = False
         try:
             if not events & (EPOLLIN | EPOLLOUT):
-                _raise_error_of(out_of.source)
+                ending.raise_error_of(out_of.source)
             if into.waits == ROOM:
                 much = into.sip()
             if out_of.waits == INPUT:
@@ -298,8 +251,8 @@ class Pair:
             self._wake()
         elif out_of.waits == into.waits == INPUT and self.watched == _BOTH_INPUT and not out_of.discards:
             if not self.due:
-                self.rest.look_at(self, time.monotonic() + DEAD_SECONDS / DEAD_CHECKS)
-        elif self._is_over():
+                self.rest.look_at(self, time.monotonic() + ending.DEAD_SECONDS / ending.DEAD_CHECKS)
+        elif ending.is_over(self.pumps):
             self._end()
         else:
             self.rest.watch(self)
@@ -307,17 +260,10 @@ class Pair:
 
     def _plan_to_look_around(self) -> None:
         """See to it that the pair ends when nothing happens, if it has to."""
-        there, back = self.pumps
-        if self._is_one_gone():
-            patience = GONE_CHECK_SECONDS
-        elif OVER in (there.waits, back.waits):
-            patience = HALF_CLOSED_SECONDS
-        elif any(pump.waits == ROOM or _unacknowledged(pump.sink) for pump in self.pumps):
-            patience = DEAD_SECONDS / DEAD_CHECKS
-        else:
-            return  # keepalive finds out
-        self._delivered = (self.moved, self._is_half_closed() and not self._owes())
-        self.rest.look_at(self, time.monotonic() + patience)
+        patience = ending.patience(self.pumps)
+        if patience is not None:
+            self._delivered = (self.moved, ending.is_half_closed(self.pumps) and not ending.owes(self.pumps))
+            self.rest.look_at(self, time.monotonic() + patience)
 
     def look_around(self, now: float) -> None:
         """Nothing may have happened for a while: end what is over or dead, by the clock."""
@@ -326,12 +272,12 @@ class Pair:
             self._end()  # the one side has ended its stream, the other has it all, and has said nothing since
             return
         try:
-            self._look_for_the_dead()
+            ending.look_for_the_dead(self.pumps)
         except OSError:
             self._deliver_what_fits()
             self._end()
             return
-        if self._is_over():
+        if ending.is_over(self.pumps):
             self._end()
         else:
             self._plan_to_look_around()
@@ -372,7 +318,7 @@ class Pair:
         for pump in self.pumps:
             if pump.waits == INPUT:
                 pump.waits = TURN  # whatever has woken this pair
-        while not self._is_over():
+        while not ending.is_over(self.pumps):
             now = time.monotonic()
             if now >= look_back_at:
                 look_back_at = now + QUIET_SECONDS
@@ -385,10 +331,10 @@ class Pair:
                 for sock, events in zip((self.first, self.second), watched, strict=True):
                     _poll_for(poller, sock, events)
             ready = dict(poller.poll(QUIET_SECONDS * 1000))
-            for pump in self.pumps:
+            for which, pump in enumerate(self.pumps):
                 waits_at = pump.sink if pump.waits == ROOM else pump.source
                 if pump.waits > 0 and ready.get(waits_at.fileno(), 0) & (pump.waits | POLLERR | POLLHUP):
-                    self._turn(pump)
+                    self._turn(which)
 
     def _look_back(self, before: list[int]) -> list[int]:
         """Find out what has become of the pumps that had moved so much `before`; returns what they have moved by now.
@@ -405,77 +351,21 @@ class Pair:
 
     def _take_turns(self) -> None:
         """Let the pumps that have more to move queue, and look at the other direction each time."""
-        for pump in self.pumps:
+        for which, pump in enumerate(self.pumps):
             if pump.waits == OVER:
                 continue
-            if self.limits is None and pump.waits == TURN:
+            if self._allowance is None and pump.waits == TURN:
                 self.turns.wait(pump)
             else:
                 if pump.waits == TURN:
                     self.turns.wait()
-                self._turn(pump)
+                self._turn(which)
 
-    def _turn(self, pump: Pump | FramedPump) -> None:
-        if self.limits is None:
-            pump.turn(self.turns.size())
+    def _turn(self, which: int) -> None:
+        if self._allowance is None:
+            self.pumps[which].turn(self.turns.size())
         else:
-            self._turn_within(self.limits, pump)
-
-    def _turn_within(self, limits: Limits, pump: Pump | FramedPump) -> None:
-        """Give `pump` a turn that keeps to the limits; raises Cut when they allow none any more."""
-        paces = [pace for pace in (self._pace, limits.relay_pace) if pace is not None]
-        most = min([self.turns.size(), *(pace.portion() for pace in paces)])
-        if limits.pair_bytes is not None:
-            most = min(most, limits.pair_bytes - self.moved - sum(pump.held for pump in self.pumps))
-            if most <= 0 and not pump.held:
-                if pump.has_more():
-                    raise Cut(Bound.PAIR_BYTES)
-                most = 1  # it was exactly what is allowed, and its end is no byte
-        now = time.monotonic()
-        delay = max((pace.reserve(most, now) for pace in paces), default=0.0)
-        before = pump.moved + pump.held
-        try:
-            if delay > 0:
-                gevent.sleep(delay)
-            pump.turn(most)
-        finally:
-            unused = most - (pump.moved + pump.held - before)
-            for pace in paces:
-                pace.give_back(unused)
-
-    def _is_over(self) -> bool:
-        """Whether nothing can be delivered any more, in either direction."""
-        there, back = self.pumps
-        if there.waits == OVER or back.waits == OVER:
-            return there.waits == back.waits or (self._is_one_gone() and not self._owes())
-        return False
-
-    def _is_one_gone(self) -> bool:
-        """Whether one side hears nothing any more, so that the other's end of stream need not be waited for: unless it
-        was sent a Close, since it answers that, and takes it amiss when nobody is there to hear it."""
-        return any(pump.discards and not pump.held for pump in self.pumps) and not any(
-            pump.waits == OVER and pump.frames_out for pump in self.pumps
-        )
-
-    def _is_half_closed(self) -> bool:
-        """Whether one stream is over, and of the other everything that came was delivered."""
-        there, back = self.pumps
-        return {there.waits, back.waits} == {OVER, INPUT}
-
-    def _owes(self) -> bool:
-        """Whether the end of a stream that is over, or something before it, is still on its way."""
-        return any(pump.waits == OVER and _unacknowledged(pump.sink) for pump in self.pumps)
-
-    def _look_for_the_dead(self) -> None:
-        """Find out about a side that is not watched for input, or whose host has gone while it was owed bytes.
-
-        Raises OSError when there is one.
-        """
-        for pump in self.pumps:
-            if pump.waits == ROOM:
-                _raise_error_of(pump.source)
-            if _unacknowledged(pump.sink) and _silence(pump.sink) > DEAD_SECONDS:
-                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            self._allowance.turn(self.pumps, which, self.turns)
 
     def _deliver_what_fits(self) -> None:
         """After a reset: let through what had arrived before it, as far as that takes no waiting."""
@@ -491,7 +381,7 @@ Readers: TypeAlias = "tuple[FrameReader | None, FrameReader | None]"
 
 def _pumps(
     first: socket.socket, second: socket.socket, pipes: PipePool, turns: Turns, readers: Readers
-) -> tuple[Pump | FramedPump, Pump | FramedPump]:
+) -> Pumps:
     """A pump in each direction."""
     if readers == (None, None):
         return Pump(first, second, pipes, turns), Pump(second, first, pipes, turns)
@@ -517,34 +407,3 @@ def _poll_for(poller: poll, sock: socket.socket, events: int) -> None:
             poller.unregister(sock)
     else:
         poller.register(sock, events)
-
-
-def _raise_error_of(sock: socket.socket) -> None:
-    """Raise the OSError that `sock` has come to, if it has."""
-    try:
-        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    except OSError:
-        return  # where it is refused, reading or writing tells
-    if error not in (0, errno.EPIPE):  # EPIPE: it had ended its stream before, and that is still delivered
-        raise OSError(error, os.strerror(error))
-
-
-def _silence(sock: socket.socket) -> float:
-    """Seconds since the peer of `sock` last acknowledged anything, a keepalive probe too; 0 where the kernel does not
-    tell. Source: tcp(7), TCP_INFO."""
-    try:
-        tcp_info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_LAST_ACK_RECV + 4)
-    except OSError:
-        return 0.0
-    (milliseconds,) = struct.unpack_from("=I", tcp_info, _TCP_INFO_LAST_ACK_RECV)
-    return float(milliseconds) / 1000
-
-
-def _unacknowledged(sock: socket.socket) -> int:
-    """Bytes that were written to `sock` and have not arrived, an end of stream being one; 0 where the kernel does not
-    tell. Source: tcp(7), SIOCOUTQ."""
-    try:
-        answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
-    except OSError:
-        return 0
-    return int.from_bytes(answer, sys.byteorder)

@@ -12,8 +12,9 @@ from relay.clients.client import Client
 from relay.clients.pings import Pings
 from relay.clients.places import Places
 from relay.options import Options
+from relay.transfer.limits import Limits
 from relay.transfer.pace import Pace
-from relay.transfer.pair import Limits, Pair, Readers
+from relay.transfer.pair import Pair, Readers
 from relay.transfer.pipes import PipePool
 from relay.transfer.rest import Rest
 from relay.transfer.state import PairState

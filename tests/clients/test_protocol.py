@@ -20,7 +20,7 @@ from relay.cli import read_options
 from relay.clients import door, farewell
 from relay.clients.handshake import Refusal
 from relay.options import Options
-from relay.transfer import pair, pipes
+from relay.transfer import ending, pipes
 from tests.support.harness import (
     CHECKOUT,
     Relay,
@@ -512,16 +512,16 @@ def test_the_docs_name_the_times_and_limits_that_are_kept() -> None:
         f"whole line | {options.handshake_timeout:g} s |",
         f"the partner's | {options.wait_timeout / 3600:g} h |",
         f"told to stop | {options.grace:g} s |",
-        f"a transfer, silent | {pair.HALF_CLOSED_SECONDS:g} s |",
+        f"a transfer, silent | {ending.HALF_CLOSED_SECONDS:g} s |",
         f"nothing moves | {options.idle_timeout / 3600:g} h |",
         f"with one token | {options.max_waiting_per_token} |",
-        f"sends nothing for {pair.HALF_CLOSED_SECONDS:g} seconds",
+        f"sends nothing for {ending.HALF_CLOSED_SECONDS:g} seconds",
         f"reads up to {farewell.LINGER_BYTES >> 10} KiB more",
         f"closes after about {farewell.LINGER_SECONDS:g} seconds",
         f"at most {pipes.PIPE_BYTES >> 20} MiB in each direction",
         f"after {door.KEEPALIVE_IDLE_SECONDS} seconds of silence",
         f"{['four', 'five', 'six'][door.KEEPALIVE_PROBES - 4]} probes, {door.KEEPALIVE_PROBE_SECONDS} seconds apart",
-        f"nothing acknowledged for {['four', 'five', 'six'][int(pair.DEAD_SECONDS // 60) - 4]} minutes",
+        f"nothing acknowledged for {['four', 'five', 'six'][int(ending.DEAD_SECONDS // 60) - 4]} minutes",
     ]:
         assert promise in text, promise
     for refusal in Refusal:

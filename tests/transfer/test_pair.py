@@ -68,10 +68,10 @@ def meet(service: Service) -> Iterator[Meet]:
 
 
 def shortened(**constants: float) -> list[str]:
-    """What to put before the relay's command so that it runs with other constants; `transfer__pair__X` is X of
-    relay.transfer.pair."""
+    """What to put before the relay's command so that it runs with other constants; `transfer__ending__X` is X of
+    relay.transfer.ending."""
     changes = [f"relay.{name.replace('__', '.')} = {value}" for name, value in constants.items()]
-    imports = "import sys, relay.cli, relay.clients.door, relay.transfer.pair"
+    imports = "import sys, relay.cli, relay.clients.door, relay.transfer.ending"
     program = "; ".join([imports, *changes, "relay.cli.main(sys.argv[4:])"])
     return [sys.executable, "-c", program]
 
@@ -239,7 +239,7 @@ def test_what_came_before_an_orderly_close_arrives_although_the_receiver_talks_o
 
 def test_when_one_stream_is_over_and_the_other_silent_the_pair_ends_before_long(tmp_path: Path) -> None:
     with (
-        Relay(tmp_path, recording=True, inside=shortened(transfer__pair__HALF_CLOSED_SECONDS=2)) as relay,
+        Relay(tmp_path, recording=True, inside=shortened(transfer__ending__HALF_CLOSED_SECONDS=2)) as relay,
         contextlib.ExitStack() as stack,
     ):
         first, second = met(relay.port, stack=stack)
@@ -256,7 +256,7 @@ def test_when_one_stream_is_over_and_the_other_silent_the_pair_ends_before_long(
 
 def test_a_slow_receiver_may_answer_after_the_senders_stream_is_over(tmp_path: Path) -> None:
     with (
-        Relay(tmp_path, recording=True, inside=shortened(transfer__pair__HALF_CLOSED_SECONDS=0.5)) as relay,
+        Relay(tmp_path, recording=True, inside=shortened(transfer__ending__HALF_CLOSED_SECONDS=0.5)) as relay,
         contextlib.ExitStack() as stack,
     ):
         sender, receiver = met(relay.port, stack=stack)
@@ -318,7 +318,7 @@ KEEPALIVE = {
     "clients__door__KEEPALIVE_PROBES": 2,
     "clients__door__KEEPALIVE_PROBE_SECONDS": 1,
 }
-DEAD = {"transfer__pair__DEAD_SECONDS": 3}
+DEAD = {"transfer__ending__DEAD_SECONDS": 3}
 
 
 def test_a_dead_peer_of_a_silent_pair_is_noticed(tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ def test_a_dead_peer_that_is_owed_bytes_is_noticed(tmp_path: Path, owed: str) ->
 
 def test_a_living_receiver_that_does_not_read_is_not_taken_for_dead(tmp_path: Path) -> None:
     with (
-        hosts(tmp_path, **KEEPALIVE, transfer__pair__DEAD_SECONDS=4) as (places, relay),
+        hosts(tmp_path, **KEEPALIVE, transfer__ending__DEAD_SECONDS=4) as (places, relay),
         contextlib.ExitStack() as stack,
     ):
         first, second = places.met(stack)

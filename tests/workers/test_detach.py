@@ -12,7 +12,7 @@ import pytest
 
 from relay.clients.door import open_port
 from relay.options import Options
-from relay.server import Relay
+from relay.server import Ports, Relay
 from relay.transfer import pair as pair_module
 from relay.transfer.pair import Detached, Pair
 from relay.transfer.pipes import PipePool
@@ -149,7 +149,8 @@ class Records:
 def test_a_transfer_that_ends_while_another_one_is_cut_off_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     relay, records = Relay(Options()), Records()
     listener = open_port("127.0.0.1", 0)
-    relay.start(listener, records)  # type: ignore[arg-type]  # it need not write anything
+    ports = Ports(listener, None, shared=False)
+    relay.start(ports, records)  # type: ignore[arg-type]  # it need not write anything
     clients = []
     for _ in range(3):
         token = new_token()

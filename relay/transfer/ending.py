@@ -1,0 +1,128 @@
+"""How a pair ends: what its two pumps are about, and what the kernel knows of its sides.
+
+A pair is over
+
+- when both sides have ended their streams and all they sent was delivered;
+- or when one has, and the other has acknowledged it all and then sends nothing for `HALF_CLOSED_SECONDS`;
+- or when one has ended its stream and then gone altogether, as soon as the other has acknowledged all it sent;
+- at once when either side is reset before that, or turns out to be dead.
+
+A side that does not read stops its partner, and nothing else: that may last as long as it likes, as long as its host
+still answers.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import struct
+import sys
+import termios
+from typing import TYPE_CHECKING, TypeAlias
+
+from relay.transfer.pump import INPUT, OVER, ROOM, Pump
+
+if TYPE_CHECKING:
+    from relay.transfer.framed import FramedPump
+
+Pumps: TypeAlias = "tuple[Pump | FramedPump, Pump | FramedPump]"
+"""Of a pair: from its first side to its second, and back."""
+
+HALF_CLOSED_SECONDS = 10.0
+"""How long the second side may say nothing once it has all of the first one's stream."""
+
+GONE_CHECK_SECONDS = 1.0
+"""How often a pair of which one side has ended its stream and gone looks whether the other has acknowledged it all."""
+
+DEAD_SECONDS = 300.0
+"""A side that has not acknowledged anything for so long while it was owed bytes is gone. A living one that does not
+read answers the kernel's zero-window probes, at least every two minutes (TCP_RTO_MAX)."""
+
+DEAD_CHECKS = 15
+"""How often, in that time, a pair of which a side is owed bytes looks whether that side is dead: keepalive does not,
+being silent while anything is unacknowledged, and TCP itself tries for a quarter of an hour (tcp_retries2)."""
+
+_TCP_INFO_LAST_ACK_RECV = 56  # offset of tcpi_last_ack_recv, milliseconds, in struct tcp_info of linux/tcp.h
+
+
+def patience(pumps: Pumps) -> float | None:
+    """In how many seconds to look again, when nothing happens until then; None if the kernel tells by itself."""
+    if is_one_gone(pumps):
+        return GONE_CHECK_SECONDS
+    if any(pump.waits == OVER for pump in pumps):
+        return HALF_CLOSED_SECONDS
+    if any(pump.waits == ROOM or _unacknowledged(pump.sink) for pump in pumps):
+        return DEAD_SECONDS / DEAD_CHECKS
+    return None  # keepalive finds out
+
+
+def is_over(pumps: Pumps) -> bool:
+    """Whether nothing can be delivered any more, in either direction."""
+    there, back = pumps
+    if there.waits == OVER or back.waits == OVER:
+        return there.waits == back.waits or (is_one_gone(pumps) and not owes(pumps))
+    return False
+
+
+def is_one_gone(pumps: Pumps) -> bool:
+    """Whether one side hears nothing any more, so that the other's end of stream need not be waited for: unless it
+    was sent a Close, since it answers that, and takes it amiss when nobody is there to hear it."""
+    return any(pump.discards and not pump.held for pump in pumps) and not any(
+        pump.waits == OVER and pump.frames_out for pump in pumps
+    )
+
+
+def is_half_closed(pumps: Pumps) -> bool:
+    """Whether one stream is over, and of the other everything that came was delivered."""
+    there, back = pumps
+    return {there.waits, back.waits} == {OVER, INPUT}
+
+
+def owes(pumps: Pumps) -> bool:
+    """Whether the end of a stream that is over, or something before it, is still on its way."""
+    return any(pump.waits == OVER and _unacknowledged(pump.sink) for pump in pumps)
+
+
+def look_for_the_dead(pumps: Pumps) -> None:
+    """Find out about a side that is not watched for input, or whose host has gone while it was owed bytes.
+
+    Raises OSError when there is one.
+    """
+    for pump in pumps:
+        if pump.waits == ROOM:
+            raise_error_of(pump.source)
+        if _unacknowledged(pump.sink) and _silence(pump.sink) > DEAD_SECONDS:
+            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+
+
+def raise_error_of(sock: socket.socket) -> None:
+    """Raise the OSError that `sock` has come to, if it has."""
+    try:
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    except OSError:
+        return  # where it is refused, reading or writing tells
+    if error not in (0, errno.EPIPE):  # EPIPE: it had ended its stream before, and that is still delivered
+        raise OSError(error, os.strerror(error))
+
+
+def _silence(sock: socket.socket) -> float:
+    """Seconds since the peer of `sock` last acknowledged anything, a keepalive probe too; 0 where the kernel does not
+    tell. Source: tcp(7), TCP_INFO."""
+    try:
+        tcp_info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_LAST_ACK_RECV + 4)
+    except OSError:
+        return 0.0
+    (milliseconds,) = struct.unpack_from("=I", tcp_info, _TCP_INFO_LAST_ACK_RECV)
+    return float(milliseconds) / 1000
+
+
+def _unacknowledged(sock: socket.socket) -> int:
+    """Bytes that were written to `sock` and have not arrived, an end of stream being one; 0 where the kernel does not
+    tell. Source: tcp(7), SIOCOUTQ."""
+    try:
+        answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
+    except OSError:
+        return 0
+    return int.from_bytes(answer, sys.byteorder)
