@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import enum
 import functools
-import re
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,13 +81,15 @@ def read_proxy_header(received: bytes) -> ProxyHeader | Flaw | None:
 
 
 def _is_address(family: int, text: bytes) -> bool:
-    if not re.fullmatch(rb"[0-9a-fA-F.:]+", text):
-        return False
     try:
-        inet_pton(family, text.decode())
-    except OSError:
+        inet_pton(family, text.decode("ascii"))
+    except (OSError, ValueError):
         return False
     return True
+
+
+def _is_port(text: bytes) -> bool:
+    return text == b"0" or (text.isdigit() and len(text) <= 5 and not text.startswith(b"0") and int(text) <= 65535)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ class _Field:
         return any(self.is_one(text + rest) for rest in self.rests)
 
 
-_PORT = _Field(lambda text: re.fullmatch(rb"0|[1-9][0-9]{0,4}", text) is not None and int(text) <= 65535, (b"", b"0"))
+_PORT = _Field(_is_port, (b"", b"0"))
 _IPV4 = _Field(
     functools.partial(_is_address, AF_INET), (b"", b"0", b".0", b"0.0", b".0.0", b"0.0.0", b".0.0.0", b"0.0.0.0")
 )

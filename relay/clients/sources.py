@@ -30,7 +30,7 @@ handshake does not end.
 
 from __future__ import annotations
 
-# Not for a socket, but to read addresses: the module ipaddress takes 0.4 MB, and ten times as long.
+# Not for a socket, but to read addresses: the module ipaddress takes ten times as long, and may take 0.4 MB.
 from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 
 _MAPPED = bytes(10) + b"\xff\xff"
