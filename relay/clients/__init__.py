@@ -9,10 +9,12 @@ Read it in the order in which a connection meets it:
 `sources`       pure: whom a connection counts for, by its address
 `proxy_header`  pure, with `forwarded_for`: whom a proxy names as its client; `trusted_proxies`: whose word is taken
 `reception`     from accept to a whole handshake
+`speech`        how a client speaks until it has a partner: plainly, or in WebSocket frames, see `web`
 `handshake`     pure: the bytes so far, and what they can still become
 `websocket`     pure: the opening handshake of a WebSocket client, and plain HTTP
 `frames`        pure: WebSocket frames, read and written; `masks`, how their mask comes off
 `line`          pure: the handshake line out of a WebSocket client's messages
+`pings`         for WebSocket clients to which nothing was said for a while
 `matching`      those whose handshake is whole meet, wait, or turn out to be spares
 `waiting_room`  pure: who waits for which token, a newcomer's match, and the spares
 `deadlines`     pure: who has to be done by when
