@@ -100,6 +100,14 @@ class Matching:
     def __contains__(self, client: Client) -> bool:
         return client in self._room.all_for(client.token)
 
+    def tokens(self) -> list[bytes]:
+        """What they wait for."""
+        return self._room.tokens()
+
+    def waiting_for(self, token: bytes) -> list[Client]:
+        """Who waits for `token`; they may go meanwhile."""
+        return self._room.all_for(token)
+
     def admit(self, client: Client) -> None:
         """See a client whose handshake is whole to its token's home."""
         if self._room.waiting_for(client.token) or not self.elsewhere.sees_home(client):

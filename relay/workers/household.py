@@ -109,7 +109,7 @@ class Household:
     def sees_home(self, client: Client) -> bool:
         """Hand `client`, whose handshake is whole, to the worker that its token lives with; False when that is us."""
         if client.hops > MOST_HOPS:
-            self.siblings.tokens.ask_again()
+            self.siblings.tokens.doubt([client.token])
             return False
         home = self.siblings.tokens.home(client.token)
         if home is None:
@@ -228,18 +228,30 @@ class Household:
     # What else siblings say
 
     def siblings_changed(self) -> None:
-        """Look again where everybody belongs, and who is a spare."""
+        """Look again where those belong of whom it was not certain, and who of them is a spare."""
         if not self.siblings.leaving:
-            for client in self._matching:
-                home = self.siblings.tokens.home(client.token)
-                if home is not None:
-                    self._uproot(client, home)
-                elif client.asked < self.last_match(client.token):
-                    self._matching.dismiss(client)
+            for token in [*self.siblings.tokens.uncertain]:
+                self._look_again(token)
             if self._door is not None:
                 self._door.shared = not self.siblings.alone
                 self._door.take_turn()  # whose it is may be unclear now
         self._on_change()
+
+    def was_absent(self) -> None:
+        """Look again where everybody belongs, within a second."""
+        self.siblings.tokens.doubt(self._matching.tokens())
+
+    def _look_again(self, token: bytes) -> None:
+        """See those who wait for `token` to where they belong by now."""
+        if not self._matching.waiting_for(token):
+            self.give_up(token)
+            return
+        home = self.siblings.tokens.home(token)
+        if home is None:
+            self._matching.dismiss_spares(token)
+            return
+        for client in self._matching.waiting_for(token):
+            self._uproot(client, home)
 
     def matched_elsewhere(self, token: bytes) -> None:
         """A sibling has matched two sides for `token`."""

@@ -61,8 +61,11 @@ class AtHome(Receiver, Protocol):
     """What this worker does with what comes to it, and with what it is told."""
 
     def siblings_changed(self) -> None:
-        """Those who wait may belong elsewhere now, or be spares of a match made elsewhere. Somebody, perhaps we, has
-        come, gone, fallen silent or woken; or it was not certain where somebody belongs."""
+        """Somebody, perhaps we, has come, gone, fallen silent or woken: those of whom it was not certain where they
+        belong may belong elsewhere now, or be spares of a match made elsewhere."""
+
+    def was_absent(self) -> None:
+        """The others may have done without us for a while: so may everybody who waits here."""
 
     def matched_elsewhere(self, token: bytes) -> None:
         """A sibling has matched two sides for `token`; whoever has asked for it here before is a spare."""
@@ -244,7 +247,8 @@ class Siblings:
         newcomer = link.opened_by_sibling
         if not newcomer:
             self._agree(greeting)
-            self._estate.take(greeting.language, fds)
+            if self._estate.take(greeting.language, fds):
+                self._at_home.was_absent()  # from the homes that count
         close_all(fds)
         if newcomer and not link.welcome(self._greeting(), self._estate.fds_for(greeting.language)):
             self.lost(link)
@@ -331,7 +335,7 @@ class Siblings:
         """Say that we are here, and how we are, notice who is not, and try again what did not work."""
         now = time.monotonic()
         if now - self._last_second > SILENT_SECONDS - 1:
-            self.tokens.unsettled = True  # we stood still, and others may have done without us
+            self._at_home.was_absent()  # we stood still
         self._last_second = now
         for link in list(self.links):
             link.read_all()  # what has come counts, however late we are to read it
@@ -349,8 +353,7 @@ class Siblings:
         self._parcels.every_second()
         if self.tokens.saw_stranger:
             self.tokens.saw_stranger = not self._gathering.meet_strangers(self._names())
-        if self.tokens.unsettled:
-            self.tokens.unsettled = False
+        if self.tokens.uncertain:
             self._at_home.siblings_changed()
         if self._gathering.keep_to_be_found():
             self.tokens.saw_stranger = True
