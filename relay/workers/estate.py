@@ -49,8 +49,7 @@ class Estate:
     def take(self, language: int, fds: list[int]) -> bool:
         """A sibling of that language has given us these; what is left in `fds` is not needed.
 
-        True when everybody who waits here has to be settled anew: to close homes, be they the same as ours or not,
-        releases our locks.
+        True when the homes are others than before, so that everybody who waits here has to be settled anew.
         """
         if self.port is None and len(fds) > (FILES if language == LANGUAGE else 0):
             self.port = socket.socket(fileno=fds.pop())
@@ -58,17 +57,15 @@ class Estate:
             return False
         if self.web_port is None and len(fds) > FILES:
             self.web_port = socket.socket(fileno=fds.pop())
+        before = self.homes
         try:
-            homes = Homes(fds[:FILES])
+            if before is not None and before.made <= Homes.made_when(fds):
+                return False  # as a rule, the same
+            self.homes = Homes(fds[:FILES])
         except OSError:
-            return False  # no file descriptor left to map them
+            return False  # no file descriptor left for them
         del fds[:FILES]
-        if self.homes is None:
-            self.homes = homes
+        if before is None:
             return False
-        if homes.made < self.homes.made:  # it was too slow to be heard, so that we took ourselves for the first
-            self.homes.close()
-            self.homes = homes
-        else:
-            homes.close()
+        before.close()  # the giver was too slow to be heard when we joined, so that we took ourselves for the first
         return True

@@ -32,7 +32,7 @@ from typing import Any, Protocol
 
 from relay.transfer.state import PairState, PumpState
 
-LANGUAGE = 4
+LANGUAGE = 5
 """Raised whenever a message of before would be misunderstood."""
 
 READY = b"R"

@@ -22,7 +22,7 @@ from relay.workers.language import LANGUAGE, Greeting
 from tests.support.crowd import Caller, Crowd, Transfer, assert_each_met_its_own_partner, call_in_random_order
 from tests.support.current import current, share
 from tests.support.harness import CHECKOUT, Relay, Workers, free_port, new_side, new_token, stopped, wait_until
-from tests.support.kernel_view import locks
+from tests.support.home_table import tokens_of
 
 FOREIGN = Greeting("worker-1-0badcafe", 1, "9.9.9", language=LANGUAGE + 1)
 
@@ -139,7 +139,7 @@ def test_a_worker_that_is_home_to_somebody_and_that_nobody_knows_is_looked_for(t
 
 
 def test_of_two_homes_of_one_token_the_one_without_the_match_closes_its_spares(tmp_path: Path) -> None:
-    # We play a worker that cannot be home, since it does not say that it is ready, but has the token's first byte.
+    # We play a worker that cannot be home, since it does not say that it is ready, but has the token's first place.
     with Workers(tmp_path, count=1) as workers, Crowd(workers.port) as crowd, contextlib.ExitStack() as stack:
         own = Greeting(f"worker-{os.getpid()}-00000000", os.getpid(), "1.0.0")
         link = stack.enter_context(visit(sockets(workers.run_dir)[0]))
@@ -167,17 +167,6 @@ def test_of_two_homes_of_one_token_the_one_without_the_match_closes_its_spares(t
         assert [(spare.answer, spare.error) for spare in spares] == [(b"", None)] * 3
         assert tokens_of(workers.workers[0]) == 0
         crowd.end(matched)
-
-
-def tokens_of(worker: Relay) -> int:
-    """How many tokens a worker is home to."""
-    files = {}
-    for fd in Path(f"/proc/{worker.pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-            if "relay-homes" in os.readlink(fd):
-                files[fd.stat().st_ino] = int(fd.name)  # one of them is open twice
-    assert len(files) == FILES
-    return sum(locks(worker.pid, fd) for fd in files.values())
 
 
 def test_a_worker_on_its_own_is_home_to_those_who_wait_before_somebody_joins_it(tmp_path: Path) -> None:
