@@ -6,6 +6,7 @@ in which order to read it:
 
 ====================  =================================================================================
 `cli`, `options`      the command line: docopt text to `Options`, and `main()`; `mistakes`, what it may complain of
+`slices`              how long work is done in an event loop that serves others, too
 `server`              one worker: puts the parts together, starts, ticks and stops
 `clients/`            before a pair: accept, shake hands, wait, match; or be turned away
 `transfer/`           a pair: bytes in both directions, and how it ends
@@ -15,9 +16,9 @@ in which order to read it:
 `process/`            what a process is before it is either: standard streams, limits, signals
 ====================  =================================================================================
 
-Imports run downwards only: `server`, `workers`, `transfer`, `clients`, the records of `usage`; `process/`,
-`options` and `mistakes` are below all. (``make lint`` checks it.) A part that needs something above it is given it. Pure modules
-know no sockets and no gevent. Nothing is monkey-patched: the threads of `usage` are real ones.
+Imports run downwards only: `server`, `workers`, `transfer`, `clients`, the records of `usage`; `process/`, `options`,
+`mistakes` and `slices` are below all. (``make lint`` checks it.) A part that needs something above it is given it. Pure
+modules know no sockets and no gevent. Nothing is monkey-patched: the threads of `usage` are real ones.
 """
 
 __version__ = "1.0.0"

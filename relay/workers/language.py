@@ -65,7 +65,6 @@ _PUMP = struct.Struct("!QI??IBII??")
 """Moved, held, over, splices, length of what rests in it, file descriptors beside it; unread, owed, ends, discards."""
 
 
-
 class Misunderstood(Exception):
     """A packet that no worker of this language would send."""
 
@@ -259,9 +258,7 @@ def encode_pair(envelope: Envelope, pair: PairState) -> bytes:
     return b"".join(
         (
             _ENVELOPE.pack(HANDED_PAIR, envelope.serial, envelope.sent),
-            _PAIR.pack(
-                pair.started, pair.arrived, pair.waiting_time, len(pair.first_frames), len(pair.second_frames)
-            ),
+            _PAIR.pack(pair.started, pair.arrived, pair.waiting_time, len(pair.first_frames), len(pair.second_frames)),
             *map(_encode_pump, (pair.there, pair.back)),
             pair.first_frames,
             pair.second_frames,

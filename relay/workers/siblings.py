@@ -43,7 +43,7 @@ from relay.workers.language import (
     encode_turn,
     kind_of,
 )
-from relay.workers.link import Link
+from relay.workers.link import Link, readiest
 from relay.workers.parcels import PARCEL_LOST_SECONDS, Parcels, Receiver, close_all
 from relay.workers.run_dir import RunDir
 from relay.workers.terms import disagreement
@@ -98,7 +98,6 @@ class Siblings:
         self._disagreement: str | None = None
         self._at_home = at_home
         self._last_second = time.monotonic()
-        self._turn = 0
         self._warned: set[str] = set()
 
     # Coming and going
@@ -157,6 +156,8 @@ class Siblings:
             self._tell_what_was_handed_on(link)
             link.close()
         self.links.clear()
+        self._live.clear()
+        self._parcels.close()
 
     def _tell_what_was_handed_on(self, link: Link) -> None:
         if self.leaving and (link.handed_clients or link.handed_pairs):
@@ -186,10 +187,8 @@ class Siblings:
         return not self._live
 
     def any_with_room(self, connections: int) -> Link | None:
-        """Some live sibling that has room for so many connections, another one each time; None if there is none."""
-        links = [link for link in self._live.values() if link.has_room(connections)]
-        self._turn += 1
-        return links[self._turn % len(links)] if links else None
+        """The live sibling that has room for so many connections and is the readiest for them; None if none has."""
+        return readiest(self._live.values(), connections)
 
     def idlest(self) -> Link | None:
         """The live sibling that has the least to do, as far as we know; None if nobody is there."""
@@ -338,9 +337,8 @@ class Siblings:
             self._at_home.was_absent()  # we stood still
         self._last_second = now
         for link in list(self.links):
-            link.read_all()  # what has come counts, however late we are to read it
-        for link in list(self.links):
-            link.seconds_unheard += 1
+            # What has come counts, however late we are to read it.
+            link.seconds_unheard = 0 if link.has_spoken() else link.seconds_unheard + 1
             if link.greeting is None:
                 if link.opened_by_sibling and link.seconds_unheard > SILENT_SECONDS:
                     self.lost(link)  # somebody who does not introduce itself

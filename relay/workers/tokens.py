@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from relay.workers.estate import Estate
 from relay.workers.language import encode_matched
-from relay.workers.link import Link
+from relay.workers.link import Link, readiest
 
 
 class Tokens:
@@ -55,14 +55,13 @@ class Tokens:
         return False
 
     def heir(self, token: bytes) -> Link | None:
-        """The live sibling with room to which those who wait for `token` go when we leave, all to the same if it can
-        be; None if there is none."""
+        """The live sibling with room to which those who wait for `token` go when we leave: the one that is home to it
+        by now, or else the readiest; None if there is none."""
         assert self._estate.homes is not None
         holder = self._estate.homes.holder(token)
         if holder is not None and holder in self._live:
             return self._live[holder]  # where its partner is
-        links = [link for link in self._live.values() if link.has_room(1)]
-        return links[int(token[:8], 16) % len(links)] if links else None
+        return readiest(self._live.values(), 1)
 
     def give_up(self, token: bytes) -> None:
         """Be home to `token` no longer: nobody waits for it here."""

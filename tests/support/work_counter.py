@@ -1,10 +1,9 @@
 """What a worker of a test does for its clients, counted by the worker itself; and how much of it in one go.
 
     workers.env = counting(tmp_path)            # before they start
-    before = work_of(tmp_path, worker.pid)
+    begin_anew(tmp_path, worker.pid)
     ...
-    after = work_of(tmp_path, worker.pid)
-    assert after.looks - before.looks < 100
+    assert work_of(tmp_path, worker.pid).looks < 100
 
 Seconds depend on the machine and on what else it does; how often something is done does not. The worker imports
 `sitecustomize` first, as every Python does, and that wraps what is counted.
@@ -42,9 +41,8 @@ def counting(folder: Path) -> dict[str, str]:
     """Return the environment for workers that count in `folder`."""
     first = folder / "counting"
     first.mkdir()
-    (first / "sitecustomize.py").write_text(
-        f"from tests.support.work_counter import count_here\ncount_here({str(first)!r})\n"
-    )
+    text = f"from tests.support.work_counter import count_here\ncount_here({str(first)!r})\n"
+    (first / "sitecustomize.py").write_text(text)
     return {"PYTHONPATH": f"{first}:{CHECKOUT}"}
 
 
@@ -53,24 +51,28 @@ def work_of(folder: Path, pid: int) -> Work:
     return Work(*_COUNTS.unpack((folder / "counting" / str(pid)).read_bytes()))
 
 
+def begin_anew(folder: Path, pid: int) -> None:
+    """Let a worker count from 0."""
+    with (folder / "counting" / str(pid)).open("r+b") as counts:
+        counts.write(bytes(_COUNTS.size))
+
+
 def count_here(folder: str) -> None:
     """Count in this process from now on."""
     fd = os.open(os.path.join(folder, str(os.getpid())), os.O_RDWR | os.O_CREAT, 0o600)
     os.ftruncate(fd, _COUNTS.size)
     counts = mmap.mmap(fd, _COUNTS.size)
     os.close(fd)
-    looks = at_once = most_at_once = 0
+    at_once = 0
 
     def look() -> None:
-        nonlocal looks
-        looks += 1
-        something()
+        something(1)
 
-    def something() -> None:
-        nonlocal at_once, most_at_once
+    def something(looks: int = 0) -> None:
+        nonlocal at_once
         at_once += 1
-        most_at_once = max(most_at_once, at_once)
-        _COUNTS.pack_into(counts, 0, looks, most_at_once)
+        before, most_at_once = _COUNTS.unpack_from(counts)
+        _COUNTS.pack_into(counts, 0, before + looks, max(most_at_once, at_once))
 
     def next_iteration() -> None:
         nonlocal at_once
