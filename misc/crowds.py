@@ -40,8 +40,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from relay.clients.door import TURN_SECONDS
-from tests.support.harness import Relay, Workers, handshake, new_side, new_token, wait_until
-from tests.support.hostile import met
+from tests.support.harness import Relay, Workers, handshake, met, new_side, new_token, wait_until
 
 CLIENTS_PER_PROCESS = 15_000
 PAIRS_PER_WORKER = 6
@@ -103,6 +102,7 @@ def exchange_bytes(port: int, number: int, pipe: Connection) -> None:
     poll = select.poll()
     by_fd = {}
     for probe in probes:
+        probe.left.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         probe.right.setblocking(False)
         poll.register(probe.right, select.POLLIN)
         by_fd[probe.right.fileno()] = probe

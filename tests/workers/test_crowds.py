@@ -18,6 +18,7 @@ from tests.support.harness import (
     Workers,
     connect,
     handshake,
+    met,
     new_side,
     new_token,
     open_fds,
@@ -25,7 +26,6 @@ from tests.support.harness import (
     stopped,
     wait_until,
 )
-from tests.support.hostile import met
 from tests.support.work_counter import begin_anew, counting, work_of
 
 WAITING = 4000
