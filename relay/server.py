@@ -29,6 +29,7 @@ from relay.mistakes import Mistake
 from relay.options import Options
 from relay.transfer.eviction import Eviction
 from relay.transfer.pairs import Pairs
+from relay.transfer.slices import in_slices
 from relay.usage.record import Current, Record
 from relay.usage.recorder import Recorder
 from relay.workers.household import Household
@@ -74,6 +75,7 @@ class Relay:
         self._told: tuple[int, int] | None = None
         self._tick = loop.timer(TICK_SECONDS, TICK_SECONDS)
         self._current_greenlet: gevent.Greenlet | None = None
+        self._due_are_looked_after: gevent.Greenlet | None = None
         self._stopping = False
         self._grace_ends: float | None = None
         self._given_up = False
@@ -224,10 +226,12 @@ class Relay:
 
     def _clear_out(self) -> None:
         """Give everything that is here into other hands, or, when there are none, begin to end it."""
-        has_siblings = self._household is not None and self._household.moves_on()
-        if self._household is not None and has_siblings and self._household.hand_everything_on():
+        if self._household is not None and self._household.moves_on() and self._household.hand_everything_on():
             self._grace_ends = None
             return
+        if self._ended.is_set():  # meanwhile
+            return
+        has_siblings = self._household is not None and self._household.moves_on()
         self.pairs.begin_all()
         if self._grace_ends is None:
             self._grace_ends = time.monotonic() + self.options.grace
@@ -242,8 +246,9 @@ class Relay:
         """Nobody will take over: close the port, and send those away who have no partner."""
         self._given_up = True
         self._close_door()
-        self._matching.close()
-        self._reception.close()
+        for leaving in (self._matching.close(), self._reception.close()):
+            for _ in in_slices(leaving):
+                pass
 
     def _close_door(self) -> None:
         if self._door is not None:
@@ -261,8 +266,9 @@ class Relay:
         for line in self._bounds_met.lines(math.inf):
             logger.warning("%s", line)
         self._eviction.close()
-        if self._current_greenlet is not None:
-            gevent.kill(self._current_greenlet)
+        for greenlet in (self._current_greenlet, self._due_are_looked_after):
+            if greenlet is not None:
+                gevent.kill(greenlet)
         if self._household is not None:
             self._household.close()
         self.pairs.cut_off()
@@ -296,11 +302,8 @@ class Relay:
 
     def _every_second(self) -> None:
         now = time.monotonic()
-        self._farewell.every_second(now)
-        self._matching.every_second(now)
-        # Those whose handshake is not whole come last: one that is by now may be matched with somebody who waits.
-        self._reception.every_second(now)
-        self._pings.every_second(now)
+        if not self._due_are_looked_after:
+            self._due_are_looked_after = gevent.spawn(self._look_after_who_is_due)
         self._places.next_second()
         if self._household is None:
             self.pairs.every_second(now, lambda busy: 1.0)
@@ -313,6 +316,19 @@ class Relay:
         if self._connected_and_waiting() != self._told:
             self._told = self._connected_and_waiting()
             self._refresh_current()
+
+    def _look_after_who_is_due(self) -> None:
+        """End what has taken too long, and ping those to whom nothing was said."""
+        now = time.monotonic()
+        for steps in (
+            self._farewell.see_off(now),
+            self._matching.see_off(now),
+            # Those whose handshake is not whole come later: one that is by now may be matched with somebody who waits.
+            self._reception.see_off(now),
+            self._pings.ping(now),
+        ):
+            for _ in in_slices(steps):
+                pass
 
     def _refresh_current(self, *, tick: bool = False) -> None:
         if self._recorder is not None:

@@ -43,7 +43,12 @@ class Deadlines(Generic[D]):
             if not due:
                 del self._by_second[somebody.due]
 
-    def take_due(self, now: float) -> list[D]:
-        """Everybody whose deadline has come at `now` (seconds), the most overdue first; they have no deadline then."""
-        seconds = sorted(second for second in self._by_second if second <= now)
-        return [somebody for second in seconds for somebody in self._by_second.pop(second)]
+    def take_due(self, now: float) -> Iterator[D]:
+        """Everybody whose deadline has come at `now` (seconds), the most overdue first; each has none from then on.
+        Deadlines may change while the caller goes through them: whoever's is cleared does not come."""
+        for second in sorted(second for second in self._by_second if second <= now):
+            while due := self._by_second.get(second):
+                somebody = due.pop()
+                if not due:
+                    del self._by_second[second]
+                yield somebody

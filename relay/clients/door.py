@@ -7,7 +7,7 @@ Several workers share the listening socket, and accept by turns. All could accep
 wakes every worker that has nothing to do, and the two sides of a transfer, which often come one right after the other,
 arrive at different workers. So one worker has the door for a while and then passes it on, at once when it is busy
 moving bytes. Nobody keeps account of whose turn it is: a worker that cannot know accepts, a worker that finds somebody
-else to be quicker stops, and once a second each looks whether somebody stands at a door that nobody opens.
+else to be quicker stops, and every now and then each looks whether somebody stands at a door that nobody opens.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ TURN_CONNECTIONS = 64
 TURN_SECONDS = 0.25
 """How many connections a worker accepts, and for how long from the first of them, before the next one's turn comes. So
 the two sides of a transfer arrive at the same worker as a rule, and transfers go to one after the other."""
+
+LOOK_SECONDS = 0.05
+"""How often to look whether somebody waits while it is another worker's turn. If that is so twice in a row, the other
+may not be able to accept; once may be just before it does."""
 
 FULL_PAUSE_SECONDS = 1.0
 """How long accepting rests when the process or the machine has no file descriptor or memory for another connection,
@@ -167,6 +171,7 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
         self._accepted = 0  # in this turn
         self._turn_ends = 0.0
         self._found_nobody = False  # when we last looked
+        self._was_awaited = False
 
     @property
     def shared(self) -> bool:
@@ -211,8 +216,9 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
         return not self._is_full() and not self._rests()
 
     def look_after_it(self) -> None:
-        """Take the turn of a worker that does not use it; to be called every now and then."""
-        if not self._has_turn and self.is_awaited():
+        """Take the turn of a worker that does not use it; to be called every `LOOK_SECONDS`."""
+        was_awaited, self._was_awaited = self._was_awaited, not self._has_turn and self.is_awaited()
+        if self._was_awaited and was_awaited:
             self.take_turn()
 
     def is_awaited(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from relay.clients.client import Client, EventLoop
 from relay.clients.deadlines import Deadlines
@@ -82,10 +82,11 @@ class Farewell:
         client.sock.close()
         self._places.give_back(client.source)
 
-    def every_second(self, now: float) -> None:
-        """End the connections that have lingered long enough; `now` in monotonic seconds."""
+    def see_off(self, now: float) -> Iterator[None]:
+        """End the connections that have lingered long enough, one with each step; `now` in monotonic seconds."""
         for client in self._lingering.take_due(now):
             self.close(client)
+            yield
 
     def close_all(self) -> None:
         """End those that linger at once."""

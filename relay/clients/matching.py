@@ -100,6 +100,14 @@ class Matching:
     def __contains__(self, client: Client) -> bool:
         return client in self._room.all_for(client.token)
 
+    def tokens(self) -> list[bytes]:
+        """What they wait for."""
+        return self._room.tokens()
+
+    def waiting_for(self, token: bytes) -> list[Client]:
+        """Who waits for `token`; they may go meanwhile."""
+        return self._room.all_for(token)
+
     def admit(self, client: Client) -> None:
         """See a client whose handshake is whole to its token's home."""
         if self._room.waiting_for(client.token) or not self.elsewhere.sees_home(client):
@@ -209,18 +217,25 @@ class Matching:
             if client.asked < last_match:
                 self.dismiss(client)
 
-    def close(self) -> None:
-        """Send away everybody who waits, and who would wait; those who still meet somebody are paired."""
+    def close(self) -> Iterator[None]:
+        """Send away everybody who waits, those for one token with each step, and who would wait; those who still meet
+        somebody are paired."""
         self._closed = True
-        for client in self:
-            self.dismiss(client)
+        return self._dismiss_all()
+
+    def _dismiss_all(self) -> Iterator[None]:
+        for token in self._room.tokens():
+            for client in self._room.all_for(token):
+                self.dismiss(client)
+            yield
 
     def cut_off(self) -> None:
         """End the connections of all who wait at once."""
         for client in self:
             self.evict(client)
 
-    def every_second(self, now: float) -> None:
-        """Send away those who have waited too long; `now` in monotonic seconds."""
+    def see_off(self, now: float) -> Iterator[None]:
+        """Send away those who have waited too long, one with each step; `now` in monotonic seconds."""
         for client in self._deadlines.take_due(now):
             self.dismiss(client)
+            yield

@@ -5,6 +5,7 @@ RFC 6455, 5.5.2. No pong is needed: whether somebody is dead is found out otherw
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 from relay.clients.deadlines import Deadlines
@@ -36,8 +37,9 @@ class Pings:
         if self._interval:
             self._deadlines.set(somebody, now + self._interval / 2)
 
-    def every_second(self, now: float) -> None:
-        """Ping those whose time has come."""
+    def ping(self, now: float) -> Iterator[None]:
+        """Ping those whose time has come, one with each step; `now` in monotonic seconds."""
         for somebody in self._deadlines.take_due(now):
             if somebody.ping():
                 self.add(somebody, now)
+            yield

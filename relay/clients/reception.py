@@ -49,6 +49,9 @@ class Reception:
         """Everybody whose handshake is awaited; they may go meanwhile."""
         return iter([*self._shaking])
 
+    def __contains__(self, client: Client) -> bool:
+        return client in self._shaking
+
     def accepted(self, sock: socket.socket, address: tuple[Any, ...], speech: Speech = PLAIN) -> None:
         """Somebody has connected from `address`, who speaks like this."""
         own = is_own(address[0], sock)
@@ -108,11 +111,16 @@ class Reception:
         self.let_go(client)
         self._farewell.end(client, client.speech.refusal(Refusal.BAD_HANDSHAKE))
 
-    def close(self) -> None:
-        """Turn away everybody who is here, and who will come."""
+    def close(self) -> Iterator[None]:
+        """Turn away everybody who is here, one with each step, and who will come."""
         self._closed = True
+        return self._turn_all_away()
+
+    def _turn_all_away(self) -> Iterator[None]:
         for client in self:
-            self._turn_away(client)
+            if client in self._shaking:
+                self._turn_away(client)
+            yield
 
     def cut_off(self) -> None:
         """End all connections at once."""
@@ -121,11 +129,12 @@ class Reception:
             self._farewell.finish(client, "errory")
             self._farewell.close(client)
 
-    def every_second(self, now: float) -> None:
-        """Turn away those who have taken too long; `now` in monotonic seconds."""
+    def see_off(self, now: float) -> Iterator[None]:
+        """Turn away those who have taken too long, one with each step; `now` in monotonic seconds."""
         for client in self._deadlines.take_due(now):
             # What has come counts, however late we are to look.
             self._shaking.pop(client, None)
             self._shake_hands(client)
             if client in self._shaking:
                 self._turn_away(client)
+            yield

@@ -88,6 +88,10 @@ class WaitingRoom(Generic[W]):
         """The one who has waited longest for `token`; somebody does."""
         return self._by_token[token][0]
 
+    def tokens(self) -> list[bytes]:
+        """All tokens that somebody waits for; the room may change meanwhile."""
+        return [*self._by_token]
+
     def oldest(self) -> W:
         """The one who waits for the token that somebody has waited for longest; the room is not empty."""
         return next(iter(self._by_token.values()))[0]

@@ -186,9 +186,7 @@ class Pair:
         first_frames, second_frames = (
             b"" if pump.reader is None else pump.reader.state.encode() for pump in self.pumps
         )
-        state = PairState(
-            self.started, self.arrived, self.waiting_time, there, back, first_frames, second_frames
-        )
+        state = PairState(self.started, self.arrived, self.waiting_time, there, back, first_frames, second_frames)
         return state, [self.first.fileno(), self.second.fileno(), *there_fds, *back_fds]
 
     def unpack(self, state: PairState, fds: Sequence[int]) -> None:

@@ -9,7 +9,9 @@ In this order:
 `link`       the connection to each
 `language`   pure: what they say
 `parcels`    clients and transfers under way, that none gets lost or doubled
-`tokens`     which worker a token lives with; `homes`, the memory in which all workers keep that
+`tokens`     which worker a token lives with
+`homes`      the memory in which all workers keep that: `buckets`, its hash table; `lives`, by which the kernel tells
+             who is dead; `matches`, when tokens were last matched
 `terms`      what all must agree on
 `estate`     what all have in common, and a newcomer gets
 `balance`    pure: which transfers go to a worker with less to do; `load`, how much this one has to do

@@ -46,26 +46,26 @@ class Estate:
         web_ports = [port.fileno() for port in (self.web_port,) if port is not None and port.fileno() >= 0]
         return [*(() if self.homes is None else self.homes.fds), *web_ports, *ports]
 
-    def take(self, language: int, fds: list[int]) -> None:
+    def take(self, language: int, fds: list[int]) -> bool:
         """A sibling of that language has given us these; what is left in `fds` is not needed.
 
-        To close homes that are ours already releases our locks. But when we have any, everybody is settled anew.
+        True when the homes are others than before, so that everybody who waits here has to be settled anew.
         """
         if self.port is None and len(fds) > (FILES if language == LANGUAGE else 0):
             self.port = socket.socket(fileno=fds.pop())
         if language != LANGUAGE or len(fds) < FILES:
-            return
+            return False
         if self.web_port is None and len(fds) > FILES:
             self.web_port = socket.socket(fileno=fds.pop())
+        before = self.homes
         try:
-            homes = Homes(fds[:FILES])
+            if before is not None and before.made <= Homes.made_when(fds):
+                return False  # as a rule, the same
+            self.homes = Homes(fds[:FILES])
         except OSError:
-            return  # no file descriptor left to map them
-        if self.homes is None:
-            self.homes = homes
-        elif homes.made < self.homes.made:  # it was too slow to be heard, so that we took ourselves for the first
-            self.homes.close()
-            self.homes = homes
-        else:
-            homes.close()
+            return False  # no file descriptor left for them
         del fds[:FILES]
+        if before is None:
+            return False
+        before.close()  # the giver was too slow to be heard when we joined, so that we took ourselves for the first
+        return True

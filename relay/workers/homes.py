@@ -1,76 +1,104 @@
 """Which worker a token lives with, and when it last met its match: what all workers of a relay know in common.
 
-A token's home is the worker where its first client waits, and the kernel keeps that in mind for all.
+A token's home is the worker where its first client waits. The workers have two files open together, in memory and
+without names. One is a table in which each worker enters the tokens it is home to (`buckets`), and the table of matches
+(`matches`); by the other the kernel tells who lives (`lives`), so that nobody need clear up after a worker that has
+died: what it has entered counts no longer.
 
-The workers of a relay have a few files open together, in memory and without names. Each token stands for a byte
-in one of them, far beyond its end. Who lets a client wait locks the byte of its token (fcntl(2), advisory record
-locking), which only one process can do at a time; who finds it locked learns by whom. The kernel releases the locks of
-a process in the moment in which it ends, however that happens: there is no table to repair, and nothing to agree upon.
-
-A worker that stands still keeps its locks. So a token has several bytes: the first that is not held by somebody who is
-absent counts. A home with another byte than the first is one for the time being, and tries again (see `siblings`), so
-that when the sleeper wakes all who wait for a token come together again.
-
-Closing any file descriptor of a file releases all locks that the process has on it. So there is one of each; whoever
-gets them once more, and closes those, has to settle its tokens anew.
+A worker that stands still is alive, and so are its entries. So a token has several places in the table: the first that
+is not owned by somebody who is absent counts. A home at another place than the first is one for the time being, and
+tries again (see `tokens`), so that when the sleeper wakes all who wait for a token come together again. It is the same
+for the few tokens whose place cannot be entered, since a worker stands still in the middle of changing it.
 
 When two sides are matched, the other connections that wait for their token, the spares, are closed. But some may be
-under way between workers at that moment, or wait where a worker stands still. So the first file also holds a table that
-all workers read and write: when each token was last matched. Whoever had asked for its partner before that is a spare,
-wherever it turns up. The table needs no locks: a home writes before it gives the token up, and reads once it has it.
+under way between workers at that moment, or wait where a worker stands still. Whoever had asked for its partner before
+the match is a spare, wherever it turns up. So a home notes a match before it gives the token up, and whoever is home
+next reads when it has it.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
 import os
 import struct
 import time
 from collections.abc import Callable, Sequence
 
-FILES = 32
-"""The kernel keeps the locks of a file in a list, so this is by how much the way through them is cut short."""
+from relay.workers import buckets, matches
+from relay.workers.buckets import Buckets, reserve
+from relay.workers.lives import Lives, pid_of
+from relay.workers.matches import Matches
 
-BYTES_OF_A_TOKEN = 4
+FILES = 2
+"""The tables; and which workers live."""
+
+PLACES = 4
 """How many workers may stand still at once, less one, without keeping the clients of a token apart."""
 
-MATCHES = 1 << 16
-PLACES_OF_A_TOKEN = 4
-"""Places for matches, and in how many of them a token's may be. A new one takes the oldest of its four, which is then
-forgotten: with a thousand pairs a second, of those matched a second ago not one in a million."""
+FURTHER_SECONDS = 5.0
+"""Who is home at a further place than the first says so at least each second, unless it stands still itself."""
 
 _PRIME = (1 << 61) - 1
 _HEAD = struct.Struct("=dQ")  # when they were made, key
-_MATCH = struct.Struct("=QQ")  # the token's number XOR the next, so that a half-written pair is no match; when, in ns
-_PLACES = struct.Struct(f"={2 * PLACES_OF_A_TOKEN}Q")  # so many of those
-_TABLE_END = _HEAD.size + MATCHES * _MATCH.size
-_FLOCK = struct.Struct("hhqqi")  # type, whence, start, length, pid: struct flock of fcntl(2), offsets of 64 bits
+_MOMENT = struct.Struct("d")
+_LAST_FURTHER = _HEAD.size  # when somebody has last become, or stayed, home at a further place than the first
+_MATCHES_START = 4096
+_BUCKETS_START = _MATCHES_START + matches.SIZE
+_SIZE = _BUCKETS_START + buckets.SIZE
+_SIZE_AT_FIRST = _BUCKETS_START + buckets.SIZE_OF_ROOTS
+_NOT_ZERO = 1 << 63
 _MFD_NOEXEC_SEAL = 0x8  # include/uapi/linux/memfd.h; vm.memfd_noexec in the kernel's sysctl documentation
-_EXCLUSIVE = fcntl.LOCK_EX | fcntl.LOCK_NB
 
 
 class Homes:
     """The homes of all tokens, as the worker with these `fds` sees them; they are its own from now on. `made` is when
-    the first worker of the relay made them, in seconds of CLOCK_MONOTONIC."""
+    the first worker of the relay made them, in seconds of CLOCK_MONOTONIC.
+
+    Raises OSError.
+    """
 
     def __init__(self, fds: Sequence[int]) -> None:
         self.fds = tuple(fds)
         self._pid = os.getpid()
-        self._table = mmap.mmap(self.fds[0], _TABLE_END)
+        self._lives = Lives(self.fds[1])
+        self._me = self._lives.me
+        try:
+            self._memory = mmap.mmap(self.fds[0], _SIZE)
+        except OSError:
+            self._lives.close()
+            raise
         self.made: float
-        self._key: int  # secret, or somebody could choose tokens that all fall into one list
-        self.made, self._key = _HEAD.unpack_from(self._table)
+        self._key: int  # secret, or somebody could choose tokens that all fall into one bucket
+        self.made, self._key = _HEAD.unpack_from(self._memory)
+        self._buckets = Buckets(self.fds[0], self._memory, _BUCKETS_START, self._lives)
+        self._matches = Matches(self._memory, _MATCHES_START)
+        self._further: dict[int, set[int]] = {}  # keys at further places than the first that are ours, by the first
+        self._last_token, self._last_number = b"", 0  # several questions about one come in a row, as a rule
 
     @classmethod
     def make(cls) -> Homes:
-        """New ones, for the first worker of a relay; raises OSError when there are no file descriptors for them."""
-        fds = [_memory_file() for _ in range(FILES)]
-        key = 1 + int.from_bytes(os.urandom(16), "big") % (_PRIME - 1)
-        os.ftruncate(fds[0], _TABLE_END)
-        os.pwrite(fds[0], _HEAD.pack(time.monotonic(), key), 0)
-        return cls(fds)
+        """New ones, for the first worker of a relay; raises OSError when there are no file descriptors for them, or
+        no memory."""
+        fds: list[int] = []
+        try:
+            fds += (_memory_file() for _ in range(FILES))
+            os.ftruncate(fds[0], _SIZE)
+            if not reserve(fds[0], 0, _SIZE_AT_FIRST):
+                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+            key = 1 + int.from_bytes(os.urandom(16), "big") % (_PRIME - 1)
+            os.pwrite(fds[0], _HEAD.pack(time.monotonic(), key), 0)
+            return cls(fds)
+        except OSError:
+            for fd in fds:
+                os.close(fd)
+            raise
+
+    @staticmethod
+    def made_when(fds: Sequence[int]) -> float:
+        """When those that have these file descriptors were made, in seconds of CLOCK_MONOTONIC."""
+        made: float = _HEAD.unpack(os.pread(fds[0], _HEAD.size, 0))[0]
+        return made
 
     def settle(self, token: bytes, is_there: Callable[[int], bool]) -> tuple[int, bool]:
         """Find the home of `token`, or become it.
@@ -79,68 +107,69 @@ class Homes:
         have to ask again. `is_there` says of a process id other than our own whether it is of a worker that can be
         home.
         """
-        fd, first = self._place_of(token)
-        for byte in range(first, first + BYTES_OF_A_TOKEN):
-            if _lock(fd, byte):
-                return self._pid, byte == first
-            holder = _holder(fd, byte, 1)
-            if holder is None and _lock(fd, byte):  # it was released just now
-                return self._pid, byte == first
-            if holder is not None and is_there(holder):
-                return holder, True
+        first = self._first_place_of(token)
+        for key in range(first, first + PLACES):
+            owner = self._buckets.take(key)
+            if owner is None:
+                owner = self._buckets.look(key)
+            if owner == self._me:
+                if key != first:
+                    self._note_further(first, key)
+                return self._pid, key == first
+            if owner and is_there(pid_of(owner)):
+                return pid_of(owner), True
         return self._pid, False
 
+    def _note_further(self, first: int, key: int) -> None:
+        self._further.setdefault(first, set()).add(key)
+        _MOMENT.pack_into(self._memory, _LAST_FURTHER, time.monotonic())
+
     def holder(self, token: bytes) -> int | None:
-        """The process id of a worker that is home to `token`, unless it is this one; None if nobody is."""
-        fd, first = self._place_of(token)
-        return _holder(fd, first, BYTES_OF_A_TOKEN)
+        """The process id of a worker that is home to `token`, unless it is this one; None if nobody is, as far as
+        can be seen from outside: it may change in this moment."""
+        first = self._first_place_of(token)
+        # All but the first are of no use as long as nobody stands still.
+        lately = time.monotonic() - _MOMENT.unpack_from(self._memory, _LAST_FURTHER)[0] < FURTHER_SECONDS
+        for key in range(first, first + PLACES if lately else first + 1):
+            owner = self._buckets.look(key)
+            if owner and owner != self._me and self._lives.has(owner):
+                return pid_of(owner)
+        return None
 
     def give_up(self, token: bytes) -> None:
         """Be home to `token` no longer; nothing happens if we are not."""
-        fd, first = self._place_of(token)
-        fcntl.lockf(fd, fcntl.LOCK_UN, BYTES_OF_A_TOKEN, first)
+        first = self._first_place_of(token)
+        self._buckets.drop(first)
+        if self._further:
+            for key in self._further.pop(first, ()):
+                self._buckets.drop(key)
 
     def note_match(self, token: bytes, when: float) -> None:
         """Tell all workers that two sides were matched for `token`, at `when` in seconds of CLOCK_MONOTONIC."""
-        number = self._number_of(token)
-        nanoseconds = int(when * 1e9)
-        first = _first_place_of_match(number)
-        held = _PLACES.unpack_from(self._table, first)
-        times = held[1::2]
-        place = times.index(min(times))
-        for own, (mixed, before) in enumerate(zip(held[::2], times, strict=True)):
-            if mixed ^ before == number:
-                place = own
-        _MATCH.pack_into(self._table, first + place * _MATCH.size, number ^ nanoseconds, nanoseconds)
+        self._matches.note(self._number_of(token), when)
+        self._buckets.fence()
 
     def last_match(self, token: bytes) -> float:
         """When any worker last matched two sides for `token`, as far as that is not forgotten; 0 if it is."""
-        number = self._number_of(token)
-        held = _PLACES.unpack_from(self._table, _first_place_of_match(number))
-        latest = 0  # of several that workers have written at the same time
-        for mixed, nanoseconds in zip(held[::2], held[1::2], strict=True):
-            if mixed ^ nanoseconds == number and nanoseconds > latest:
-                latest = nanoseconds
-        return latest / 1e9
+        return self._matches.last(self._number_of(token))
 
     def close(self) -> None:
         """Be home to nothing any more, and let go of the files."""
-        self._table.close()
+        self._buckets.close()
+        self._memory.close()
+        self._lives.close()
         for fd in self.fds:
             os.close(fd)
 
-    def _place_of(self, token: bytes) -> tuple[int, int]:
-        """The file, and the first byte in it, that stand for `token`."""
-        number = self._number_of(token)
-        return self.fds[number % FILES], number * BYTES_OF_A_TOKEN
+    def _first_place_of(self, token: bytes) -> int:
+        """The first of the `PLACES` keys, one after the other, that stand for `token` in the table."""
+        return self._number_of(token) * PLACES | _NOT_ZERO
 
     def _number_of(self, token: bytes) -> int:
         """A number below 2**61 that nobody can tell without the key: universal hashing (Carter and Wegman, 1979)."""
-        return int.from_bytes(token, "big") * self._key % _PRIME
-
-
-def _first_place_of_match(number: int) -> int:
-    return _HEAD.size + number % (MATCHES // PLACES_OF_A_TOKEN) * _PLACES.size
+        if token != self._last_token:
+            self._last_token, self._last_number = token, int.from_bytes(token, "big") * self._key % _PRIME
+        return self._last_number
 
 
 def _memory_file() -> int:
@@ -151,18 +180,3 @@ def _memory_file() -> int:
         if error.errno != errno.EINVAL:  # Linux before 6.3
             raise
         return os.memfd_create("relay-homes", os.MFD_CLOEXEC)
-
-
-def _lock(fd: int, byte: int) -> bool:
-    try:
-        fcntl.lockf(fd, _EXCLUSIVE, 1, byte)
-    except OSError:
-        return False  # somebody else has it; or, very rarely, the kernel has no memory for another (ENOLCK)
-    return True
-
-
-def _holder(fd: int, byte: int, length: int) -> int | None:
-    """The process that keeps us from locking any of these bytes, or None if we could."""
-    wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, length, 0)
-    kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, wanted))
-    return None if kind == fcntl.F_UNLCK else int(pid)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import select
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 import gevent
 
 from relay.clients.bounds import Bound
 from relay.clients.client import Client
-from relay.clients.door import Door
+from relay.clients.door import LOOK_SECONDS, Door
 from relay.clients.farewell import Farewell
 from relay.clients.matching import Matching
 from relay.clients.places import Places
@@ -23,6 +25,7 @@ from relay.clients.reception import Reception
 from relay.clients.speech import Ending
 from relay.transfer.pair import Pair
 from relay.transfer.pairs import Pairs
+from relay.transfer.slices import REST_SECONDS, in_slices
 from relay.transfer.state import PairState
 from relay.workers.balance import Balance
 from relay.workers.language import Standing
@@ -34,6 +37,12 @@ from relay.workers.siblings import Siblings
 MOST_HOPS = 8
 """A client that has been handed on so often stays where it is for a second, in which the siblings may find out who is
 there: they do not all learn of a change in the same moment."""
+
+AGAIN_SECONDS = 0.05
+"""When to look again for the home of a newcomer's token, if it is not certain: another worker may just have been kept
+from running in the middle of a change. If it is still not certain then, once a second."""
+
+T = TypeVar("T")
 
 
 class Household:
@@ -72,7 +81,11 @@ class Household:
         self._farewell = farewell
         self._on_change = on_change
         self._door: Door | None = None
+        self._looks_after_door = gevent.get_hub().loop.timer(LOOK_SECONDS, LOOK_SECONDS)
         self._epoll = select.epoll.fromfd(os.dup(gevent.get_hub().loop.fileno()))
+        self._to_look_at: dict[bytes, None] = {}
+        self._looking: gevent.Greenlet | None = None
+        self._pairs_came = False  # to be handed on, like everybody
         self._balance: Balance[Pair] = Balance()
         self._load = Load()
         self._busy, self._lately = 0, FULL_LOAD
@@ -82,6 +95,7 @@ class Household:
     def open(self, door: Door, listener: socket.socket, web_listener: socket.socket | None) -> None:
         """Take part in the relay, whose listening sockets this worker has behind `door`."""
         self._door = door
+        self._looks_after_door.start(door.look_after_it)
         self.siblings.announce(listener, web_listener)
 
     def leave(self) -> None:
@@ -95,12 +109,16 @@ class Household:
     def _moves_on_at_once(self) -> bool:
         """The same, for a pair that has just arrived: then `hand_everything_on` is to see it."""
         if self.moves_on():
+            self._pairs_came = True
             self._on_change()
             return True
         return False
 
     def close(self) -> None:
         """End all links."""
+        self._looks_after_door.stop()
+        if self._looking is not None:
+            gevent.kill(self._looking)
         self.siblings.close()
         self._epoll.close()
 
@@ -109,10 +127,12 @@ class Household:
     def sees_home(self, client: Client) -> bool:
         """Hand `client`, whose handshake is whole, to the worker that its token lives with; False when that is us."""
         if client.hops > MOST_HOPS:
-            self.siblings.tokens.ask_again()
+            self.siblings.tokens.doubt([client.token])
             return False
         home = self.siblings.tokens.home(client.token)
         if home is None:
+            if client.token in self.siblings.tokens.uncertain:
+                self._look_soon([client.token], AGAIN_SECONDS)
             return False
         self._hand_on(client, home)
         return True
@@ -143,31 +163,42 @@ class Household:
         sibling.hand_pair(pair)
 
     def hand_everything_on(self) -> bool:
-        """Give everybody who is here to the siblings, as far as these have room. Returns whether they had it for all;
-        whoever found none stays, and a pair among them has to begin again."""
-        found_room = True
-        for client in self._matching:
-            heir = self.siblings.tokens.heir(client.token)
-            if heir is None:
-                found_room = False
-                break
-            self._uproot(client, heir)
-        for client in self._reception:
-            link = self.siblings.any_with_room(1)
-            if link is None:
-                found_room = False
-                break
-            self._reception.let_go(client)
-            self._hand_on(client, link)
-        for pair in self._pairs:
-            link = self.siblings.any_with_room(CONNECTIONS_OF_A_PAIR)
+        """Give everybody who is here to the siblings, as far as these have room; to be called from a greenlet. Returns
+        whether they had it for all; whoever found none stays, and a pair among them has to begin again."""
+        return self._hand_on_all_pairs() and self._hand_on_newcomers() and self._hand_on_those_who_wait()
+
+    def _hand_on_all_pairs(self) -> bool:
+        self._pairs_came = False
+        for pair in in_slices(self._pairs):
+            link = _once_ready(partial(self.siblings.any_with_room, CONNECTIONS_OF_A_PAIR))
             if link is None:
                 return False
             self._hand_on_pair(pair, link)
-        return found_room
+        return True
+
+    def _hand_on_newcomers(self) -> bool:
+        for client in in_slices(self._reception):
+            link = _once_ready(partial(self.siblings.any_with_room, 1))
+            if link is None:
+                return False
+            if client in self._reception:
+                self._reception.let_go(client)
+                self._hand_on(client, link)
+        return True
+
+    def _hand_on_those_who_wait(self) -> bool:
+        for token in in_slices(self._matching.tokens()):
+            if self._pairs_came and not self._hand_on_all_pairs():
+                return False
+            heir = _once_ready(partial(self.siblings.tokens.heir, token))
+            if heir is None:
+                return False
+            for client in self._matching.waiting_for(token):
+                self._uproot(client, heir)
+        return True
 
     def _hand_on_pairs(self, pairs: list[Pair], link: Link) -> None:
-        for pair in pairs:
+        for pair in in_slices(pairs):
             if link.has_room(CONNECTIONS_OF_A_PAIR):
                 self._hand_on_pair(pair, link)
 
@@ -228,18 +259,37 @@ class Household:
     # What else siblings say
 
     def siblings_changed(self) -> None:
-        """Look again where everybody belongs, and who is a spare."""
+        """Look again where those belong of whom it was not certain, and who of them is a spare."""
         if not self.siblings.leaving:
-            for client in self._matching:
-                home = self.siblings.tokens.home(client.token)
-                if home is not None:
-                    self._uproot(client, home)
-                elif client.asked < self.last_match(client.token):
-                    self._matching.dismiss(client)
+            self._look_soon(self.siblings.tokens.uncertain)
             if self._door is not None:
                 self._door.shared = not self.siblings.alone
                 self._door.take_turn()  # whose it is may be unclear now
         self._on_change()
+
+    def was_absent(self) -> None:
+        """Look again where everybody belongs, within a second."""
+        self.siblings.tokens.doubt(self._matching.tokens())
+
+    def _look_soon(self, tokens: Iterable[bytes], seconds: float = 0.0) -> None:
+        """See those who wait for `tokens` to where they belong by now, within so many seconds and some more."""
+        self._to_look_at.update(dict.fromkeys(tokens))
+        if self._to_look_at and not self._looking:
+            self._looking = gevent.spawn_later(seconds, self._look)
+
+    def _look(self) -> None:
+        for token in in_slices(_popped_from(self._to_look_at)):
+            if self.siblings.leaving:
+                return  # and everybody is handed on
+            if not self._matching.waiting_for(token):
+                self.give_up(token)
+                continue
+            home = _once_ready(partial(self.siblings.tokens.home, token))
+            if home is None:
+                self._matching.dismiss_spares(token)
+                continue
+            for client in self._matching.waiting_for(token):
+                self._uproot(client, home)
 
     def matched_elsewhere(self, token: bytes) -> None:
         """A sibling has matched two sides for `token`."""
@@ -272,4 +322,16 @@ class Household:
             surplus = self._balance.surplus(list(self._pairs), load, link.load)
             if surplus:
                 gevent.spawn(self._hand_on_pairs, surplus, link)
-        self._door.look_after_it()
+
+
+def _once_ready(choose: Callable[[], Link | None]) -> Link | None:
+    """The sibling that `choose` says, as soon as that is not laden; asked again until then."""
+    while (link := choose()) is not None and link.laden:
+        gevent.sleep(REST_SECONDS)
+    return link
+
+
+def _popped_from(things: dict[T, None]) -> Iterator[T]:
+    """All `things`, of which there may be more meanwhile, until there are none."""
+    while things:
+        yield things.popitem()[0]

@@ -32,7 +32,7 @@ from typing import Any, Protocol
 
 from relay.transfer.state import PairState, PumpState
 
-LANGUAGE = 4
+LANGUAGE = 5
 """Raised whenever a message of before would be misunderstood."""
 
 READY = b"R"
@@ -63,7 +63,6 @@ _TURN = struct.Struct("!cI")  # kind, how many had no room
 _PAIR = struct.Struct("!dddBB")  # started, arrived, waiting time, lengths of where the frames of each side are
 _PUMP = struct.Struct("!QI??IBII??")
 """Moved, held, over, splices, length of what rests in it, file descriptors beside it; unread, owed, ends, discards."""
-
 
 
 class Misunderstood(Exception):
@@ -259,9 +258,7 @@ def encode_pair(envelope: Envelope, pair: PairState) -> bytes:
     return b"".join(
         (
             _ENVELOPE.pack(HANDED_PAIR, envelope.serial, envelope.sent),
-            _PAIR.pack(
-                pair.started, pair.arrived, pair.waiting_time, len(pair.first_frames), len(pair.second_frames)
-            ),
+            _PAIR.pack(pair.started, pair.arrived, pair.waiting_time, len(pair.first_frames), len(pair.second_frames)),
             *map(_encode_pump, (pair.there, pair.back)),
             pair.first_frames,
             pair.second_frames,

@@ -11,7 +11,7 @@ import array
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,6 +33,10 @@ from relay.workers.language import (
 from relay.workers.load import FULL_LOAD
 
 CONNECTIONS_OF_A_PAIR = 2
+
+MOST_UNDER_WAY = 256
+"""When many move house, so many connections may be on their way to a worker at a time. It takes them in in ten
+milliseconds, and what comes behind them, a transfer perhaps, waits for that."""
 
 _ANCILLARY_BYTES = socket.CMSG_SPACE(CLIENTS_PER_PACKET * array.array("i").itemsize)
 
@@ -61,6 +65,11 @@ class Parcel:
     pair: Pair | None = None
     sent: float = 0.0  # monotonic seconds
 
+    @property
+    def connections(self) -> int:
+        """How many connections change hands with it."""
+        return len(self.clients) if self.pair is None else CONNECTIONS_OF_A_PAIR
+
 
 class Link:
     """The connection to one sibling.
@@ -81,6 +90,8 @@ class Link:
         self.said_farewell = False
         self.seconds_unheard = 0
         self.unconfirmed: dict[int, Parcel] = {}
+        self.under_way = 0
+        """How many connections we have handed to it that it has not confirmed."""
         self.pairs = 0
         self.load = FULL_LOAD
         self.room = 0
@@ -121,11 +132,17 @@ class Link:
         """Whether this sibling can be home to tokens, and take so many connections."""
         return self.live and self.room >= connections
 
+    @property
+    def laden(self) -> bool:
+        """Whether so much is under way to this sibling that what can wait should."""
+        return self.under_way >= MOST_UNDER_WAY
+
     # Saying
 
     def hand_client(self, client: Client) -> None:
         """Hand `client` on, with whatever else this iteration of the loop brings."""
         self.room -= 1
+        self.under_way += 1
         if not self._next_clients:
             self._run_callback(self._send_clients)
         self._next_clients.append(client)
@@ -133,6 +150,7 @@ class Link:
     def hand_pair(self, pair: Pair) -> None:
         """Hand `pair` on, which has let go of its sockets."""
         self.room -= CONNECTIONS_OF_A_PAIR
+        self.under_way += CONNECTIONS_OF_A_PAIR
         self.say(Parcel([], pair))
 
     def say(self, message: Parcel | bytes) -> None:
@@ -205,10 +223,22 @@ class Link:
         self._owner.heard(self, bytes(_view[:size]), _fds_in(ancillary))
         return True
 
-    def read_all(self) -> None:
-        """Take in everything that has come."""
-        while not self.closed and self.read():
-            pass
+    def has_spoken(self) -> bool:
+        """Whether something has come that we have not read yet."""
+        try:
+            self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # which reading finds out
+        return True
+
+    def no_longer_under_way(self, serial: int) -> Parcel | None:
+        """The parcel with that serial number, which the sibling has answered; None if there is none any more."""
+        parcel = self.unconfirmed.pop(serial, None)
+        if parcel is not None:
+            self.under_way -= parcel.connections
+        return parcel
 
     def confirm(self, serial: int) -> bool:
         """Send ``C``, past everything that is queued; False when that is not possible now."""
@@ -235,13 +265,16 @@ class Link:
         if self._next_clients:
             parcels.append(Parcel(self._next_clients))
             self._next_clients = []
+        self.under_way -= sum(parcel.connections for parcel in parcels)
         return parcels
 
     def take_back(self, older_than: float = 0.0) -> list[Parcel]:
         """Everything that was sent more than `older_than` seconds ago and is not confirmed; it is ours again."""
         before = time.monotonic() - older_than
         late = [serial for serial, parcel in self.unconfirmed.items() if parcel.sent <= before]
-        return [self.unconfirmed.pop(serial) for serial in late]
+        parcels = [self.unconfirmed.pop(serial) for serial in late]
+        self.under_way -= sum(parcel.connections for parcel in parcels)
+        return parcels
 
     def close(self) -> None:
         """End the link."""
@@ -250,6 +283,16 @@ class Link:
             watcher.stop()
             watcher.close()
         self._sock.close()
+
+
+def readiest(links: Iterable[Link], connections: int) -> Link | None:
+    """Of those that have room for so many connections, the one that has the most and is not `laden`, if there is one;
+    None if none has room."""
+    return min(
+        (link for link in links if link.has_room(connections)),
+        key=lambda link: (link.laden, -link.room),
+        default=None,
+    )
 
 
 def _fds_in(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

@@ -16,11 +16,15 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Protocol
+
+import gevent
 
 from relay.clients.client import Client
 from relay.transfer.pair import Pair
+from relay.transfer.slices import in_slices
 from relay.transfer.state import PairState
 from relay.workers.estate import Estate
 from relay.workers.language import (
@@ -74,6 +78,8 @@ class Parcels:
         self._estate = estate
         self._serial = 0
         self._refused: list[Parcel] = []
+        self._back: deque[Client | Pair] = deque()
+        self._taking_back: gevent.Greenlet | None = None
 
     def envelope(self) -> Envelope:
         """What goes on the next parcel."""
@@ -111,7 +117,7 @@ class Parcels:
 
     def confirmed(self, link: Link, serial: int) -> None:
         """A sibling has taken a parcel over."""
-        parcel = link.unconfirmed.pop(serial, None)
+        parcel = link.no_longer_under_way(serial)
         if parcel is None:
             return
         if parcel.pair is not None:
@@ -123,18 +129,35 @@ class Parcels:
 
     def refused(self, link: Link, serial: int) -> None:
         """A sibling could not take a parcel: it is ours again within a second."""
-        parcel = link.unconfirmed.pop(serial, None)
+        parcel = link.no_longer_under_way(serial)
         if parcel is not None:
             link.room = 0  # until it says otherwise
             self._refused.append(parcel)
 
     def have_back(self, parcels: list[Parcel]) -> None:
-        """These are ours again."""
-        for parcel in parcels:
-            if parcel.pair is not None:
-                self._receiver.take_back_pair(parcel.pair)
-            for client in parcel.clients:
-                self._receiver.take_back(client)
+        """These are ours again, soon; the transfers before the clients, who have no partner."""
+        self._back.extendleft(parcel.pair for parcel in parcels if parcel.pair is not None)
+        self._back.extend(client for parcel in parcels for client in parcel.clients)
+        if self._back and not self._taking_back:
+            self._taking_back = gevent.spawn(self._take_back)
+
+    def _take_back(self) -> None:
+        for _ in in_slices(self._take_all_back()):
+            pass
+
+    def _take_all_back(self) -> Iterator[None]:
+        while self._back:
+            somebody = self._back.popleft()
+            if isinstance(somebody, Pair):
+                self._receiver.take_back_pair(somebody)
+            else:
+                self._receiver.take_back(somebody)
+            yield
+
+    def close(self) -> None:
+        """Have at once what was to come back."""
+        for _ in self._take_all_back():
+            pass
 
     def every_second(self) -> None:
         """Begin anew with what was refused."""

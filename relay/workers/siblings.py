@@ -43,7 +43,7 @@ from relay.workers.language import (
     encode_turn,
     kind_of,
 )
-from relay.workers.link import Link
+from relay.workers.link import Link, readiest
 from relay.workers.parcels import PARCEL_LOST_SECONDS, Parcels, Receiver, close_all
 from relay.workers.run_dir import RunDir
 from relay.workers.terms import disagreement
@@ -61,8 +61,11 @@ class AtHome(Receiver, Protocol):
     """What this worker does with what comes to it, and with what it is told."""
 
     def siblings_changed(self) -> None:
-        """Those who wait may belong elsewhere now, or be spares of a match made elsewhere. Somebody, perhaps we, has
-        come, gone, fallen silent or woken; or it was not certain where somebody belongs."""
+        """Somebody, perhaps we, has come, gone, fallen silent or woken: those of whom it was not certain where they
+        belong may belong elsewhere now, or be spares of a match made elsewhere."""
+
+    def was_absent(self) -> None:
+        """The others may have done without us for a while: so may everybody who waits here."""
 
     def matched_elsewhere(self, token: bytes) -> None:
         """A sibling has matched two sides for `token`; whoever has asked for it here before is a spare."""
@@ -95,7 +98,6 @@ class Siblings:
         self._disagreement: str | None = None
         self._at_home = at_home
         self._last_second = time.monotonic()
-        self._turn = 0
         self._warned: set[str] = set()
 
     # Coming and going
@@ -154,6 +156,8 @@ class Siblings:
             self._tell_what_was_handed_on(link)
             link.close()
         self.links.clear()
+        self._live.clear()
+        self._parcels.close()
 
     def _tell_what_was_handed_on(self, link: Link) -> None:
         if self.leaving and (link.handed_clients or link.handed_pairs):
@@ -183,10 +187,8 @@ class Siblings:
         return not self._live
 
     def any_with_room(self, connections: int) -> Link | None:
-        """Some live sibling that has room for so many connections, another one each time; None if there is none."""
-        links = [link for link in self._live.values() if link.has_room(connections)]
-        self._turn += 1
-        return links[self._turn % len(links)] if links else None
+        """The live sibling that has room for so many connections and is the readiest for them; None if none has."""
+        return readiest(self._live.values(), connections)
 
     def idlest(self) -> Link | None:
         """The live sibling that has the least to do, as far as we know; None if nobody is there."""
@@ -244,7 +246,8 @@ class Siblings:
         newcomer = link.opened_by_sibling
         if not newcomer:
             self._agree(greeting)
-            self._estate.take(greeting.language, fds)
+            if self._estate.take(greeting.language, fds):
+                self._at_home.was_absent()  # from the homes that count
         close_all(fds)
         if newcomer and not link.welcome(self._greeting(), self._estate.fds_for(greeting.language)):
             self.lost(link)
@@ -331,12 +334,11 @@ class Siblings:
         """Say that we are here, and how we are, notice who is not, and try again what did not work."""
         now = time.monotonic()
         if now - self._last_second > SILENT_SECONDS - 1:
-            self.tokens.unsettled = True  # we stood still, and others may have done without us
+            self._at_home.was_absent()  # we stood still
         self._last_second = now
         for link in list(self.links):
-            link.read_all()  # what has come counts, however late we are to read it
-        for link in list(self.links):
-            link.seconds_unheard += 1
+            # What has come counts, however late we are to read it.
+            link.seconds_unheard = 0 if link.has_spoken() else link.seconds_unheard + 1
             if link.greeting is None:
                 if link.opened_by_sibling and link.seconds_unheard > SILENT_SECONDS:
                     self.lost(link)  # somebody who does not introduce itself
@@ -349,8 +351,7 @@ class Siblings:
         self._parcels.every_second()
         if self.tokens.saw_stranger:
             self.tokens.saw_stranger = not self._gathering.meet_strangers(self._names())
-        if self.tokens.unsettled:
-            self.tokens.unsettled = False
+        if self.tokens.uncertain:
             self._at_home.siblings_changed()
         if self._gathering.keep_to_be_found():
             self.tokens.saw_stranger = True

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from relay.workers.estate import Estate
 from relay.workers.language import encode_matched
-from relay.workers.link import Link
+from relay.workers.link import Link, readiest
 
 
 class Tokens:
@@ -22,8 +22,9 @@ class Tokens:
     def __init__(self, estate: Estate, links: Collection[Link], live: Mapping[int, Link]) -> None:
         self.leaving = False
         """Whether this worker can be home to nothing any more."""
-        self.unsettled = False
-        """Whether somebody waits here who may belong elsewhere."""
+        self.uncertain: dict[bytes, None] = {}
+        """For which of those who wait here it is not certain that they belong here; in the order in which that came
+        about. All others do, whoever comes and goes: a home that is certain stays with its worker until `give_up`."""
         self.saw_stranger = False
         """Whether some token's home is a worker that we have not met."""
         self._estate = estate
@@ -40,8 +41,10 @@ class Tokens:
             return self.heir(token)
         assert self._estate.homes is not None
         pid, certain = self._estate.homes.settle(token, self._can_be_home)
-        if not certain:
-            self.unsettled = True
+        if certain:
+            self.uncertain.pop(token, None)
+        else:
+            self.uncertain[token] = None
         return self._live.get(pid)
 
     def _can_be_home(self, pid: int) -> bool:
@@ -52,17 +55,17 @@ class Tokens:
         return False
 
     def heir(self, token: bytes) -> Link | None:
-        """The live sibling with room to which those who wait for `token` go when we leave, all to the same if it can
-        be; None if there is none."""
+        """The live sibling with room to which those who wait for `token` go when we leave: the one that is home to it
+        by now, or else the readiest; None if there is none."""
         assert self._estate.homes is not None
         holder = self._estate.homes.holder(token)
         if holder is not None and holder in self._live:
             return self._live[holder]  # where its partner is
-        links = [link for link in self._live.values() if link.has_room(1)]
-        return links[int(token[:8], 16) % len(links)] if links else None
+        return readiest(self._live.values(), 1)
 
     def give_up(self, token: bytes) -> None:
         """Be home to `token` no longer: nobody waits for it here."""
+        self.uncertain.pop(token, None)
         if self._estate.homes is not None:
             self._estate.homes.give_up(token)
 
@@ -72,7 +75,7 @@ class Tokens:
         homes = self._estate.homes
         assert homes is not None
         homes.note_match(token, time.monotonic())
-        homes.give_up(token)
+        self.give_up(token)
         if self._links and homes.holder(token) is not None:
             for link in self._links:
                 if link.greeting is not None:
@@ -82,6 +85,6 @@ class Tokens:
         """When a worker last matched two sides for `token`, in monotonic seconds; 0 if that is forgotten."""
         return 0.0 if self._estate.homes is None else self._estate.homes.last_match(token)
 
-    def ask_again(self) -> None:
-        """Somebody waits here who may belong elsewhere: look again within a second."""
-        self.unsettled = True
+    def doubt(self, tokens: Iterable[bytes]) -> None:
+        """Those who wait here for these may belong elsewhere: ask again within a second."""
+        self.uncertain.update(dict.fromkeys(tokens))

@@ -65,14 +65,14 @@ class Clock(RuleBasedStateMachine):
     def time_passes(self, step: float) -> None:
         """Whoever is due is taken, once, in order."""
         self.now += step
-        taken = self.deadlines.take_due(self.now)
+        taken = list(self.deadlines.take_due(self.now))
         assert len(set(taken)) == len(taken)
         seconds = [math.ceil(self.due[somebody]) for somebody in taken]
         assert seconds == sorted(seconds)
         for somebody in taken:
             assert self.due.pop(somebody) <= self.now
         assert all(when > self.now - 1 for when in self.due.values())
-        assert self.deadlines.take_due(self.now) == []
+        assert list(self.deadlines.take_due(self.now)) == []
 
     @invariant()
     def whoever_has_a_deadline_is_there_once(self) -> None:
@@ -95,5 +95,5 @@ def test_deadlines_may_change_while_one_goes_through_them() -> None:
         deadlines.clear(somebody)
         deadlines.set(somebody, 100)
     assert set(deadlines) == set(people)
-    assert deadlines.take_due(99) == []
+    assert list(deadlines.take_due(99)) == []
     assert set(deadlines.take_due(100)) == set(people)

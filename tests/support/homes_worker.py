@@ -6,18 +6,26 @@
         worker.holder(token)        # a process id, or None
         worker.absent(other.pid)    # from now on it takes these, and no others, for workers that cannot be home
         worker.give_up(token)
+        with worker.inside(token):  # meanwhile it stands still in the middle of changing something there
+            ...
 
 Locks belong to a process, so one test needs several of these.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
+import random
 import resource
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from relay.workers.buckets import root_of
 from relay.workers.homes import Homes
 from tests.support.told_process import ToldProcess, obey_stdin
 
@@ -46,6 +54,14 @@ class HomesWorker(ToldProcess):
         """`Homes.holder`."""
         said = self.ask("holder", token)
         return None if said == "None" else int(said)
+
+    @contextlib.contextmanager
+    def inside(self, token: str) -> Iterator[None]:
+        """While it stands still in the middle of changing a token's first place. It may be killed there."""
+        self.ask("enter", token)
+        yield
+        if self.process.returncode is None:
+            self.ask("leave", token)
 
     def note_match(self, token: str, when: float) -> None:
         """`Homes.note_match`."""
@@ -88,6 +104,21 @@ def _obey(homes: Homes, absent: set[int], command: str, words: list[str]) -> str
         return f"{homes.made} {homes._key}"
     elif command == "close":
         homes.close()
+    elif command in ("enter", "leave"):
+        kind = fcntl.LOCK_EX if command == "enter" else fcntl.LOCK_UN
+        fcntl.lockf(homes.fds[0], kind, 1, root_of(homes._first_place_of(tokens[0])))
+    elif command == "close-spares":
+        for fd in homes.fds:
+            os.close(os.dup(fd))
+    elif command == "no-more-memory":
+        os.posix_fallocate = _refuse
+    elif command == "die-at-store":
+        homes._buckets._words = _Dying(homes._buckets._words, int(words[0]))  # type: ignore[assignment]
+    elif command == "come-and-go":
+        for token in random.choices([word.encode() for word in words[1:]], k=int(words[0])):
+            homes.settle(token, lambda pid: pid not in absent)
+            if random.random() < 0.7:
+                homes.give_up(token)
     elif command == "busy":
         return _come_and_go(homes, int(words[0]))
     elif command == "make-with-few-fds":
@@ -95,31 +126,64 @@ def _obey(homes: Homes, absent: set[int], command: str, words: list[str]) -> str
     return "done"
 
 
+def _refuse(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class _Dying:
+    """Words of the memory; with the store after so many the process is no more."""
+
+    def __init__(self, words: memoryview, stores: int) -> None:
+        self._words = words
+        self._stores = stores
+
+    def __getitem__(self, word: int) -> int:
+        return int(self._words[word])
+
+    def __setitem__(self, word: int, value: int) -> None:
+        if not self._stores:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._stores -= 1
+        self._words[word] = value
+
+
 def _come_and_go(homes: Homes, number: int) -> str:
     """Be home to so many tokens, one after another, and ask for as many that nobody is home to; says how many bytes of
-    memory that took."""
-    before = _resident_bytes()
+    memory of its own that took."""
+    before = _own_bytes()
     for _ in range(number):
         token = os.urandom(32).hex().encode()
         assert homes.holder(token) is None
         assert homes.settle(token, lambda _: True) == (os.getpid(), True)
         homes.give_up(token)
-    return str(_resident_bytes() - before)
+    return str(_own_bytes() - before)
 
 
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def _own_bytes() -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:"))
+    return int(line.split()[1]) * 1024
 
 
 def _make_with_few_fds() -> str:
-    """The error that it takes when only ten more files can be open."""
-    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 10, highest + 10))
-    try:
-        Homes.make()
-    except OSError as error:
-        return type(error).__name__ + " " + str(error.errno)
-    return "none"
+    """What comes of it, each time, when no more file can be open, one, two and so on; a homes' own are four."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    spare = []
+    with contextlib.suppress(OSError):
+        while True:
+            spare.append(os.dup(0))
+    said = []
+    for _ in range(5):
+        try:
+            Homes.make().close()
+            said.append("made")
+        except OSError as error:
+            said.append(errno.errorcode[error.errno or 0])
+        os.close(spare.pop())
+    for fd in spare:
+        os.close(fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return " ".join(said)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """WebSocket clients for the tests: `websockets`' own, blocking.
 
-    with dial_web(service.web_port) as client:
-        client.send(handshake(token, new_side()))
-        assert client.recv() == b"ok\\n"
+with dial_web(service.web_port) as client:
+    client.send(handshake(token, new_side()))
+    assert client.recv() == b"ok\\n"
 """
 
 from __future__ import annotations
@@ -61,5 +61,3 @@ def read_bytes(client: ClientConnection, count: int, seconds: float = 30) -> byt
         assert len(message) <= LARGEST_MESSAGE
         received += message
     return bytes(received)
-
-

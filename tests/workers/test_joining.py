@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -17,12 +18,14 @@ from pathlib import Path
 
 import pytest
 
+from relay.clients.door import TURN_SECONDS
+from relay.workers.buckets import root_of
 from relay.workers.homes import FILES, Homes
 from relay.workers.language import LANGUAGE, Greeting
 from tests.support.crowd import Caller, Crowd, Transfer, assert_each_met_its_own_partner, call_in_random_order
 from tests.support.current import current, share
 from tests.support.harness import CHECKOUT, Relay, Workers, free_port, new_side, new_token, stopped, wait_until
-from tests.support.kernel_view import locks
+from tests.support.home_table import tokens_of
 
 FOREIGN = Greeting("worker-1-0badcafe", 1, "9.9.9", language=LANGUAGE + 1)
 
@@ -138,8 +141,43 @@ def test_a_worker_that_is_home_to_somebody_and_that_nobody_knows_is_looked_for(t
         assert_the_relay_works(crowd)
 
 
+def test_two_meet_while_somebody_stands_still_in_the_middle_of_changing_where_their_token_is_kept(
+    tmp_path: Path,
+) -> None:
+    # We play it.
+    with Workers(tmp_path, count=3) as workers, Crowd(workers.port) as crowd, contextlib.ExitStack() as stack:
+        with visit(sockets(workers.run_dir)[0]) as link:
+            link.send(Greeting(f"worker-{os.getpid()}-00000000", os.getpid(), "1.0.0").encode())
+            _, fds, _, _ = socket.recv_fds(link, 10_000, FILES + 1)
+        homes = stack.enter_context(contextlib.closing(Homes(fds[:FILES])))
+        os.close(fds[FILES])
+        sides = {new_token(): (new_side(), new_side()) for _ in range(40)}
+        roots = [root_of(homes._first_place_of(token.encode())) for token in sides]
+        for root in roots:
+            fcntl.lockf(homes.fds[0], fcntl.LOCK_EX, 1, root)
+        meet = dict([*sides.items()][:20])
+        callers = []
+        for token, side in random.sample([(token, side) for token, pair in meet.items() for side in pair], 40):
+            callers.append(crowd.call(token, side, head=side.encode()))
+            crowd.run_for(TURN_SECONDS / 6)  # so they come to all workers
+        crowd.run_until(lambda: all(caller.first_words for caller in callers), 5, "all have met")
+        assert_each_met_its_own_partner(callers, meet)
+        waiting = [crowd.call(token, one, head=b"there") for token, (one, _) in [*sides.items()][20:]]
+        crowd.run_until(lambda: current(workers) == (20, 20), 10, "others wait")
+        for root in roots:
+            fcntl.lockf(homes.fds[0], fcntl.LOCK_UN, 1, root)
+        crowd.run_until(lambda: not any(homes_for_the_time_being(homes, token) for token in sides), 5, "all is well")
+        crowd.begin([Transfer(one, crowd.call(one.token, new_side(), head=b"here")) for one in waiting])
+
+
+def homes_for_the_time_being(homes: Homes, token: str) -> bool:
+    """Whether somebody waits for a token where it is at home only until its first place can be had."""
+    first = homes._first_place_of(token.encode())
+    return homes.holder(token.encode()) is not None and not homes._buckets.look(first)
+
+
 def test_of_two_homes_of_one_token_the_one_without_the_match_closes_its_spares(tmp_path: Path) -> None:
-    # We play a worker that cannot be home, since it does not say that it is ready, but has the token's first byte.
+    # We play a worker that cannot be home, since it does not say that it is ready, but has the token's first place.
     with Workers(tmp_path, count=1) as workers, Crowd(workers.port) as crowd, contextlib.ExitStack() as stack:
         own = Greeting(f"worker-{os.getpid()}-00000000", os.getpid(), "1.0.0")
         link = stack.enter_context(visit(sockets(workers.run_dir)[0]))
@@ -167,17 +205,6 @@ def test_of_two_homes_of_one_token_the_one_without_the_match_closes_its_spares(t
         assert [(spare.answer, spare.error) for spare in spares] == [(b"", None)] * 3
         assert tokens_of(workers.workers[0]) == 0
         crowd.end(matched)
-
-
-def tokens_of(worker: Relay) -> int:
-    """How many tokens a worker is home to."""
-    files = {}
-    for fd in Path(f"/proc/{worker.pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-            if "relay-homes" in os.readlink(fd):
-                files[fd.stat().st_ino] = int(fd.name)  # one of them is open twice
-    assert len(files) == FILES
-    return sum(locks(worker.pid, fd) for fd in files.values())
 
 
 def test_a_worker_on_its_own_is_home_to_those_who_wait_before_somebody_joins_it(tmp_path: Path) -> None:
