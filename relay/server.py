@@ -78,6 +78,7 @@ class Relay:
         self._due_are_looked_after: gevent.Greenlet | None = None
         self._stopping = False
         self._grace_ends: float | None = None
+        self._found_no_room = False  # when stopping: from then on the grace runs, whoever may have room later
         self._given_up = False
 
     def _make_household(self, run_dir: str) -> Household:
@@ -227,12 +228,14 @@ class Relay:
     def _clear_out(self) -> None:
         """Give everything that is here into other hands, or, when there are none, begin to end it."""
         if self._household is not None and self._household.moves_on() and self._household.hand_everything_on():
-            self._grace_ends = None
+            if not self._found_no_room:
+                self._grace_ends = None
             return
         if self._ended.is_set():  # meanwhile
             return
         has_siblings = self._household is not None and self._household.moves_on()
         self.pairs.begin_all()
+        self._found_no_room = self._found_no_room or has_siblings
         if self._grace_ends is None:
             self._grace_ends = time.monotonic() + self.options.grace
             lack = "; the other workers have no room for them" if has_siblings else ""

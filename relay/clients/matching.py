@@ -110,6 +110,8 @@ class Matching:
 
     def admit(self, client: Client) -> None:
         """See a client whose handshake is whole to its token's home."""
+        if client.speech.reader is not None and self._judge(client):
+            return  # it has said what it wants and left in one breath, and only here is that known
         if self._room.waiting_for(client.token) or not self.elsewhere.sees_home(client):
             self._meet(client)
 

@@ -34,8 +34,13 @@ class Pings:
 
     def add(self, somebody: Pinged, now: float) -> None:
         """Ping `somebody` from now on, until that finds nobody; `now` in monotonic seconds."""
+        self._deadlines.clear(somebody)
         if self._interval:
             self._deadlines.set(somebody, now + self._interval / 2)
+
+    def remove(self, somebody: Pinged) -> None:
+        """Ping `somebody` no more."""
+        self._deadlines.clear(somebody)
 
     def ping(self, now: float) -> Iterator[None]:
         """Ping those whose time has come, one with each step; `now` in monotonic seconds."""

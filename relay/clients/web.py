@@ -17,6 +17,9 @@ from relay.clients.websocket import LONGEST_HEAD, Outcome, read_request
 if TYPE_CHECKING:
     from relay.clients.pings import Pings
 
+MOST_WAITING_FRAMES = 64
+"""How many frames a client that waits may send at a time: it has nothing to say but a ping now and then."""
+
 READ_BYTES = 4096
 """What is read at a time before there is a partner: whoever says more than a handshake is turned away anyway."""
 
@@ -95,7 +98,7 @@ class Web:
     def interruption(self, sock: socket.socket) -> Ending | None:
         """See `Speech`. Pings are answered, and pongs are nothing."""
         assert self.reader is not None
-        while self._interrupted is None:
+        if self._interrupted is None:
             try:
                 chunk = sock.recv(READ_BYTES)
             except BlockingIOError:
@@ -104,8 +107,8 @@ class Web:
                 chunk = b""
             if not chunk:
                 self._interrupted = Ending("lonely", gone=True)
-                break
-            taken = self.reader.read(chunk, 0, len(chunk))
+                return self._interrupted
+            taken = self.reader.read(chunk, 0, len(chunk), MOST_WAITING_FRAMES)
             self._answer_ping(sock, taken)
             self._interrupted = self.refusal(Refusal.IMPATIENT) if taken.payload else self._over(taken)
             if taken.consumed < len(chunk) and self._interrupted is None:

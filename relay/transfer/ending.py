@@ -52,7 +52,8 @@ def patience(pumps: Pumps) -> float | None:
     if is_one_gone(pumps):
         return GONE_CHECK_SECONDS
     if any(pump.waits == OVER for pump in pumps):
-        return HALF_CLOSED_SECONDS
+        is_on_its_way = is_half_closed(pumps) and owes(pumps)
+        return HALF_CLOSED_SECONDS / 4 if is_on_its_way else HALF_CLOSED_SECONDS
     if any(pump.waits == ROOM or _unacknowledged(pump.sink) for pump in pumps):
         return DEAD_SECONDS / DEAD_CHECKS
     return None  # keepalive finds out

@@ -25,8 +25,10 @@ _NOTHING = memoryview(b"")
 _buffer = bytearray(LARGEST_TURN)  # empty between two turns
 _view = memoryview(_buffer)
 
-_CONTROL_BIT = 0x08
-"""Of the first byte of a frame: it carries no payload of the transfer (RFC 6455, 5.5)."""
+MOST_FRAMES = 256
+"""Frames in a turn, however short they are: about as much work as moving a megabyte."""
+
+_PEEKED_BYTES = 4096
 
 
 class FramedPump:
@@ -108,7 +110,7 @@ class FramedPump:
                 if not got:
                     self._end()
                     continue
-                left -= got
+                left = 0 if self._unread else left - got  # more frames than are for one turn
                 if got < COPY_BYTES // 4 and not self._unread and not self._rest:
                     if left + got == most:
                         self._turns.moved_little()
@@ -136,7 +138,7 @@ class FramedPump:
             if not self.discards:
                 self._send([_view[:end]])
             return end
-        taken = self.reader.read(buffer, begin, end)
+        taken = self.reader.read(buffer, begin, end, MOST_FRAMES)
         self._leave_unread(buffer, taken, end)
         self._hear(taken)
         return max(1, taken.consumed - begin)
@@ -252,29 +254,31 @@ class FramedPump:
             if words:
                 other.say(words)
             other.discards = True
-            other._unread, other._unread_at = b"", 0
-            if other.waits == TURN:
-                other.waits = ROOM if other._rest else INPUT
 
     def _begin_to_discard(self) -> None:
-        """See `Pump`: the sink has ended its own stream and then gone."""
-        self._drop()
+        """See `Pump`: the sink has ended its own stream and then gone. What is unread is still to be looked at, or the
+        reader would take what follows for something else."""
+        self._drop_rest()
         self.discards = True
-        self.waits = OVER if self._ends else INPUT
+        self.waits = OVER if self._ends else TURN if self._unread else INPUT
 
-    def has_more(self) -> bool:
-        """Whether there is payload from the source that nobody has taken yet."""
-        if self._unread:
-            return True
-        try:
-            peeked = self.source.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        if not peeked or self.reader is None:
-            return bool(peeked)
-        state = self.reader.state
-        between_frames = not state.left and not state.part
-        return not (between_frames and peeked[0] & _CONTROL_BIT)
+    @property
+    def untaken(self) -> int:
+        """Bytes that the sink has not taken yet."""
+        return len(self._rest)
+
+    def without_payload(self) -> int | None:
+        """As `Pump.without_payload`."""
+        peeked = self._unread[self._unread_at :][:_PEEKED_BYTES]
+        if not peeked:
+            try:
+                peeked = self.source.recv(_PEEKED_BYTES, socket.MSG_PEEK)
+            except BlockingIOError:
+                return 1
+        if self.reader is None:
+            return None if peeked else 1
+        ahead = FrameReader(self.reader.state).read(peeked, 0, len(peeked), _PEEKED_BYTES)
+        return None if ahead.payload else max(1, len(peeked))
 
     def put_away(self) -> None:
         """Nothing is in a pipe here."""
@@ -321,12 +325,12 @@ class FramedPump:
 
     def abandon(self) -> None:
         """As `Pump.abandon`."""
-        self._drop()
+        self._drop_rest()
+        self._unread, self._unread_at = b"", 0
         self.other = None
         self.waits = OVER
 
-    def _drop(self) -> None:
+    def _drop_rest(self) -> None:
         self._keep(_NOTHING)
-        self._unread, self._unread_at = b"", 0
         self._control = b""
         self._owed = 0

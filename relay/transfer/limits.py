@@ -47,10 +47,11 @@ class Allowance:
         most = min([turns.size(), *(pace.portion() for pace in self._paces)])
         if self._pair_bytes is not None:
             most = min(most, self._pair_bytes - sum(pump.moved + pump.held for pump in pumps))
-            if most <= 0 and not pump.held:
-                if pump.has_more():
+            if most <= 0 and not pump.untaken:
+                harmless = pump.without_payload()  # it was exactly what is allowed, and its end is no byte
+                if harmless is None:
                     raise Cut(Bound.PAIR_BYTES)
-                most = 1  # it was exactly what is allowed, and its end is no byte
+                most = harmless
         now = time.monotonic()
         delay = max((pace.reserve(most, now) for pace in self._paces), default=0.0)
         before = pump.moved + pump.held

@@ -133,6 +133,12 @@ class Pair:
             if not isinstance(pump, Pump) and pump.frames_out:
                 pings.add(pump, time.monotonic())
 
+    def be_silent(self, pings: Pings) -> None:
+        """Say nothing to them that nobody else has said: somebody else may be about to."""
+        for pump in self.pumps:
+            if not isinstance(pump, Pump):
+                pings.remove(pump)
+
     @property
     def moved(self) -> int:
         """Bytes delivered so far, both directions."""
@@ -228,7 +234,7 @@ class Pair:
 
     def attend(self, fd: int, events: int) -> None:
         """Something has happened to the side with that descriptor while the pair rests."""
-        if self._allowance is not None:
+        if self._allowance is not None and events & (EPOLLIN | EPOLLOUT):
             self._wake()
             return
         there, back = self.pumps
@@ -237,6 +243,8 @@ class Pair:
         try:
             if not events & (EPOLLIN | EPOLLOUT):
                 ending.raise_error_of(out_of.source)
+                if self._allowance is not None:
+                    return  # an end that is still to be read; nothing has changed
             if into.waits == ROOM:
                 much = into.sip()
             if out_of.waits == INPUT:
@@ -253,8 +261,10 @@ class Pair:
         elif ending.is_over(self.pumps):
             self._end()
         else:
+            is_news = self.watched != self.events or self._delivered is None or self._delivered[0] != self.moved
             self.rest.watch(self)
-            self._plan_to_look_around()
+            if is_news or not self.due:
+                self._plan_to_look_around()
 
     def _plan_to_look_around(self) -> None:
         """See to it that the pair ends when nothing happens, if it has to."""

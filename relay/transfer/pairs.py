@@ -153,6 +153,7 @@ class Pairs:
     def let_go(self, pair: Pair) -> None:
         """`pair`, which was detached, is about to be somebody else's."""
         self._pairs.discard(pair)
+        pair.be_silent(self._pings)
         self._finished_bytes += pair.moved  # as far as this worker is concerned
 
     def take_back(self, pair: Pair) -> None:

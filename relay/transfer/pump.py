@@ -288,12 +288,18 @@ class Pump:
         if state.over:
             self.waits = OVER
 
-    def has_more(self) -> bool:
-        """Whether there are bytes from the source that nobody has read yet; False at the end of its stream."""
+    @property
+    def untaken(self) -> int:
+        """Bytes that the sink has not taken yet."""
+        return self.held
+
+    def without_payload(self) -> int | None:
+        """How many bytes can be read from the source now without anything that would be passed on: its end, if
+        nothing else; None if there is something."""
         try:
-            return bool(self.source.recv(1, socket.MSG_PEEK))
+            return None if self.source.recv(1, socket.MSG_PEEK) else 1
         except BlockingIOError:
-            return False
+            return 1
 
     def resume(self) -> None:
         """Begin anew to wait, after the pump was let go of between two turns."""

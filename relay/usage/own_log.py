@@ -54,6 +54,9 @@ class OwnLog(logging.Handler):
 
     def write(self, text: str) -> None:
         """Queue `text` as it is: for tracebacks that others print."""
+        if self._queue.qsize() >= MOST_LINES:
+            self._lost += 1
+            return
         self._queue.put(text.encode(errors="backslashreplace"))
 
     def _put(self, record: logging.LogRecord) -> None:

@@ -8,6 +8,7 @@ them, whoever has the link decides (see `siblings`).
 from __future__ import annotations
 
 import array
+import math
 import socket
 import time
 from collections import deque
@@ -33,6 +34,9 @@ from relay.workers.language import (
 from relay.workers.load import FULL_LOAD
 
 CONNECTIONS_OF_A_PAIR = 2
+
+DISTRUST_SECONDS = 3.0
+"""How long a sibling that has refused something is not believed that it has room."""
 
 MOST_UNDER_WAY = 256
 """When many move house, so many connections may be on their way to a worker at a time. It takes them in in ten
@@ -95,6 +99,7 @@ class Link:
         self.pairs = 0
         self.load = FULL_LOAD
         self.room = 0
+        self.refused_at = -math.inf
         self.handed_clients = 0
         self.handed_pairs = 0
         self._owner = owner
@@ -130,7 +135,8 @@ class Link:
 
     def has_room(self, connections: int) -> bool:
         """Whether this sibling can be home to tokens, and take so many connections."""
-        return self.live and self.room >= connections
+        is_trusted = time.monotonic() - self.refused_at > DISTRUST_SECONDS
+        return self.live and is_trusted and self.room >= connections
 
     @property
     def laden(self) -> bool:

@@ -131,7 +131,7 @@ class Parcels:
         """A sibling could not take a parcel: it is ours again within a second."""
         parcel = link.no_longer_under_way(serial)
         if parcel is not None:
-            link.room = 0  # until it says otherwise
+            link.refused_at = time.monotonic()
             self._refused.append(parcel)
 
     def have_back(self, parcels: list[Parcel]) -> None:
