@@ -33,6 +33,7 @@ from tests.support.harness import (
     read_to_end,
     wait_until,
 )
+from tests.support.kernel_view import unacknowledged
 from tests.support.web import dial_web, read_bytes, read_to_close, web_options, web_port
 
 NOISE = random.Random(13).randbytes(3_000_017)
@@ -438,3 +439,88 @@ def test_without_the_option_nothing_of_it_is_imported(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
     )
     assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def dial_raw(port: int) -> socket.socket:
+    """A WebSocket client whose frames the test makes itself."""
+    raw = connect(port)
+    raw.sendall(
+        b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    )
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        head += raw.recv(1)
+    return raw
+
+
+def frame(opcode: Opcode, content: bytes = b"") -> bytes:
+    """One frame of a client."""
+    return Frame(opcode, content).serialize(mask=True)
+
+
+def test_who_waits_and_only_pings_does_not_take_the_worker_from_others(service: Service) -> None:
+    with dial_raw(web_port(service)) as raw:
+        raw.sendall(frame(Opcode.BINARY, lines()[0]))
+        wait_until(lambda: service.rows("current")[0]["waiting"] == 1, what="it waits")
+        raw.settimeout(5)
+        with contextlib.suppress(OSError):
+            for _ in range(200):
+                raw.sendall(frame(Opcode.PING) * 10_000)
+        for _ in range(5):
+            one, other = lines()
+            with connect(service.port) as first, connect(service.port) as second:
+                first.sendall(one)
+                second.sendall(other)
+                assert read_exactly(first, 3) == read_exactly(second, 3) == b"ok\n"
+        wait_until(lambda: service.rows("current")[0]["waiting"] == 0, what="it is turned away")
+
+
+def test_who_says_its_line_and_leaves_in_one_breath_has_left(service: Service) -> None:
+    one, other = lines()
+    with dial_raw(web_port(service)) as raw, connect(service.port) as tcp:
+        raw.sendall(frame(Opcode.BINARY, one) + frame(Opcode.CLOSE, b"\x03\xe8"))
+        assert read_to_end(raw) == b"\x88\x02\x03\xe8"
+        tcp.sendall(other)
+        wait_until(lambda: service.rows("current")[0]["waiting"] == 1, what="nobody is there for its partner")
+
+
+@pytest.mark.parametrize("last", [frame(Opcode.CLOSE, b"\x03\xe8"), frame(Opcode.PING) + frame(Opcode.CLOSE)])
+def test_a_transfer_of_exactly_what_is_allowed_ends_in_order(start: Callable[..., Service], last: bytes) -> None:
+    service = start("--max-pair-bytes", "1000")
+    one, other = lines()
+    with dial_raw(web_port(service)) as raw, connect(service.port) as tcp:
+        raw.sendall(frame(Opcode.BINARY, one))
+        tcp.sendall(other)
+        assert read_exactly(tcp, 3) == b"ok\n"
+        raw.sendall(frame(Opcode.BINARY, b"x" * 1000))
+        assert read_exactly(tcp, 1000) == b"x" * 1000
+        raw.sendall(last)
+        assert read_to_end(tcp) == b""
+    assert service.wait_for_records(1)[0]["total_bytes"] == 1000
+
+
+def test_what_was_sent_before_the_end_arrives_though_the_other_goes_on_in_tiny_frames(service: Service) -> None:
+    one, other = lines()
+    with dial_raw(web_port(service)) as raw, connect(service.port) as tcp:
+        raw.sendall(frame(Opcode.BINARY, one))
+        tcp.sendall(other)
+        assert read_exactly(tcp, 3) == b"ok\n"
+        tcp.sendall(NOISE[:1_000_000])
+        wait_until(lambda: unacknowledged(tcp) == 0, what="all of it is the relay's")
+        tcp.close()
+        pour = threading.Thread(target=_send_what_can_be, args=(raw, frame(Opcode.BINARY, b"y") * 100_000))
+        pour.start()
+        received = b""
+        raw.settimeout(20)
+        while b"\x88\x02\x03\xe8" not in received[-200:]:
+            chunk = raw.recv(1 << 16)
+            assert chunk, f"the stream ended after {len(received)} bytes"
+            received += chunk
+        assert len(received) > 1_000_000
+        pour.join(20)
+
+
+def _send_what_can_be(sock: socket.socket, content: bytes) -> None:
+    with contextlib.suppress(OSError):
+        sock.sendall(content)

@@ -23,7 +23,7 @@ from relay.transfer.pump import TURN
 from relay.transfer.rest import BATCH, SLICE_SECONDS, Rest
 from relay.transfer.turns import CONSIDERATE_TURN, HELD_BYTES, SHARE, WARY_TURN, Turns
 from tests.support.crowd import Crowd
-from tests.support.harness import Relay, Service, Workers, fill_the_way, met, read_exactly, wait_until
+from tests.support.harness import Relay, Service, Workers, fill_the_way, met, read_exactly, reset, wait_until
 from tests.support.kernel_view import bytes_in_pipes
 
 MIB = 1 << 20
@@ -331,3 +331,14 @@ def test_a_worker_has_no_more_descriptors_than_connections_while_its_pairs_stand
         wait_until(lambda: not bytes_in_pipes(relay.pid), what="who stalls gives its pipe up")
         spare_pipes = 2 * 16
         assert len(os.listdir(f"/proc/{relay.pid}/fd")) <= before + 40 + spare_pipes
+
+
+@pytest.mark.parametrize("limit", ["--pair-rate", "--relay-rate", "--max-pair-bytes"])
+def test_a_reset_is_noticed_while_its_partner_does_not_read_with_limits_too(tmp_path: Path, limit: str) -> None:
+    with Relay(tmp_path, limit, "100000000000", recording=True) as relay, contextlib.ExitStack() as stack:
+        for _ in range(5):
+            first, _ = met(relay.port, stack=stack)
+            fill_the_way(first)
+            time.sleep(0.3)  # so that it rests
+            reset(first)
+        assert len(relay.wait_for_records(5, 15)) == 5
