@@ -68,7 +68,7 @@ class Supervised:
             "PATH": f"{home / 'bin'}:/usr/sbin:/usr/bin:/sbin:/bin",
             "PYTHONPATH": ":".join(path),
             "RELAY_LISTEN": str(self.port),
-            "RELAY_OPTIONS": "--interface 127.0.0.1",
+            "RELAY_OPTIONS": "--interface 127.0.0.1 --grace 20",
         }
         if user is not None:
             for name in (home, *home.rglob("*")):
