@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import secrets
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from clients import busy_seconds
 from peers import PeerError, twisted_command
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -36,6 +38,10 @@ from tests.support.wan import (
 PORT = 4001
 START_SECONDS = 20.0
 BLOCK = 1 << 18
+LATE = 0.005
+"""Seconds by which no packet should be late."""
+OTHERS = 0.25
+"""How much of a core others may use."""
 STOCK_CONGESTION = "cubic"
 NEVER_THE_DEFAULT = "reno"
 """In every kernel, and open to every namespace: the default where the relay itself is to choose."""
@@ -82,6 +88,7 @@ class Outcome:
         resent: bytes that the relay sent to the receiver for each that it took, headers included, less one.
         congestion: what the kernel says the relay's two connections have.
         late: seconds by which the simulator was late at worst, and `overrun`, packets that it did not get to see.
+        others: how much of a core this machine used meanwhile for what is not this transfer.
     """
 
     mbit: float
@@ -92,6 +99,12 @@ class Outcome:
     congestion: list[str]
     late: float
     overrun: int
+    others: float = 0
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether something else on this machine may be in these figures."""
+        return self.late > LATE or self.overrun > 0 or self.others > OTHERS
 
 
 def handshake(token: str) -> bytes:
@@ -227,7 +240,28 @@ def measure(
     Raises:
         PeerError, WanError: what could not be had, in one line.
     """
-    clients = clients or Clients()
+    began, busy = time.monotonic(), busy_seconds() - _own_seconds()
+    outcome = _transfer(setting, sender, receiver, checkout, seconds, seed, clients or Clients(), piece)
+    others = (busy_seconds() - _own_seconds() - busy) / (time.monotonic() - began)
+    return dataclasses.replace(outcome, others=max(others, 0))
+
+
+def _own_seconds() -> float:
+    """CPU time of this process, and of those that it has started and that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def _transfer(
+    setting: Setting,
+    sender: Leg,
+    receiver: Leg,
+    checkout: Path,
+    seconds: float,
+    seed: int,
+    clients: Clients,
+    piece: int,
+) -> Outcome:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="relay-paths-")))
         net = stack.enter_context(long_paths(sender, receiver, seed=seed, seconds=seconds + 60))
