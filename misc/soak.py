@@ -67,7 +67,15 @@ def tell(*_):
         told.write(f"{{alive}} {{threading.active_count()}}")
     os.rename(told.name, told.name[:-4])
 
-signal.signal(signal.SIGUSR1, tell)
+import relay.process.signals as signals
+
+be_ready = signals.be_ready_for_signals
+
+def be_ready_and_tell():
+    be_ready()  # SIGUSR1 means nothing to a relay
+    signal.signal(signal.SIGUSR1, tell)
+
+signals.be_ready_for_signals = be_ready_and_tell
 '''
 
 _GARBAGE = random.Random(6).randbytes(1 << 16)
