@@ -43,9 +43,10 @@ TURN_SECONDS = 0.25
 """How many connections a worker accepts, and for how long from the first of them, before the next one's turn comes. So
 the two sides of a transfer arrive at the same worker as a rule, and transfers go to one after the other."""
 
-LOOK_SECONDS = 0.05
-"""How often to look whether somebody waits while it is another worker's turn. If that is so twice in a row, the other
-may not be able to accept; once may be just before it does."""
+LOOK_SECONDS = 0.1
+SECOND_LOOK_SECONDS = 0.02
+"""How often to look whether somebody waits while it is another worker's turn, and how soon to look again if so: the
+other may not be able to accept, or may just be about to."""
 
 FULL_PAUSE_SECONDS = 1.0
 """How long accepting rests when the process or the machine has no file descriptor or memory for another connection,
@@ -171,7 +172,7 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
         self._accepted = 0  # in this turn
         self._turn_ends = 0.0
         self._found_nobody = False  # when we last looked
-        self._was_awaited = False
+        self._second_look = self.loop.timer(SECOND_LOOK_SECONDS)
 
     @property
     def shared(self) -> bool:
@@ -217,8 +218,12 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
 
     def look_after_it(self) -> None:
         """Take the turn of a worker that does not use it; to be called every `LOOK_SECONDS`."""
-        was_awaited, self._was_awaited = self._was_awaited, not self._has_turn and self.is_awaited()
-        if self._was_awaited and was_awaited:
+        if not self._has_turn and self.is_awaited():
+            self._second_look.start(self._look_again)
+
+    def _look_again(self) -> None:
+        self._second_look.stop()
+        if not self._has_turn and self.is_awaited():
             self.take_turn()
 
     def is_awaited(self) -> bool:

@@ -5,7 +5,7 @@
     ...
     assert work_of(tmp_path, worker.pid).looks < 100
 
-Seconds depend on the machine and on what else it does; how often something is done does not. The worker imports
+Seconds depend on the machine, those of CPU less than others; how often something is done does not. The worker imports
 `sitecustomize` first, as every Python does, and that wraps what is counted.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,15 +27,16 @@ from relay.workers.homes import Homes
 from relay.workers.household import Household
 from tests.support.harness import CHECKOUT
 
-_COUNTS = struct.Struct("=QQ")
+_COUNTS = struct.Struct("=QQd")
 
 
 class Work(NamedTuple):
     """Since the worker began: how often it looked for a token's home, and for how many clients at the most it did
-    something in one iteration of its event loop."""
+    something in one iteration of its event loop; and how many seconds of CPU the longest iteration took."""
 
     looks: int
     most_at_once: int
+    longest: float
 
 
 def counting(folder: Path) -> dict[str, str]:
@@ -64,6 +66,7 @@ def count_here(folder: str) -> None:
     counts = mmap.mmap(fd, _COUNTS.size)
     os.close(fd)
     at_once = 0
+    began = 0.0
 
     def look() -> None:
         something(1)
@@ -71,12 +74,16 @@ def count_here(folder: str) -> None:
     def something(looks: int = 0) -> None:
         nonlocal at_once
         at_once += 1
-        before, most_at_once = _COUNTS.unpack_from(counts)
-        _COUNTS.pack_into(counts, 0, before + looks, max(most_at_once, at_once))
+        before, most_at_once, longest = _COUNTS.unpack_from(counts)
+        _COUNTS.pack_into(counts, 0, before + looks, max(most_at_once, at_once), longest)
 
     def next_iteration() -> None:
-        nonlocal at_once
-        at_once = 0
+        nonlocal at_once, began
+        now = time.thread_time()
+        looks, most_at_once, longest = _COUNTS.unpack_from(counts)
+        if began and now - began > longest:
+            _COUNTS.pack_into(counts, 0, looks, most_at_once, now - began)
+        at_once, began = 0, now
 
     _wrap(Homes, "settle", look)
     for kind, method in ((Matching, "leave"), (Household, "handed_on"), (Farewell, "close")):
