@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
 from relay import __version__
+from relay.clients.trusted_proxies import TrustedProxies
 from relay.mistakes import Mistake
 from relay.options import Options
 from relay.process.fd_limit import fd_limit, raise_fd_limit
@@ -63,6 +64,10 @@ What nobody gets more of (for each worker, unless it says otherwise):
                                connections at a time, but 64 where that is not more than half of them.
   --max-new-per-source N       New connections a second from one address; without it, 200. Both of these spare
                                this machine's own addresses, unless they are given.
+  --trusted-proxies NETS       Addresses and networks, separated by commas, of proxies whose word is taken for where a
+                               client comes from: a PROXY header on either port, X-Forwarded-For on WebSocket. Only the
+                               bounds above need to know; it is recorded nowhere.
+  --proxy-protocol             Connections from these have to begin with a PROXY header (on WebSocket they may).
   --max-pair-bytes BYTES       What one transfer may move, both directions together; without it, anything.
   --pair-rate BYTES            Bytes a second that one transfer may move; without it, as fast as can be.
   --relay-rate BYTES           Bytes a second that the whole relay may move, all its workers together, shared
@@ -226,6 +231,8 @@ def read_options(arguments: Sequence[str]) -> Options:
         max_per_source=_whole_or(given, "--max-per-source", max(most // 16, min(most // 2, 64))),
         max_new_per_source=_whole_or(given, "--max-new-per-source", 200),
         bounds_loopback=given["--max-per-source"] is not None or given["--max-new-per-source"] is not None,
+        trusted_proxies=_trusted_proxies(given),
+        proxy_protocol=given["--proxy-protocol"],
         max_pair_bytes=_whole_or(given, "--max-pair-bytes", None),
         pair_rate=_whole_or(given, "--pair-rate", None),
         relay_rate=_whole_or(given, "--relay-rate", None),
@@ -256,6 +263,14 @@ def _websocket(given: dict[str, Any], interface: str) -> tuple[int, str] | None:
     if importlib.util.find_spec("websockets") is None:
         raise Mistake("--websocket needs the package websockets: pip install 'relay-gevent[websocket]'")
     return _endpoint(given["--websocket"], interface, "--websocket")
+
+
+def _trusted_proxies(given: dict[str, Any]) -> str | None:
+    """The trusted proxies in one spelling, checked."""
+    text = given["--trusted-proxies"]
+    if text is None and given["--proxy-protocol"]:
+        raise Mistake("--proxy-protocol: give --trusted-proxies, too, and with it the addresses of the proxies")
+    return None if text is None else str(TrustedProxies(text))
 
 
 def _endpoint(port: str, interface: str, option: str = "--port") -> tuple[int, str]:

@@ -33,6 +33,8 @@ class Options:
     max_per_source: int = 500
     max_new_per_source: int = 200
     bounds_loopback: bool = False
+    trusted_proxies: str | None = None
+    proxy_protocol: bool = False
     max_waiting: int = 1000
     max_waiting_per_token: int = 16
     idle_timeout: float = 86400.0

@@ -10,6 +10,7 @@ import logging
 import math
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from relay.clients.matching import Matching
 from relay.clients.pings import Pings
 from relay.clients.places import Places
 from relay.clients.reception import Reception
-from relay.clients.speech import PLAIN, Speech
+from relay.clients.speech import Speech
 from relay.mistakes import Mistake
 from relay.options import Options
 from relay.transfer.eviction import Eviction
@@ -155,11 +156,11 @@ class Relay:
         """Begin to accept from `ports`, and to record with `recorder`."""
         self._recorder = recorder
         if ports.web is None and not ports.shared:
-            self._door = self._make_door(ports.plain, PLAIN)
+            self._door = self._make_door(ports.plain)
         else:
-            from relay.clients.web import EITHER, Web  # not before: most relays have no WebSocket
+            from relay.clients.web import Web, either  # not before: most relays have no WebSocket
 
-            self._door = self._make_door(ports.plain, EITHER if ports.shared else PLAIN)
+            self._door = self._make_door(ports.plain, either if ports.shared else None)
             if ports.web is not None:
                 self._door.twin = self._make_door(ports.web, Web)
                 self._door.twin.twin = self._door
@@ -177,15 +178,17 @@ class Relay:
         if self._household is not None:
             self._household.open(self._door, ports.plain, ports.web)
 
-    def _make_door(self, listener: socket.socket, speech: Speech | type[Speech]) -> Door:
-        """A door for clients that speak like this, or that each need a speech of their own of this kind."""
+    def _make_door(self, listener: socket.socket, speech: Callable[[], Speech] | None = None) -> Door:
+        """A door for clients that speak plainly, or that each get such a speech of their own."""
+        accepted = self._reception.accepted
 
         def admit(sock: socket.socket, address: tuple[Any, ...]) -> None:
-            self._reception.accepted(sock, address, speech() if isinstance(speech, type) else speech)
+            assert speech is not None
+            accepted(sock, address, speech())
 
         return Door(
             listener,
-            self._reception.accepted if speech is PLAIN else admit,
+            accepted if speech is None else admit,
             self._places.is_full,
             self.pairs.turns.busy,
             self._pass_the_door_on,

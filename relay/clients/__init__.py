@@ -7,7 +7,8 @@ Read it in the order in which a connection meets it:
 `client`        one connection that is not yet in a pair
 `places`        how many connections there are, and from whom; `bounds`, pure: what nobody may have more of
 `sources`       pure: whom a connection counts for, by its address
-`proxy_header`  pure, with `forwarded_for`: whom a proxy names as its client; `trusted_proxies`: whose word is taken
+`origins`       the same where proxies may say it: `trusted_proxies` are those whose word is taken, in a header
+                (`proxied`; `proxy_header`, pure) or in X-Forwarded-For (`forwarded_for`, pure); a `claim` is that word
 `reception`     from accept to a whole handshake
 `speech`        how a client speaks until it has a partner: plainly, or in WebSocket frames, see `web`
 `handshake`     pure: the bytes so far, and what they can still become

@@ -26,6 +26,7 @@ class Bound(enum.Enum):
     PAIR_BYTES = "--max-pair-bytes: ended transfers that were too large"
     CONNECTIONS = "--max-connections: let new connections wait to be accepted"
     PLACES = "--max-connections: ended what had been idle longest, of whoever had most, for new connections"
+    PROXY_HEADER = "--trusted-proxies: closed connections of a proxy whose PROXY header was missing, wrong or too late"
     EXHAUSTED = "no file descriptor or memory was left: let new connections wait to be accepted"
 
 

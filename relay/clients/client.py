@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import enum
 import socket
 import time
 from collections.abc import Callable
 from typing import Protocol
 
+from relay.clients.claim import Claim
 from relay.clients.speech import PLAIN, Speech
+
+
+class Recorded(enum.IntEnum):
+    """Whether a connection leaves a record: one that is made to see whether the relay is there is nobody's mood."""
+
+    ALWAYS = 0
+    WITH_A_BYTE = 1
+    """If it has said a byte: it comes from this machine, or from a trusted proxy for itself."""
+    WITH_A_PARTNER = 2
+    """If it becomes a transfer: the proxy says that it calls for itself."""
 
 
 class Watcher(Protocol):
@@ -35,18 +47,20 @@ class Client:
 
     `started` is when it was accepted, in seconds since the epoch, for the record; `arrived` is the same moment on the
     monotonic clock, for every duration; `asked` is when its handshake was whole. CLOCK_MONOTONIC is one clock for all
-    processes of a machine, so all stay true when the client is handed to another worker. `is_own` is whether it comes
-    from this machine, as health checks do; `speech` is how it speaks.
+    processes of a machine, so all stay true when the client is handed to another worker. `recorded` is
+    whether it leaves a record; `speech` is how it speaks; `claim` is what a trusted proxy says of it, until it is
+    settled which `source` that is.
     """
 
     __slots__ = (
         "arrived",
         "asked",
+        "claim",
         "discarded",
         "due",
         "hops",
-        "is_own",
         "received",
+        "recorded",
         "side",
         "sock",
         "source",
@@ -59,8 +73,9 @@ class Client:
     def __init__(self, sock: socket.socket, started: float | None = None, arrived: float | None = None) -> None:
         self.sock = sock
         self.source: bytes | None = None
-        self.is_own = False
+        self.recorded = Recorded.ALWAYS
         self.speech: Speech = PLAIN
+        self.claim: Claim | None = None
         self.started = time.time() if started is None else started
         self.arrived = time.monotonic() if arrived is None else arrived
         self.asked = 0.0

@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 
-from relay.clients.client import Client, EventLoop
+from relay.clients.client import Client, EventLoop, Recorded
 from relay.clients.deadlines import Deadlines
 from relay.clients.places import Places
 from relay.clients.speech import Ending
@@ -45,6 +45,8 @@ class Farewell:
         """End a connection in this way."""
         if ending.mood is not None:
             self.finish(client, ending.mood)
+        if ending.bound is not None:
+            self._places.bounds_met.note(ending.bound)
         if ending.gone:
             with contextlib.suppress(OSError):
                 client.sock.send(ending.words)
@@ -57,9 +59,10 @@ class Farewell:
         self.end(client, client.speech.lonely())
 
     def finish(self, client: Client, mood: Mood) -> None:
-        """Record a connection that ends without a partner, unless it was a health check: of this machine's own, and
-        without a byte."""
-        if client.is_own and not client.received and not client.token:
+        """Record a connection that ends without a partner, unless it was a health check (see `Recorded`)."""
+        if client.recorded is Recorded.WITH_A_PARTNER:
+            return
+        if client.recorded is Recorded.WITH_A_BYTE and not client.received and not client.token:
             return
         self._record(Record(client.started, time.monotonic() - client.arrived, None, 0, mood))
 

@@ -49,21 +49,23 @@ class Places:
         this machine's `own`."""
         return None if own and not self._counts_own else source_of(host)
 
-    def origin_of(self, sock: socket.socket) -> tuple[bytes | None, bool]:
-        """Whom a connection that was handed on counts for, and whether it is this machine's own."""
-        try:
-            host: str = sock.getpeername()[0]
-        except OSError:
-            return None, False  # it has just gone
-        own = is_own(host, sock)
-        return self.source_of(host, own=own), own
-
     def admits(self, source: bytes | None) -> bool:
         """Whether a new connection from `source` may come in."""
         bound = None if source is None else self._sources.refuses(source)
         if bound is not None:
             self.bounds_met.note(bound)
         return bound is None
+
+    def admits_here(self, source: bytes | None) -> bool:
+        """Count a connection for `source` that is here already, and was nobody's; False when that may have no more."""
+        if source is None:
+            return True
+        bound = self._sources.refuses(source)
+        if bound is not None:
+            self.bounds_met.note(bound)
+            return False
+        self._sources.add(source)
+        return True
 
     def take(self, source: bytes | None) -> None:
         """A connection from `source` is here."""

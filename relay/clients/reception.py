@@ -16,7 +16,8 @@ from relay.clients.client import Client, EventLoop
 from relay.clients.deadlines import Deadlines
 from relay.clients.farewell import Farewell
 from relay.clients.handshake import Handshake, Refusal
-from relay.clients.places import Places, is_own
+from relay.clients.origins import Origins
+from relay.clients.places import Places
 from relay.clients.speech import PLAIN, Speech
 from relay.options import Options
 
@@ -38,6 +39,7 @@ class Reception:
         self._loop = loop
         self._options = options
         self._places = places
+        self._origins = Origins(options, places)
         self._farewell = farewell
         self._admit = admit
         self._shaking: dict[Client, None] = {}  # in the order in which they came
@@ -54,17 +56,11 @@ class Reception:
 
     def accepted(self, sock: socket.socket, address: tuple[Any, ...], speech: Speech = PLAIN) -> None:
         """Somebody has connected from `address`, who speaks like this."""
-        own = is_own(address[0], sock)
-        source = self._places.source_of(address[0], own=own)
-        if not self._places.admits(source):
+        client = self._origins.let_in(sock, address[0], speech)
+        if client is None:
             sock.close()
             return
         sock.setblocking(False)
-        self._places.take(source)
-        client = Client(sock)
-        client.source = source
-        client.is_own = own
-        client.speech = speech
         self.expect(client)
 
     def expect(self, client: Client) -> None:
@@ -78,6 +74,13 @@ class Reception:
     def _shake_hands(self, client: Client) -> None:
         try:
             verdict = client.speech.hear(client)
+            while client.claim is not None:
+                if not self._origins.settle(client):
+                    self.let_go(client)
+                    self._farewell.close(client)
+                    return
+                if verdict is None:
+                    verdict = client.speech.hear(client)
         except BlockingIOError:
             verdict = None
         if verdict is None:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from relay.clients.bounds import Bound
+from relay.clients.claim import Claim, pack_claim
 from relay.clients.handshake import LONGEST, OK, Handshake, Refusal, read_handshake
 from relay.usage.record import Mood
 
@@ -27,16 +29,19 @@ class Speaker(Protocol):
     sock: socket.socket
     received: bytes
     speech: Speech
+    claim: Claim | None
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a connection ends that has no partner: the mood on record (None is no record), the last words, and whether
-    it has gone already, so that nobody need wait for these to arrive."""
+    """How a connection ends that has no partner: the mood on record (None is no record), the last words, whether
+    it has gone already, so that nobody need wait for these to arrive, and what the log is to count it as, if anything.
+    """
 
     mood: Mood | None
     words: bytes = b""
     gone: bool = False
+    bound: Bound | None = None
 
 
 class Speech(Protocol):
@@ -49,8 +54,13 @@ class Speech(Protocol):
     def hear(self, client: Speaker) -> Handshake | Ending | None:
         """Read what has come of a handshake: the whole, the end of the connection, or None while more is needed.
 
-        Raises BlockingIOError when nothing has come.
+        Raises BlockingIOError when nothing has come. If that leaves a `claim` with the client, it is to be settled
+        first; and where nothing else was heard, there may be more to hear.
         """
+
+    def keeps(self, claim: Claim) -> bool:
+        """Keep what a trusted proxy has said, whose word may still be taken for more, until that has come; False when
+        nothing more will."""
 
     def interruption(self, sock: socket.socket) -> Ending | None:
         """What has become of a client that waits and was to say nothing: None while it is there and has said nothing,
@@ -95,6 +105,10 @@ class Plain:
             return Ending("errory", verdict.value, gone=not chunk)
         return verdict
 
+    def keeps(self, claim: Claim) -> bool:
+        """See `Speech`: a handshake names nobody."""
+        return False
+
     def interruption(self, sock: socket.socket) -> Ending | None:
         """See `Speech`."""
         try:
@@ -131,25 +145,40 @@ class Plain:
 PLAIN = Plain()
 
 
+UNDECIDED = b"?"
+"""What an `Either` that travels begins with."""
+
+
 class Either:
     """On a port for both: the first byte tells. HTTP begins with a capital letter, a handshake does not.
 
-    `new_web` makes the speech of a WebSocket client.
+    `new_web` makes the speech of a WebSocket client, and `claim` is what a trusted proxy has said about the client.
     """
 
-    def __init__(self, new_web: Callable[[], Speech]) -> None:
+    __slots__ = ("_claim", "_new_web")
+
+    def __init__(self, new_web: Callable[[], Speech], claim: Claim | None = None) -> None:
         self._new_web = new_web
+        self._claim = claim
 
     def hear(self, client: Speaker) -> Handshake | Ending | None:
         """See `Speech`; from the first byte on the client has another one."""
         try:
-            first = client.sock.recv(1, socket.MSG_PEEK)
+            # What a proxy has left, which looked for something else, comes first.
+            first = client.received[:1] or client.sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             raise
         except OSError:
             first = b""
         client.speech = self._new_web() if first.isupper() else PLAIN
+        if self._claim is not None and not client.speech.keeps(self._claim):
+            client.claim = self._claim
         return client.speech.hear(client)
+
+    def keeps(self, claim: Claim) -> bool:
+        """See `Speech`: HTTP may say more."""
+        self._claim = claim
+        return True
 
     reader = None
     interruption = PLAIN.interruption
@@ -161,4 +190,4 @@ class Either:
 
     def pack(self) -> bytes:
         """See `Speech`: it travels before its first byte."""
-        return b"?"
+        return UNDECIDED + pack_claim(self._claim)

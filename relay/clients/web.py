@@ -5,14 +5,16 @@ from __future__ import annotations
 import socket
 import struct
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from relay.clients import frames
+from relay.clients.claim import Claim, pack_claim, split_claim
 from relay.clients.frames import NORMAL, Close, FrameReader, FrameState, Taken
 from relay.clients.handshake import OK, Handshake, Refusal, read_handshake
 from relay.clients.line import Line
-from relay.clients.speech import PLAIN, Either, Ending, Speaker, Speech
-from relay.clients.websocket import LONGEST_HEAD, Outcome, read_request
+from relay.clients.speech import UNDECIDED, Either, Ending, Speaker, Speech
+from relay.clients.websocket import LONGEST_HEAD, Answer, Outcome, read_request
 
 if TYPE_CHECKING:
     from relay.clients.pings import Pings
@@ -25,29 +27,35 @@ READ_BYTES = 4096
 
 _TIMED_OUT = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 _PACKED = struct.Struct("!?B")  # whether the line is split, length of the frames' state
-_HEAD, _FRAMES, _UNDECIDED = b"H", b"F", b"?"
+_HEAD, _FRAMES = b"H", b"F"
 
 
 class Web:
     """What has to be known of a WebSocket client.
 
     `due` belongs to the deadlines of `pings`, `sock` is None unless it is to be pinged. Until the upgrade, `head` is
-    what has come of the request; afterwards `reader` is where its frames are, and `line` what its messages say.
+    what has come of the request, and `claim` what a trusted proxy has said about the client; afterwards `reader` is
+    where its frames are, and `line` what its messages say.
     """
 
-    __slots__ = ("_interrupted", "due", "head", "line", "reader", "sock")
+    __slots__ = ("_answer", "_interrupted", "claim", "due", "head", "line", "reader", "sock")
 
     def __init__(self) -> None:
         self.due = 0
         self.sock: socket.socket | None = None
         self.head = b""
+        self.claim: Claim | None = None
         self.reader: FrameReader | None = None
         self.line = Line()
+        self._answer: Answer | None = None  # that waits until the claim is settled
         self._interrupted: Ending | None = None
 
     def hear(self, client: Speaker) -> Handshake | Ending | None:
         """See `Speech`. What the client has sent is in `client.received`, for whoever asks whether it has said
         anything."""
+        if self._answer is not None:
+            settled, self._answer = self._answer, None
+            return self._give(client.sock, settled)
         try:
             chunk = client.sock.recv(READ_BYTES)
         except BlockingIOError:
@@ -56,19 +64,35 @@ class Web:
             chunk = b""
         if not chunk:
             return Ending("errory", self.refusal(Refusal.BAD_HANDSHAKE).words, gone=True)
-        client.received = b"."  # it has said something
         if self.reader is not None:
             return self._hear_frames(client.sock, chunk)
+        if not self.head and client.received:
+            self.head = client.received  # what a proxy has left, which looked for something else
+        client.received = b"."  # it has said something
         self.head += chunk
         answer = read_request(self.head)
         if answer is None:
             return None
         self.head = b""
+        if self.claim is not None:
+            client.claim, self.claim = replace(self.claim, forwarded_for=answer.forwarded_for), None
+            self._answer = answer
+            return None
+        return self._give(client.sock, answer)
+
+    def _give(self, sock: socket.socket, answer: Answer) -> Handshake | Ending | None:
         if answer.outcome is not Outcome.UPGRADED:
             return Ending(None if answer.outcome is Outcome.ANSWERED else "errory", answer.response)
         self.reader = FrameReader()
-        self._say(client.sock, answer.response)
-        return self._hear_frames(client.sock, answer.rest)
+        self._say(sock, answer.response)
+        return self._hear_frames(sock, answer.rest)
+
+    def keeps(self, claim: Claim) -> bool:
+        """See `Speech`: there may be X-Forwarded-For."""
+        if claim.forwarded_for is not None:
+            return False
+        self.claim = claim
+        return True
 
     def _hear_frames(self, sock: socket.socket, sent: bytes) -> Handshake | Ending | None:
         assert self.reader is not None
@@ -141,7 +165,7 @@ class Web:
     def pack(self) -> bytes:
         """See `Speech`."""
         if self.reader is None:
-            return _HEAD + self.head
+            return _HEAD + pack_claim(self.claim) + self.head
         state = self.reader.state.encode()
         return _FRAMES + _PACKED.pack(self.line.split, len(state)) + state + self.line.received
 
@@ -160,21 +184,21 @@ class Web:
             pass
 
 
-EITHER = Either(Web)
-"""The speech of whoever has not said a first byte yet, on a port for both."""
+def either(claim: Claim | None = None) -> Speech:
+    """The speech of whoever has not said a first byte yet, on a port for both."""
+    return Either(Web, claim)
 
 
 def unpack(packed: bytes) -> Speech:
-    """The speech of a client that another worker has handed on; raises ValueError when it is none."""
+    """The speech of a WebSocket client that another worker has handed on; raises ValueError when it is none."""
     kind, rest = packed[:1], packed[1:]
-    if not kind:
-        return PLAIN
-    if kind == _UNDECIDED:
-        return EITHER
+    if kind == UNDECIDED:
+        return either(split_claim(rest)[0])
     web = Web()
-    if kind == _HEAD and len(rest) <= LONGEST_HEAD:
-        web.head = rest
-        return web
+    if kind == _HEAD:
+        web.claim, web.head = split_claim(rest)
+        if len(web.head) <= LONGEST_HEAD:
+            return web
     if kind != _FRAMES or len(rest) < _PACKED.size:
         raise ValueError("a client of no kind")
     split, length = _PACKED.unpack_from(rest)

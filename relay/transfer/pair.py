@@ -40,7 +40,6 @@ QUIET_SECONDS = 0.1
 since its receiver takes nothing, gives its pipe to somebody who does."""
 
 
-
 class Detached(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types
     """Thrown into a pair's greenlet to make it let go of the pair, as it is, between two turns."""
 
@@ -192,7 +191,8 @@ class Pair:
         first_frames, second_frames = (
             b"" if pump.reader is None else pump.reader.state.encode() for pump in self.pumps
         )
-        state = PairState(self.started, self.arrived, self.waiting_time, there, back, first_frames, second_frames)
+        times = (self.started, self.arrived, self.waiting_time)
+        state = PairState(*times, there, back, first_frames, second_frames, *self.sources)
         return state, [self.first.fileno(), self.second.fileno(), *there_fds, *back_fds]
 
     def unpack(self, state: PairState, fds: Sequence[int]) -> None:
@@ -387,9 +387,7 @@ Readers: TypeAlias = "tuple[FrameReader | None, FrameReader | None]"
 """Where the frames of the first and of the second side are; None for one that does not speak WebSocket."""
 
 
-def _pumps(
-    first: socket.socket, second: socket.socket, pipes: PipePool, turns: Turns, readers: Readers
-) -> Pumps:
+def _pumps(first: socket.socket, second: socket.socket, pipes: PipePool, turns: Turns, readers: Readers) -> Pumps:
     """A pump in each direction."""
     if readers == (None, None):
         return Pump(first, second, pipes, turns), Pump(second, first, pipes, turns)

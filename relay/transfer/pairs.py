@@ -133,8 +133,7 @@ class Pairs:
     def take_in(self, state: PairState, fds: Sequence[int]) -> None:
         """Go on with the pair of another worker; `fds` are its sockets, and what rests in it."""
         first, second = (socket.socket(fileno=fd) for fd in fds[:2])
-        (first_source, _), (second_source, _) = map(self._places.origin_of, (first, second))
-        sources = (first_source, second_source)
+        sources = (state.first_source, state.second_source)
         for source in sources:
             self._places.take(source)
         pair = self._new_pair(

@@ -33,7 +33,8 @@ class PairState:
     """A pair in mid-transfer, but for its sockets and pipes; the times are those of `relay.transfer.pair.Pair`.
 
     `first_frames` and `second_frames` are where the frames of a side that speaks WebSocket are, a
-    `relay.clients.frames.FrameState` as it encodes itself; empty for one that does not.
+    `relay.clients.frames.FrameState` as it encodes itself; empty for one that does not. `first_source`
+    and `second_source` are whom the sides count for, None for nobody.
     """
 
     started: float
@@ -43,6 +44,8 @@ class PairState:
     back: PumpState
     first_frames: bytes = b""
     second_frames: bytes = b""
+    first_source: bytes | None = None
+    second_source: bytes | None = None
 
     @property
     def fds(self) -> int:

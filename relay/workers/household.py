@@ -214,7 +214,6 @@ class Household:
 
     def take_in(self, client: Client) -> None:
         """A sibling has handed `client` on."""
-        client.source, client.is_own = self._places.origin_of(client.sock)
         self._places.take(client.source)
         if self._places.has_too_many(client.source):  # a source can choose tokens that all live with us
             self._farewell.end(client, client.speech.lonely() if client.token else Ending("errory"))

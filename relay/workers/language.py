@@ -32,7 +32,7 @@ from typing import Any, Protocol
 
 from relay.transfer.state import PairState, PumpState
 
-LANGUAGE = 5
+LANGUAGE = 6
 """Raised whenever a message of before would be misunderstood."""
 
 READY = b"R"
@@ -57,10 +57,12 @@ LARGEST_PACKET = 192 << 10
 
 _ENVELOPE = struct.Struct("!cQd")  # kind, serial number, when it was sent
 _ANSWER = struct.Struct("!cQ")  # kind, serial number
-_CLIENT = struct.Struct("!dddBBBBH")  # started, arrived, asked, hops, length of token, side, what it has sent, speech
+_CLIENT = struct.Struct("!dddBBBBBHB")
+"""Started, arrived, asked, hops, recorded; lengths of source, token, side, speech, what it has sent."""
 _STILL_HERE = struct.Struct("!cIfI")  # kind, transfers, load, room
 _TURN = struct.Struct("!cI")  # kind, how many had no room
-_PAIR = struct.Struct("!dddBB")  # started, arrived, waiting time, lengths of where the frames of each side are
+_PAIR = struct.Struct("!dddBBBB")
+"""Started, arrived, waiting time; lengths of where the frames of each side are, and of the source of each."""
 _PUMP = struct.Struct("!QI??IBII??")
 """Moved, held, over, splices, length of what rests in it, file descriptors beside it; unread, owed, ends, discards."""
 
@@ -105,7 +107,7 @@ class ClientState(Protocol):
     """A client without a partner, but for its socket. Before its handshake is whole, `token` is empty and `received`
     holds what it has sent. `started` is in seconds since the epoch, `arrived` and `asked` (when its handshake was
     whole) in seconds of CLOCK_MONOTONIC, which all processes of a machine share; `hops` counts how often it was handed
-    on."""
+    on; `source` is whom it counts for, and `recorded` a `relay.clients.client.Recorded`."""
 
     started: float
     arrived: float
@@ -114,6 +116,11 @@ class ClientState(Protocol):
     side: bytes | None
     received: bytes
     hops: int
+    source: bytes | None
+
+    @property
+    def recorded(self) -> int:
+        """Whether it leaves a record."""
 
     @property
     def packed_speech(self) -> bytes:
@@ -131,6 +138,8 @@ class HandedClient:
     side: bytes | None
     received: bytes
     hops: int
+    source: bytes | None = None
+    recorded: int = 0
     packed_speech: bytes = b""
 
 
@@ -208,18 +217,12 @@ def encode_clients(envelope: Envelope, clients: Sequence[ClientState]) -> bytes:
     """An ``H`` with up to `CLIENTS_PER_PACKET` clients; their sockets go beside it in the same order."""
     parts = [_ENVELOPE.pack(HANDED_CLIENTS, envelope.serial, envelope.sent)]
     for client in clients:
-        token, side, received = client.token, client.side or b"", client.received
-        speech = client.packed_speech
+        things = (client.source or b"", client.token, client.side or b"", client.packed_speech, client.received)
         hops = min(client.hops + 1, 255)
-        parts += (
-            _CLIENT.pack(
-                client.started, client.arrived, client.asked, hops, len(token), len(side), len(received), len(speech)
-            ),
-            token,
-            side,
-            received,
-            speech,
+        parts.append(
+            _CLIENT.pack(client.started, client.arrived, client.asked, hops, client.recorded, *map(len, things))
         )
+        parts += things
     return b"".join(parts)
 
 
@@ -228,40 +231,36 @@ def decode_clients(packet: bytes) -> list[HandedClient]:
     clients = []
     at = _ENVELOPE.size
     while at < len(packet):
-        started, arrived, asked, hops, token, side, received, speech = _unpack(_CLIENT, packet, at)
+        started, arrived, asked, hops, recorded, *sizes = _unpack(_CLIENT, packet, at)
         at += _CLIENT.size
-        side_at = at + token
-        received_at = side_at + side
-        speech_at = received_at + received
-        end = speech_at + speech
-        if end > len(packet):
-            raise Misunderstood("a client that is cut short")
+        (source, token, side, speech, received), at = _split(packet, at, sizes)
         clients.append(
-            HandedClient(
-                started,
-                arrived,
-                asked,
-                packet[at:side_at],
-                packet[side_at:received_at] or None,
-                packet[received_at:speech_at],
-                hops,
-                packet[speech_at:end],
-            )
+            HandedClient(started, arrived, asked, token, side or None, received, hops, source or None, recorded, speech)
         )
-        at = end
     return clients
+
+
+def _split(packet: bytes, at: int, sizes: Sequence[int]) -> tuple[list[bytes], int]:
+    """Things of these sizes, one after the other from `at`, and where they end; raises Misunderstood."""
+    things = []
+    for size in sizes:
+        things.append(packet[at : at + size])
+        at += size
+    if at > len(packet):
+        raise Misunderstood("a packet that is cut short")
+    return things, at
 
 
 def encode_pair(envelope: Envelope, pair: PairState) -> bytes:
     """A ``P``. Beside it go the sockets of both sides, then what each pump holds, if that is much: inlet and outlet of
     a pipe, or a file."""
+    things = (pair.first_frames, pair.second_frames, pair.first_source or b"", pair.second_source or b"")
     return b"".join(
         (
             _ENVELOPE.pack(HANDED_PAIR, envelope.serial, envelope.sent),
-            _PAIR.pack(pair.started, pair.arrived, pair.waiting_time, len(pair.first_frames), len(pair.second_frames)),
+            _PAIR.pack(pair.started, pair.arrived, pair.waiting_time, *map(len, things)),
             *map(_encode_pump, (pair.there, pair.back)),
-            pair.first_frames,
-            pair.second_frames,
+            *things,
             pair.there.rest,
             pair.back.rest,
         )
@@ -286,10 +285,9 @@ def _encode_pump(pump: PumpState) -> bytes:
 def decode_pair(packet: bytes) -> PairState:
     """The pair of a ``P``; raises Misunderstood."""
     at = _ENVELOPE.size
-    started, arrived, waiting_time, first, second = _unpack(_PAIR, packet, at)
+    started, arrived, waiting_time, *sizes = _unpack(_PAIR, packet, at)
     at += _PAIR.size
-    frames_at = at + 2 * _PUMP.size
-    rest_at = frames_at + first + second
+    (first_frames, second_frames, *sources), rest_at = _split(packet, at + 2 * _PUMP.size, sizes)
     pumps = []
     for _ in range(2):
         moved, held, over, splices, length, fds, *of_frames = _unpack(_PUMP, packet, at)
@@ -301,9 +299,11 @@ def decode_pair(packet: bytes) -> PairState:
         pumps.append(PumpState(moved, held, over, splices, rest, fds, *of_frames))
     if rest_at != len(packet):
         raise Misunderstood("a pair of the wrong length")
+    first_source, second_source = (source or None for source in sources)
     there, back = pumps
-    first_frames, second_frames = packet[frames_at : frames_at + first], packet[frames_at + first :][:second]
-    return PairState(started, arrived, waiting_time, there, back, first_frames, second_frames)
+    return PairState(
+        started, arrived, waiting_time, there, back, first_frames, second_frames, first_source, second_source
+    )
 
 
 def _unpack(layout: struct.Struct, packet: bytes, at: int) -> tuple[Any, ...]:

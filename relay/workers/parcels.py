@@ -22,7 +22,8 @@ from typing import Protocol
 
 import gevent
 
-from relay.clients.client import Client
+from relay.clients.client import Client, Recorded
+from relay.clients.proxied import unpack
 from relay.transfer.pair import Pair
 from relay.transfer.slices import in_slices
 from relay.transfer.state import PairState
@@ -169,10 +170,8 @@ def _client_from(handed: HandedClient, sock: socket.socket) -> Client:
     client = Client(sock, handed.started, handed.arrived)
     client.asked, client.token, client.side = handed.asked, handed.token, handed.side
     client.received, client.hops = handed.received, handed.hops
-    if handed.packed_speech:
-        from relay.clients.web import unpack  # not before: most relays have no WebSocket
-
-        client.speech = unpack(handed.packed_speech)
+    client.source, client.recorded = handed.source, Recorded(handed.recorded)
+    client.speech = unpack(handed.packed_speech)
     return client
 
 

@@ -83,6 +83,15 @@ def test_a_wrong_interface_is_a_mistake(value: str) -> None:
     assert "--interface " in checked(run("--port", "0", f"--interface={value}"))
 
 
+@pytest.mark.parametrize("value", ["", "localhost", "192.0.2.0/33", "192.0.2.1,,192.0.2.2", "fe80::1%eth0", "::/129"])
+def test_wrong_proxies_are_a_mistake(value: str, here: Here) -> None:
+    assert here(f"--trusted-proxies={value}").startswith("--trusted-proxies ")
+
+
+def test_a_proxy_header_of_nobody_is_a_mistake(here: Here) -> None:
+    assert "--trusted-proxies" in here("--proxy-protocol")
+
+
 @pytest.mark.parametrize("value", ["", "0", "-600", "1.5", "ten", "1e3", "600s"])
 def test_a_wrong_blur_is_a_mistake(value: str, here: Here) -> None:
     assert here(f"--blur-usage={value}").startswith("--blur-usage ")

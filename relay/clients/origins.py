@@ -1,0 +1,77 @@
+"""Whom a connection counts for, where proxies that are trusted may say it; and whether it may be a health check.
+
+A connection from anybody else counts for the address that it comes from, at once. One from a trusted proxy counts for
+nobody until the proxy has said who has called it, in a PROXY header (`proxied`), or, over WebSocket, in
+X-Forwarded-For, once that may have come.
+"""
+
+from __future__ import annotations
+
+import socket
+
+from relay.clients.claim import Claim
+from relay.clients.client import Client, Recorded
+from relay.clients.forwarded_for import named_client
+from relay.clients.places import Places, is_own
+from relay.clients.proxied import Proxied
+from relay.clients.sources import is_same
+from relay.clients.speech import Speech
+from relay.clients.trusted_proxies import TrustedProxies
+from relay.options import Options
+
+
+class Origins:
+    """Lets newcomers in as whoever they are.
+
+    Args:
+        options: whom to trust, and whether such a one has to send a header.
+        places: where a newcomer's place comes from.
+    """
+
+    def __init__(self, options: Options, places: Places) -> None:
+        self._trusted = TrustedProxies(options.trusted_proxies)
+        self._header_required = options.proxy_protocol
+        self._places = places
+
+    def let_in(self, sock: socket.socket, host: str, speech: Speech) -> Client | None:
+        """The client that has connected from `host` and speaks like this; None when it may not come in.
+
+        Its place is taken then.
+        """
+        trusted = bool(self._trusted) and self._trusted.trusts(host)
+        own = not trusted and is_own(host, sock)
+        source = None if trusted else self._places.source_of(host, own=own)
+        if not self._places.admits(source):
+            return None
+        self._places.take(source)
+        client = Client(sock)
+        client.source = source
+        client.speech = Proxied(host, speech, required=self._header_required) if trusted else speech
+        if own or trusted:
+            client.recorded = Recorded.WITH_A_BYTE
+        return client
+
+    def settle(self, client: Client) -> bool:
+        """Count `client` for whom a proxy says that it is, if all has been said; False when that one has its share."""
+        claim, client.claim = client.claim, None
+        assert claim is not None
+        host = claim.host or claim.proxy
+        if self._trusted.trusts(host):
+            if client.speech.keeps(claim):
+                return True  # there may be more to come
+            host = named_client(claim.forwarded_for or (), self._trusted) or host
+        sock = client.sock
+        own = is_own(claim.proxy, sock) and is_own(host, sock)
+        client.recorded = self._recorded(claim, host, own=own)
+        source = self._places.source_of(host, own=own)
+        if not self._places.admits_here(source):
+            return False
+        client.source = source
+        return True
+
+    def _recorded(self, claim: Claim, host: str, *, own: bool) -> Recorded:
+        if claim.is_local:
+            return Recorded.WITH_A_PARTNER
+        if own or is_same(host, claim.proxy) or self._trusted.trusts(host):
+            return Recorded.WITH_A_BYTE
+        return Recorded.ALWAYS
