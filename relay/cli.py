@@ -100,6 +100,9 @@ LOG_SECONDS = 1.0
 RECORDS_SECONDS = 10.0
 """How long the last thing a worker does, writing the records that are still queued, may take."""
 
+SIGN_OFF_SECONDS = 1.0
+"""How long a worker that cannot start takes to leave a database that is locked."""
+
 W = TypeVar("W", int, None)
 
 logger = logging.getLogger("relay")
@@ -153,8 +156,10 @@ def _serve(options: Options, log: OwnLog) -> None:
         relay = Relay(options)
     except OSError as error:
         raise _cannot_do_without(error) from None
+    recorder = None
     try:
-        ports = relay.find_ports()
+        relay.knock()
+        # Before joining: a database may be locked for a while, and other newcomers wait for one that joins.
         try:
             recorder = open_recorder(
                 usage_db=options.usage_db,
@@ -165,13 +170,15 @@ def _serve(options: Options, log: OwnLog) -> None:
             )
         except UsageError as error:
             raise Mistake(error) from None
+        ports = relay.find_ports()
         end_by_signal(relay.stop)
         relay.start(ports, recorder)
-    except OSError as error:
+    except BaseException as error:
         relay.close()
-        raise _cannot_do_without(error) from None
-    except BaseException:
-        relay.close()
+        if recorder is not None:
+            recorder.close(SIGN_OFF_SECONDS)
+        if isinstance(error, OSError):
+            raise _cannot_do_without(error) from None
         raise
     try:
         relay.wait_until_ended()
@@ -191,7 +198,13 @@ def _cannot_do_without(error: OSError) -> Mistake:
 
 def _log_to_stderr() -> OwnLog:
     """Send the log to stderr, a line each: what it holds is starting, stopping and what goes wrong."""
-    log = OwnLog()
+    try:
+        log = OwnLog()
+    except RuntimeError:
+        raise Mistake(
+            "the system lets this process have no further thread; raise its limit of processes (ulimit -u, or pids.max "
+            "of its cgroup)"
+        ) from None
     logging.basicConfig(handlers=[log], level=logging.INFO)
     return log
 

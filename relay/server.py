@@ -60,7 +60,7 @@ class Relay:
     def __init__(self, options: Options) -> None:
         self.options = options
         loop = gevent.get_hub().loop
-        self._bounds_met = BoundsMet()
+        self._bounds_met = BoundsMet(options.blur_usage, time.monotonic())
         self._places = Places(options, self._bounds_met, self._place_is_free)
         self._farewell = Farewell(loop, self._places, self._record)
         self._pings = Pings(options.ping_interval)
@@ -101,6 +101,17 @@ class Relay:
 
     # Starting
 
+    def knock(self) -> None:
+        """Let the siblings know that we are about to come, and hear whether we may, before anything is waited for.
+
+        Raises Mistake.
+        """
+        if self._household is not None:
+            port, _ = self._household.siblings.knock()
+            if port is not None:
+                self._check_place(port, self.options.interface, self.options.port)
+            self._household.siblings.check_terms()
+
     def find_ports(self) -> Ports:
         """The relay's listening sockets: a sibling's, or, where there are none, new ones.
 
@@ -131,14 +142,17 @@ class Relay:
         """`listener`, which a sibling has given, if it is where it should be, or a new one."""
         if listener is None:
             return self._open_port(interface, port, option)
+        self._check_place(listener, interface, port)
+        take_over(listener, self.options.congestion_control)
+        return listener
+
+    def _check_place(self, listener: socket.socket, interface: str, port: int) -> None:
         if not is_at(listener, interface, port):
             address, number = listener.getsockname()[:2]
             raise Mistake(
                 f"--run-dir {self.options.run_dir}: its relay listens on {address} port {number}, not on "
                 f"{interface} port {port}; give each relay a run directory of its own"
             )
-        take_over(listener, self.options.congestion_control)
-        return listener
 
     def _open_port(self, interface: str, port: int, option: str) -> socket.socket:
         try:

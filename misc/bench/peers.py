@@ -130,7 +130,7 @@ class Server:
         counts: list[int] = []
         if self.peer.usage_db:
             with contextlib.closing(sqlite3.connect(f"file:{self.usage_db}?mode=ro", uri=True, timeout=10)) as database:
-                counts.append(database.execute("SELECT coalesce(max(rowid), 0) FROM usage").fetchone()[0])
+                counts.append(database.execute("SELECT count(*) FROM usage").fetchone()[0])
         if self.peer.json_lines:
             counts.append(self.json_lines.read_bytes().count(b"\n"))
         return min(counts) if counts else None

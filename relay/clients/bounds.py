@@ -76,11 +76,22 @@ class Sources:
 
 
 class BoundsMet:
-    """Which bounds were met, and how often, for a log that must not be flooded."""
+    """Which bounds were met, and how often, for a log that must not be flooded.
 
-    def __init__(self) -> None:
+    Where times are blurred, a line that came when a bound was met would tell the time of what was met. Then lines come
+    at moments that are fixed from the beginning, and tell of all since the last one.
+
+    Args:
+        blur_seconds: as `--blur-usage` has it; lines come so far apart, or `LOG_SECONDS` where that is longer. Without
+            it, the first line comes at once.
+        now: the beginning, in seconds of the clock that `lines` is asked by.
+    """
+
+    def __init__(self, blur_seconds: int | None = None, now: float = 0.0) -> None:
         self._counts: Counter[Bound] = Counter()
-        self._next_log = 0.0
+        self._fixed = blur_seconds is not None
+        self._seconds = max(LOG_SECONDS, blur_seconds or 0.0)
+        self._next_log = now + self._seconds if self._fixed else now
 
     def note(self, bound: Bound, times: int = 1) -> None:
         """`bound` was met."""
@@ -88,9 +99,9 @@ class BoundsMet:
 
     def lines(self, now: float) -> list[str]:
         """What is to be logged at `now` (monotonic seconds): a line a bound, and nothing for a minute after."""
-        if not self._counts or now < self._next_log:
+        if now < self._next_log or not (self._counts or self._fixed):
             return []
-        self._next_log = now + LOG_SECONDS
+        self._next_log = now + self._seconds
         lines = [f"{bound.value} ({count} since this was last said)" for bound, count in self._counts.items()]
         self._counts.clear()
         return lines

@@ -58,7 +58,8 @@ class Now:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """All that the one-row tables say, and where `usage` ended at that same moment."""
+    """All that the one-row tables say, and the first and last row number of `usage` at that same moment. Rows that a
+    relay adds while it is being read come after the last, or, where times are blurred, anywhere."""
 
     now: Now
     since_start: Sums

@@ -1,7 +1,8 @@
 """Destination: the usage database, one immediate transaction for all that is queued.
 
 Each transaction leaves all tables right for the whole relay: the rows of `usage`, both sums, this worker's share and,
-from the shares of all workers that live, the row of `current`.
+from the shares of all workers that live, the row of `current`. If it is not possible to write, or somebody has spoiled
+the file or what is beside it, this decides what becomes of the connection; the records are kept by the `writer`.
 """
 
 from __future__ import annotations
@@ -11,35 +12,34 @@ import os
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from typing import Final
 
-from relay.usage import schema
-from relay.usage.processes import is_living, process_start
+from relay.usage import one_row, rows, schema
+from relay.usage.folder import alone_in, can_be_flushed
 from relay.usage.record import Current, Record, blur, blur_size
-from relay.usage.trouble import Trouble, UsageError
-from relay.usage.watched_file import WatchedFile
+from relay.usage.rows import Row
+from relay.usage.shares import Shares
+from relay.usage.sqlite_trouble import damaged, trouble_of
+from relay.usage.trouble import LOCKED_PATIENCE, Trouble
+from relay.usage.watched_file import WatchedFile, being_replaced
+from relay.usage.write_ahead_log import StillInUse
 from relay.usage.writer import Request, Warn
 
 MOST_AT_ONCE: Final = 1000
 """Records in one transaction. After a long outage the other workers get their turns in between, and the event loop gets
 the interpreter back sooner: making so many rows takes about a millisecond of it."""
 
-Row = tuple[float, float, float | None, int, str]
-"""A row of the `usage` table."""
+LOOK_SECONDS: Final = 1.0
+"""So often at the most is all of the -wal looked at, which bounds what is written behind a hole in it, and lost; less
+often when that takes more than a hundredth of the time, as where a reader keeps it from being copied for long."""
 
 _NO_REQUESTS: Final[frozenset[Request]] = frozenset()
 
-
-@dataclass(frozen=True, slots=True)
-class _Doubt:
-    """Rows whose COMMIT failed in a way that does not tell whether they are in the table; the last would be `last`."""
-
-    last: int
-    rows: list[Row]
+_STAYS: Final = ("locked", "full", "drawn")
+"""Kinds of trouble after which the same connection goes on."""
 
 
 class Database:
@@ -50,9 +50,6 @@ class Database:
         blur_seconds: as `--blur-usage` has it.
         current: returns this process's share of `current`.
         warn: writes a line to the relay's own log.
-
-    Raises:
-        UsageError: this system does not tell when a process started.
     """
 
     def __init__(self, path: str, blur_seconds: int | None, current: Callable[[], Current], warn: Warn) -> None:
@@ -60,23 +57,25 @@ class Database:
         self.option = f"--usage-db {path}"
         self._path = os.path.abspath(path)
         self._blur_seconds = blur_seconds
-        self._current = current
         self._warn = warn
-        self._pid = os.getpid()
-        start = process_start(self._pid)
-        if start is None:
-            raise UsageError(f"{self.option}: this process is not in /proc; mount it")
-        self._start = start
+        self._shares = Shares(lambda: self._blurred(current()))
         self._file = WatchedFile(self._path)
         self._connection: sqlite3.Connection | None = None
         self._signed_on = False
-        self._counted: int | None = None  # connections that the file held before another came in its place
-        self._suspect = False  # the file was damaged when last used
+        self._ticked = int(time.time())  # when the time was to be noted last; no event of a client's
+        self._held: int | None = None  # connections that the file is known to have seen
+        self._suspect = False  # the file was damaged when last used, or may be
         self._damaged_as: schema.Signature | None = None
-        self._doubt: _Doubt | None = None
+        self._log_is_gone = False  # -wal or -shm do not belong to what has these names now
+        self._lost = ""  # what happened to the -wal of the connection before, and what was in it
+        self._look_at = 0.0
+        self._flush = True  # have SQLite see to it that the file is on the disk
+        self._doubt: dict[int, Row] = {}  # the rows whose COMMIT failed, so that they may be there or not
 
     def write(self, kept: deque[Record], requests: AbstractSet[Request]) -> None:
         """Write the records and the share, in as many transactions as it takes; what is committed leaves `kept`."""
+        if Request.TICK in requests:
+            self._ticked = int(time.time())
         try:
             connection = self._reach()
             self._settle_doubt(connection, kept)
@@ -87,7 +86,7 @@ class Database:
             self._recover(trouble)
             raise
         except (sqlite3.Error, OSError) as error:
-            reason = schema.trouble_of(error, self._path)
+            reason = self._reason(error)
             self._recover(reason)
             raise reason from error
 
@@ -103,56 +102,96 @@ class Database:
         if self._connection is not None:
             if not self._file.is_where_it_was():
                 self._part(self._connection)
-            elif not self._file.has_its_wal():
-                self._part_from_wal(self._connection)
+            elif self._log_is_gone:
+                self._part_from_log(self._connection)
             else:
                 self._file.check_header()
+                self._file.log.mend_index()
         if self._connection is None:
-            self._connection = self._connect()
+            self._connect()
+        assert self._connection is not None
         if not self._signed_on:
             self._sign_on(self._connection)
             self._signed_on = True
         return self._connection
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self) -> None:
         if self._damaged_as is not None and self._damaged_as == schema.signature(self._path):
-            raise schema.damaged("as before")
-        connection, status = schema.connect(self._path, self._file.former())
+            raise damaged("as before")
+        opened = schema.connect(self._path, self._file.former(), flush=self._flush)
         try:
             if self._suspect:
-                schema.check_all(connection)
-            fate = self._file.hold(status)
+                schema.check_all(opened.connection)
+            if opened.log.can_be_read():  # SQLite would copy it by itself, but without looking whether it is whole
+                opened.connection.execute("PRAGMA wal_autocheckpoint = 0")
+            fate = self._file.hold(opened.status, opened.log)
         except BaseException:
-            connection.close()
+            opened.close()
             raise
+        self._connection = opened.connection
         self._suspect = False
         self._damaged_as = None
         if fate is not None:
-            held = "what it held" if self._counted is None else f"what it held ({self._counted} connections in all)"
+            held = "what it held" if self._held is None else f"what it held ({self._held} connections in all)"
             self._warn(f"{self.name}: {fate.what}; {held} {fate.rest}; the records go on in the file that is there now")
-        self._counted = None
-        return connection
+            self._lost = ""
+        self._shares.live(self._file.fd)
 
     def _part(self, connection: sqlite3.Connection) -> None:
         """Let go of a file that is no longer the one that the path names."""
         self._file.put_away_if_empty()
-        with contextlib.suppress(sqlite3.Error):
-            (self._counted,) = connection.execute("SELECT connections FROM all_time").fetchone()
-            # Someone may have moved the file and not its -wal: what is still in there belongs to the file.
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        if not self._file.log.is_broken(every_frame=True):
+            with contextlib.suppress(sqlite3.Error):
+                self._held = one_row.connections(connection)
+                # Someone may have moved the file and not its -wal: what is still in there belongs to the file.
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         self._disconnect()
 
-    def _part_from_wal(self, connection: sqlite3.Connection) -> None:
-        """Bring what is in a -wal that was removed by its name into the file, which is still there; then begin anew."""
-        (busy, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        if busy:
-            raise schema.trouble_of(sqlite3.OperationalError("database is locked"), self._path)
-        self._disconnect()
-        self._warn(f"{self.name}: its -wal was removed while the relay ran; nothing is lost, it is in the file now")
+    def _part_from_log(self, connection: sqlite3.Connection) -> None:
+        """Let go of a -wal or a -shm that was removed by its name, and begin anew with the file: it is still there."""
+        if self._file.log.is_broken(every_frame=True):
+            self._part_from_broken_log()
+        elif self._file.log.has_wal():
+            self._disconnect()  # who makes a new -shm finds everything in the -wal
+            self._warn(f"{self.name}: its -shm was removed while the relay ran; nothing is lost")
+        else:
+            (busy, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if busy:
+                raise trouble_of(sqlite3.OperationalError("database is locked"), self._path)
+            self._disconnect()
+            self._warn(f"{self.name}: its -wal was removed while the relay ran; nothing is lost, it is in the file now")
+
+    def _part_from_broken_log(self) -> None:
+        """Let go of a -wal that somebody has overwritten, before anything of that is taken for pages of the file."""
+        with alone_in(os.path.dirname(os.path.realpath(self._path))):
+            try:
+                lost = self._file.log.put_away()
+            except StillInUse:
+                raise trouble_of(sqlite3.OperationalError("database is locked"), self._path) from None
+            self._disconnect(leave_log_alone=True)
+        self._suspect = True
+        if lost is not None:
+            self._lost = "what was in it is lost" if lost else "nothing is lost"
+
+    def _reason(self, error: Exception) -> Trouble:
+        """Say what is wrong, after looking at what SQLite does not tell."""
+        trouble = trouble_of(error, self._path)
+        if trouble.kind in _STAYS or self._connection is None:
+            return trouble
+        if self._file.log.is_broken(every_frame=True):
+            return _overwritten()
+        if self._flush and not can_be_flushed(self._file.fd):
+            self._flush = False
+            return Trouble(trouble.line, passing=True, patience=LOCKED_PATIENCE)
+        return trouble
 
     def _recover(self, trouble: Trouble) -> None:
         """After a lock or a full disk the same connection goes on; after anything else a new one is the safer start."""
-        if trouble.kind in ("locked", "full"):
+        if trouble.kind in _STAYS:
+            return
+        if trouble.kind == "log":
+            with contextlib.suppress(Trouble, OSError):  # then the next attempt does it
+                self._part_from_broken_log()
             return
         self._disconnect()
         if trouble.kind == "damaged":
@@ -160,28 +199,37 @@ class Database:
                 self._damaged_as = schema.signature(self._path)
             self._suspect = True
 
-    def _disconnect(self) -> None:
+    def _disconnect(self, *, leave_log_alone: bool = False) -> None:
         if self._connection is not None:
-            is_there = self._file.is_where_it_was() and self._file.has_its_wal()
-            with contextlib.suppress(sqlite3.Error), contextlib.nullcontext() if is_there else self._file.left_alone():
+            is_there = self._file.is_where_it_was() and self._file.has_its_log() and not leave_log_alone
+            is_whole = is_there and not self._file.log.is_broken(every_frame=True)
+            with contextlib.suppress(sqlite3.Error), contextlib.nullcontext() if is_whole else self._file.left_alone():
                 self._connection.close()
+            self._file.let_go_of_index()
         self._connection = None
-        self._signed_on = False
+        self._signed_on = self._log_is_gone = False
 
     # Transactions
 
     def _sign_on(self, connection: sqlite3.Connection) -> None:
         """Begin this worker's share; if no other worker lives, the service starts, and `since_reboot` from zero."""
         with self._transaction(connection):
-            for table, values in schema.ONE_ROW_TABLES.items():
-                connection.execute(f"INSERT INTO {table} SELECT {values} WHERE NOT EXISTS (SELECT 1 FROM {table})")
-            shares = connection.execute("SELECT pid, process_start FROM worker_share").fetchall()
-            if not any(is_living(pid, start) for pid, start in shares):
-                connection.execute(_BEGIN_ANEW)
-            self._tell_current(connection, leaving=False)
-            _tell_time(connection)
+            lines = one_row.put_right(connection)
+            if not self._shares.enter(connection):
+                one_row.begin_anew(connection)
+                if self._held is None and self._file.log.has_left_over():
+                    lines.append("its -wal is not whole (overwritten, or a power cut); what came last in it is lost")
+            one_row.set_current(connection, self._blurred(self._shares.tell(connection, leaving=False)))
+            one_row.set_refreshed(connection, self._ticked, latest=True)
+            held = one_row.connections(connection)
             connection.execute("COMMIT")
-        self._file.note_wal()
+        self._warn_all(lines)
+        if self._lost:
+            fewer = (self._held or 0) - held
+            count = f", at least {fewer} connections" if fewer > 0 else ""
+            self._warn(f"{self.name}: its -wal was overwritten or cut short while the relay ran; {self._lost}{count}")
+            self._lost = ""
+        self._held = held
 
     @contextlib.contextmanager
     def _transaction(self, connection: sqlite3.Connection) -> Iterator[None]:
@@ -192,124 +240,94 @@ class Database:
         """
         connection.execute("BEGIN IMMEDIATE")
         try:
-            if not self._file.is_where_it_was() or not self._file.has_its_wal():
-                raise Trouble("its file is just being replaced", kind="locked", passing=True, waited=True)
+            self._log_is_gone = not self._file.has_its_log()
+            if self._log_is_gone or not self._file.is_where_it_was():
+                raise being_replaced()
+            if self._is_log_broken():
+                raise _overwritten()
             yield
         finally:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
 
+    def _is_log_broken(self) -> bool:
+        """Look at the whole log now and then, and otherwise at its ends."""
+        began = time.monotonic()
+        every_frame = began >= self._look_at
+        is_broken = self._file.log.is_broken(every_frame=every_frame, locked=True)
+        if every_frame:
+            self._look_at = began + max(LOOK_SECONDS, 100 * (time.monotonic() - began))
+        return is_broken
+
     def _write_first(
         self, connection: sqlite3.Connection, kept: deque[Record], count: int, requests: AbstractSet[Request]
     ) -> None:
         """Write the oldest `count` records in one transaction, and take them out of `kept` when it is committed."""
-        rows = [self._row(record) for record in islice(kept, count)]
-        with self._transaction(connection):
-            last = _insert(connection, rows) if rows else 0
-            self._tell_current(connection, leaving=Request.LEAVE in requests)
-            if Request.TICK in requests:
-                _tell_time(connection)
-            try:
-                connection.execute("COMMIT")
-            except sqlite3.Error:
-                if rows and not connection.in_transaction:
-                    self._doubt = _Doubt(last, rows)
-                raise
+        new = [self._row(record) for record in islice(kept, count)]
+        try:
+            self._commit(connection, new, requests)
+        except one_row.NotOneRow:
+            self._put_right(connection)
+            self._commit(connection, new, requests)
         for _ in range(count):
             kept.popleft()
 
+    def _commit(self, connection: sqlite3.Connection, new: list[Row], requests: AbstractSet[Request]) -> None:
+        with self._transaction(connection):
+            numbered: dict[int, Row] = {}
+            if new:
+                try:
+                    numbered = rows.insert(connection, new, in_order=self._blur_seconds is None)
+                except rows.RowsRefused:
+                    line = "its table usage does not take all rows; remove the trigger that keeps them out"
+                    raise Trouble(line) from None
+                one_row.add(connection, new)
+            total = self._shares.tell(connection, leaving=Request.LEAVE in requests)
+            one_row.set_current(connection, self._blurred(total))
+            if Request.TICK in requests:
+                one_row.set_refreshed(connection, self._ticked)
+                one_row.check(connection)
+            is_due = self._file.log.is_due()
+            if is_due and self._file.log.is_broken(every_frame=True, locked=True):
+                raise _overwritten()
+            try:
+                connection.execute("COMMIT")
+            except sqlite3.Error:
+                if not connection.in_transaction:
+                    self._doubt = numbered
+                raise
+        self._held = (self._held or 0) + len(new)
+        if is_due:
+            with contextlib.suppress(sqlite3.Error):  # the rows are safe, and it is tried again
+                connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+    def _put_right(self, connection: sqlite3.Connection) -> None:
+        with self._transaction(connection):
+            lines = one_row.put_right(connection)
+            connection.execute("COMMIT")
+        self._warn_all(lines)
+
+    def _warn_all(self, lines: list[str]) -> None:
+        for line in lines:
+            self._warn(f"{self.name}: {line}")
+
     def _settle_doubt(self, connection: sqlite3.Connection, kept: deque[Record]) -> None:
         """Find out whether the rows of a COMMIT that failed are there after all; they are the oldest ones kept."""
-        if self._doubt is None:
-            return
-        rows, last = self._doubt.rows, self._doubt.last
-        found = connection.execute(
-            "SELECT started, total_time, waiting_time, bytes, result FROM usage "
-            "WHERE rowid > ? AND rowid <= ? ORDER BY rowid",
-            (last - len(rows), last),
-        ).fetchall()
-        self._doubt = None
-        if found == rows:
-            for _ in rows:
+        doubtful = self._doubt
+        if doubtful and rows.are_there(connection, doubtful):
+            for _ in doubtful:
                 kept.popleft()
+        self._doubt = {}
 
     def _row(self, record: Record) -> Row:
         blurred = blur(record, self._blur_seconds)
         return (blurred.started, blurred.total_time, blurred.waiting_time, blurred.total_bytes, blurred.mood)
 
-    def _tell_current(self, connection: sqlite3.Connection, *, leaving: bool) -> None:
-        """Write this worker's share, drop those of processes that are gone, and make `current` the sum of the rest."""
-        connected = waiting = moved = 0
-        for pid, start, *share in connection.execute("SELECT * FROM worker_share").fetchall():
-            if pid == self._pid and start == self._start:
-                continue
-            if is_living(pid, start):
-                connected += share[0]
-                waiting += share[1]
-                moved += share[2]
-            else:
-                connection.execute("DELETE FROM worker_share WHERE pid = ? AND process_start = ?", (pid, start))
-        if leaving:
-            connection.execute("DELETE FROM worker_share WHERE pid = ? AND process_start = ?", (self._pid, self._start))
-        else:
-            own = self._current()
-            own_moved = self._blurred(own.partal_bytes)
-            connection.execute(
-                "REPLACE INTO worker_share (pid, process_start, connected, waiting, partal_bytes) "
-                "VALUES (?, ?, ?, ?, ?)",
-                (self._pid, self._start, own.connected, own.waiting, own_moved),
-            )
-            connected += own.connected
-            waiting += own.waiting
-            moved += own_moved
-        connection.execute(
-            "UPDATE current SET connected = ?, waiting = ?, partal_bytes = ?",
-            (connected, waiting, self._blurred(moved)),
-        )
-
-    def _blurred(self, size: int) -> int:
-        return size if self._blur_seconds is None else blur_size(size)
+    def _blurred(self, current: Current) -> Current:
+        if self._blur_seconds is None:
+            return current
+        return Current(current.connected, current.waiting, blur_size(current.partal_bytes))
 
 
-def _tell_time(connection: sqlite3.Connection) -> None:
-    connection.execute("UPDATE refreshed SET at = ?", (int(time.time()),))
-
-
-def _insert(connection: sqlite3.Connection, rows: Sequence[Row]) -> int:
-    """Add the rows to `usage` and to both sums; return the rowid of the last."""
-    begin = last = 0
-    while begin < len(rows):
-        size = min(_MOST_ROWS, 1 << (len(rows) - begin).bit_length() - 1)
-        cursor = connection.execute(_INSERT[size], tuple(chain.from_iterable(rows[begin : begin + size])))
-        last = cursor.lastrowid or 0
-        begin += size
-    moods = [row[4] for row in rows]
-    sums = (
-        sum(row[3] for row in rows),
-        len(rows),
-        moods.count("happy"),
-        moods.count("lonely"),
-        moods.count("errory"),
-    )
-    for table in ("since_reboot", "all_time"):
-        connection.execute(_ADD[table], sums)
-    return last
-
-
-# One statement for many rows, where executemany takes one for each: the thread lets go of the interpreter once in each
-# statement, and each time has to get it back from an event loop that is busy. Few sizes, so that all stay prepared;
-# five values a row, and SQLite before 3.32 takes 999.
-_MOST_ROWS: Final = 128
-_INSERT: Final = {
-    size: "INSERT INTO usage (started, total_time, waiting_time, bytes, result) VALUES "
-    + ", ".join(["(?, ?, ?, ?, ?)"] * size)
-    for size in (1, 2, 4, 8, 16, 32, 64, _MOST_ROWS)
-}
-_BEGIN_ANEW: Final = (
-    "UPDATE since_reboot SET bytes = 0, connections = 0, mood_happy = 0, mood_lonely = 0, mood_errory = 0"
-)
-_ADD: Final = {
-    table: f"UPDATE {table} SET bytes = bytes + ?, connections = connections + ?, mood_happy = mood_happy + ?, "
-    "mood_lonely = mood_lonely + ?, mood_errory = mood_errory + ?"
-    for table in ("since_reboot", "all_time")
-}
+def _overwritten() -> Trouble:
+    return Trouble("its -wal was overwritten", kind="log", passing=True, patience=LOCKED_PATIENCE)

@@ -33,14 +33,22 @@ def check_log_fd(fd: int) -> None:
     the relay's own by then, such as the socket it listens on.
     """
     try:
-        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
         kind = stat.S_IFMT(os.fstat(fd).st_mode)
     except (OSError, OverflowError, ValueError):
         raise UsageError(_not_open(fd)) from None
+    flags = _flags(fd)
     if kind not in (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR) or _is_listening(fd, kind):
         raise UsageError(_not_open(fd))
-    if flags & os.O_ACCMODE == os.O_RDONLY:
+    if flags is not None and flags & os.O_ACCMODE == os.O_RDONLY:
         raise UsageError(f"--log-fd {fd}: it is open for reading only; open it for writing, as in {fd}>>usage.json")
+
+
+def _flags(fd: int) -> int | None:
+    """How it was opened; None where the kernel or a sandbox does not tell."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GETFL)
+    except OSError:
+        return None
 
 
 def _not_open(fd: int) -> str:
@@ -51,8 +59,11 @@ def _is_listening(fd: int, kind: int) -> bool:
     """Tell a listening socket, on which nobody means to read lines: it is the relay's own."""
     if kind != stat.S_IFSOCK:
         return False
-    with socket.socket(fileno=os.dup(fd)) as duplicate:
-        return bool(duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    try:
+        with socket.socket(fileno=os.dup(fd)) as duplicate:
+            return bool(duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    except OSError:
+        return False  # not told; writing to it will
 
 
 def encode(record: Record) -> bytes:
@@ -142,10 +153,11 @@ class JsonLog:
 
         Otherwise another worker's line, when that comes first once there is space, would end up in the middle of ours.
         """
-        if self._poll is not None or not fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_APPEND:
+        flags = _flags(self._fd)
+        if self._poll is not None or flags is None or not flags & os.O_APPEND:
             return False
-        end = os.lseek(self._fd, 0, os.SEEK_CUR)
         try:
+            end = os.lseek(self._fd, 0, os.SEEK_CUR)
             if os.fstat(self._fd).st_size != end:
                 return False
             os.ftruncate(self._fd, end - written)

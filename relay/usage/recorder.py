@@ -14,6 +14,7 @@ from collections.abc import Callable
 from relay.usage.json_log import JsonLog, check_log_fd
 from relay.usage.record import Current, Record
 from relay.usage.trouble import UsageError
+from relay.usage.unhurried import Unhurried
 from relay.usage.writer import Request, Warn, Writer
 
 __all__ = ["Recorder", "UsageError", "check_log_fd", "open_recorder"]
@@ -25,12 +26,14 @@ class Recorder:
     Args:
         database: the writer of the usage database, if there is one.
         log: the writer of the JSON lines, if there are any.
+        unhurried: what holds back their lines for the relay's log, if something does.
     """
 
-    def __init__(self, database: Writer | None, log: Writer | None) -> None:
+    def __init__(self, database: Writer | None, log: Writer | None, unhurried: Unhurried | None = None) -> None:
         self._writers = [writer for writer in (database, log) if writer is not None]
         self._queues = [writer.record for writer in self._writers]
         self._database = database
+        self._unhurried = unhurried
 
     def record(self, record: Record) -> None:
         """Queue one finished connection; never waits. It is written within about 10 ms when nothing is in the way.
@@ -56,7 +59,10 @@ class Recorder:
         deadline = time.monotonic() + timeout
         for writer in self._writers:
             writer.leave(deadline)
-        return max([writer.wait() for writer in self._writers], default=0)
+        unwritten = max([writer.wait() for writer in self._writers], default=0)
+        if self._unhurried is not None:
+            self._unhurried.close()
+        return unwritten
 
 
 def open_recorder(
@@ -77,11 +83,29 @@ def open_recorder(
         log_fd: file descriptor for JSON lines, used as it is; None for none.
         blur_seconds: round times down to a multiple of this, and sizes up; None records both exactly.
         current: returns what this process holds at the moment; called on another thread, so it must only read.
-        warn: writes one line to the relay's log; called on other threads.
+        warn: writes one line to the relay's log; called on other threads. With `blur_seconds`, at moments that have
+            nothing to do with what it is about.
 
     Raises:
         UsageError: one of them cannot be used; a file that is not the relay's is left byte for byte as it was.
     """
+    unhurried = None if blur_seconds is None else Unhurried(warn, blur_seconds)
+    try:
+        return _open(usage_db, log_fd, blur_seconds, current, warn if unhurried is None else unhurried, unhurried)
+    except UsageError:
+        if unhurried is not None:
+            unhurried.close()
+        raise
+
+
+def _open(
+    usage_db: str | None,
+    log_fd: int | None,
+    blur_seconds: int | None,
+    current: Callable[[], Current],
+    warn: Warn,
+    unhurried: Unhurried | None,
+) -> Recorder:
     log = database = None
     if log_fd is not None:
         check_log_fd(log_fd)
@@ -93,4 +117,4 @@ def open_recorder(
         database.start()
     if log is not None:
         log.start()
-    return Recorder(database, log)
+    return Recorder(database, log, unhurried)

@@ -10,6 +10,7 @@ Nothing here knows about lines: the caller asks at a line's boundary, never betw
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -59,10 +60,29 @@ class FollowedFile:
                 return False
         except FileNotFoundError:
             pass  # renamed, and nobody has made the next one yet
-        opened = os.open(self.path, APPEND, stat.S_IMODE(current.st_mode))
+        opened = os.open(self.path, APPEND | _nofollow(self.path), stat.S_IMODE(current.st_mode))
         try:
+            _refuse_another_users_choice(opened)
             # One step for whoever writes at the same time: the descriptor is the old file, then it is the new one.
             os.dup2(opened, self.fd, inheritable=os.get_inheritable(self.fd))
         finally:
             os.close(opened)
         return True
+
+
+def _nofollow(path: str) -> int:
+    """Return O_NOFOLLOW, unless the path is a link that this user or root has made: anybody else who may write in the
+    folder could otherwise have the lines appended to a file of their choice."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return os.O_NOFOLLOW
+    is_trusted = stat.S_ISLNK(status.st_mode) and status.st_uid in (0, os.geteuid())
+    return 0 if is_trusted else os.O_NOFOLLOW
+
+
+def _refuse_another_users_choice(fd: int) -> None:
+    """Raise OSError when root would write to a file that has another name besides, which somebody may have linked."""
+    status = os.fstat(fd)
+    if os.geteuid() == 0 and stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+        raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))

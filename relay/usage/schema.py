@@ -6,16 +6,20 @@ Nothing is written to a file before it is known to be the relay's, or empty.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import sqlite3
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
+from relay.usage.folder import BESIDE, AsItWas, alone_in, can_be_flushed, check_link, check_writable, why_refused
+from relay.usage.sqlite_trouble import damaged, trouble_of
 from relay.usage.trouble import LOCKED_PATIENCE, Trouble, UsageError
+from relay.usage.write_ahead_log import WriteAheadLog
+
+T = TypeVar("T")
 
 APPLICATION_ID: Final = 0x52474556
 SCHEMA_VERSION: Final = 1
@@ -24,7 +28,7 @@ _USER_VERSION_AT: Final = 60
 _APPLICATION_ID_AT: Final = 68
 """Where both stand in the file's first page; https://www.sqlite.org/fileformat2.html, "The Database Header"."""
 
-_LOOK_AGAIN: Final = 0.005
+_LOOK_AGAIN: Final = 0.05
 
 BUSY_SECONDS: Final = 0.25
 """How long one attempt waits for a lock; short, so that a relay that stops does not hang here."""
@@ -39,9 +43,13 @@ TABLES: Final = {
     # What the workers need among themselves, and the importer.
     "worker_share": "pid INTEGER, process_start TEXT, connected INTEGER, waiting INTEGER, partal_bytes INTEGER, "
     "PRIMARY KEY (pid, process_start)",
+    "lifeline": "pid INTEGER, process_start TEXT, byte INTEGER, PRIMARY KEY (pid, process_start)",
     "refreshed": "at INTEGER",
     "imported": "source TEXT PRIMARY KEY, rows INTEGER, digest TEXT",
 }
+_YOUNGER: Final = ("lifeline",)
+"""Tables that a database of an earlier version may lack; workers of that version go on beside them."""
+
 ONE_ROW_TABLES: Final = {
     "current": "0, 0, 0",
     "since_reboot": "0, 0, 0, 0, 0",
@@ -58,12 +66,18 @@ def open_database(path: str) -> sqlite3.Connection:
     Raises:
         UsageError: it is no usage database of this relay's, or cannot be opened; one line that begins with the path.
     """
-    try:
-        return connect(path)[0]
-    except Trouble as trouble:
-        raise UsageError(f"{path}: {trouble.line}") from None
-    except (sqlite3.Error, OSError) as error:
-        raise UsageError(f"{path}: {trouble_of(error, path).line}") from None
+    deadline = time.monotonic() + LOCKED_PATIENCE
+    while True:
+        trouble = None
+        try:
+            return _connect(path, None, lambda file: None, flush=True)[0]
+        except Trouble as trouble_itself:
+            trouble = trouble_itself
+        except (sqlite3.Error, OSError) as error:
+            trouble = trouble_of(error, path)
+        if trouble.kind != "locked" or time.monotonic() > deadline:
+            raise UsageError(f"{path}: {trouble.line}")
+        time.sleep(_LOOK_AGAIN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,39 +88,92 @@ class FormerFile:
     wal: os.stat_result
 
 
-def connect(path: str, former: FormerFile | None = None) -> tuple[sqlite3.Connection, os.stat_result]:
-    """Do what `open_database` does, and return the file's status too, which tells it from one put in its place later.
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An open database: the connection, the file's status, which tells it from one put in its place later, and what is
+    beside it."""
+
+    connection: sqlite3.Connection
+    status: os.stat_result
+    log: WriteAheadLog
+
+    def close(self) -> None:
+        """Close everything."""
+        self.connection.close()
+        self.log.close()
+
+
+def connect(path: str, former: FormerFile | None = None, *, flush: bool = True) -> Opened:
+    """Do what `open_database` does, once, waiting for no lock on the file; and watch what is beside it.
 
     Args:
         path: the file.
         former: what was at this path before, if that is known.
+        flush: have SQLite see to it that what has to be is on the disk; not where that is refused.
 
     Raises:
         Trouble: the file cannot be used.
-        sqlite3.Error, OSError: the same; `trouble_of` says it in words.
+        OSError: the same; `trouble_of` says it in words.
     """
+    return Opened(*_connect(path, former, WriteAheadLog, flush=flush))
+
+
+def _connect(
+    path: str, former: FormerFile | None, watch: Callable[[str], T], *, flush: bool
+) -> tuple[sqlite3.Connection, os.stat_result, T]:
+    check_link(path)
     file = os.path.realpath(path)
-    with _alone_in(os.path.dirname(file)):
+    with alone_in(os.path.dirname(file)):
         blank = _is_blank(file)
         if os.path.exists(file) and os.path.getsize(file) == 0 and os.path.exists(file + "-wal"):
             os.unlink(file)  # emptied under other workers' connections, see put_away_if_empty
+        as_it_was = AsItWas(file, blank=blank)
         if not os.path.exists(file):
             _remove_beside(file)
-            os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666))
+            os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666))
         elif former is not None and not _is_same(file, former.file) and _is_same(file + "-wal", former.wal):
             _remove_beside(file)
         status = os.stat(file)
-        connection = sqlite3.connect(_uri(file, "mode=rw"), uri=True, isolation_level=None, timeout=BUSY_SECONDS)
+        flush = flush and (not blank or _may_be_flushed(file))
+        # Whoever comes next waits for the folder, so nothing else is waited for here.
+        connection = sqlite3.connect(_uri(file, "mode=rw"), uri=True, isolation_level=None, timeout=0.0)
         try:
+            if not flush:
+                connection.execute("PRAGMA synchronous = OFF")
             # Also when a kill in the middle of making it left a file that SQLite has just taken back.
             if blank or not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
                 _make_tables(connection)
             _check_tables(connection)
             _tune(connection)
-        except BaseException:
+            if blank:
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # once to the -wal, which may be refused
+            watched = watch(file)
+        except BaseException as error:
             connection.close()
-            raise
-    return connection, status
+            reason = _why_not(error, as_it_was) if isinstance(error, (sqlite3.Error, OSError)) else error
+            if not (isinstance(reason, Trouble) and reason.kind == "locked"):
+                as_it_was.restore()
+            raise reason from error
+    return connection, status, watched
+
+
+def _may_be_flushed(file: str) -> bool:
+    with open(file, "rb") as opened:
+        return can_be_flushed(opened.fileno())
+
+
+def _why_not(error: Exception, as_it_was: AsItWas) -> Trouble:
+    """Say why a database cannot be opened, after trying what SQLite does not tell."""
+    trouble = trouble_of(error, as_it_was.file, waited=False)
+    if trouble.kind == "damaged":
+        return trouble
+    in_use = trouble.kind == "locked"
+    if not in_use:
+        as_it_was.restore_beside()
+    refused = why_refused(as_it_was.file, in_use=in_use)
+    if refused is None:
+        return trouble
+    return Trouble(f"SQLite cannot keep its WAL there: {refused}; give a file on a local disk")
 
 
 def put_away_if_empty(path: str, held: os.stat_result) -> None:
@@ -117,7 +184,7 @@ def put_away_if_empty(path: str, held: os.stat_result) -> None:
         held: the file that the connections are to; another one at this path is left alone.
     """
     file = os.path.realpath(path)
-    with _alone_in(os.path.dirname(file)):
+    with alone_in(os.path.dirname(file)):
         if _is_same(file, held) and os.path.getsize(file) == 0:
             os.unlink(file)
 
@@ -137,9 +204,9 @@ def _is_same(path: str, status: os.stat_result) -> bool:
 
 def _remove_beside(file: str) -> None:
     """Remove what a file of this name left that was removed or moved alone; SQLite would take it for the new one's."""
-    for beside in ("-wal", "-shm"):
+    for end in BESIDE:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(file + beside)
+            os.unlink(file + end)
 
 
 Signature = tuple[int, int, int] | None
@@ -168,65 +235,6 @@ def has_valid_header(beginning: bytes) -> bool:
     return beginning.startswith(_MAGIC) and application_id == APPLICATION_ID.to_bytes(4, "big")
 
 
-def trouble_of(error: Exception, path: str) -> Trouble:
-    """Say in words what SQLite or the system has against writing to the database."""
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError):
-        return Trouble(f"cannot be used ({error.strerror or text})")
-    # By their texts, which have not changed in many years: Python 3.10 does not tell the codes.
-    if "locked" in text or text == "locking protocol":
-        line = "another program holds its lock"
-        return Trouble(line, kind="locked", passing=True, patience=LOCKED_PATIENCE, waited="locked" in text)
-    if "disk is full" in text or _disk_is_full(path):
-        return Trouble("no space is left on its disk", kind="full", passing=True)
-    if "malformed" in text or "not a database" in text:
-        return damaged(text)
-    if "readonly" in text:
-        return Trouble("it cannot be written; change its mode or owner, or those of its folder")
-    return Trouble(f"cannot be used ({text})")
-
-
-def damaged(reason: str) -> Trouble:
-    """Return the trouble of a file that is broken."""
-    remedy = "repair it, or move it away together with its -wal and -shm to have a new one made"
-    return Trouble(f"it is damaged ({reason}); {remedy}", kind="damaged")
-
-
-def _disk_is_full(path: str) -> bool:
-    """SQLite says "disk I/O error" too when there is no space for its -shm file."""
-    try:
-        status = os.statvfs(os.path.dirname(os.path.realpath(path)))
-    except OSError:
-        return False
-    return status.f_bavail == 0
-
-
-@contextlib.contextmanager
-def _alone_in(folder: str) -> Iterator[None]:
-    """Let one process at a time look at the file and make it, by a lock on its folder that leaves nothing behind."""
-    try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise Trouble(f"its folder {folder} does not exist; make it") from None
-    except NotADirectoryError:
-        raise Trouble(f"{folder} is not a folder; name a file in one") from None
-    except PermissionError:
-        raise Trouble(f"its folder {folder} cannot be read; change its mode or owner") from None
-    try:
-        deadline = time.monotonic() + LOCKED_PATIENCE
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise Trouble(f"another program holds a lock on its folder {folder}", passing=True) from None
-                time.sleep(_LOOK_AGAIN)
-        yield
-    finally:
-        os.close(fd)
-
-
 def _is_blank(file: str) -> bool:
     """Look at the file without touching it: True when it is missing or has nothing in it, False when it is the relay's.
 
@@ -236,7 +244,7 @@ def _is_blank(file: str) -> bool:
     try:
         status = os.stat(file)
     except FileNotFoundError:
-        _check_writable_folder(folder)
+        check_writable(folder)
         return True
     if stat.S_ISDIR(status.st_mode):
         raise Trouble("it is a folder; name a file")
@@ -244,13 +252,8 @@ def _is_blank(file: str) -> bool:
         raise Trouble("it is not a regular file; name one, or a new one")
     if not os.access(file, os.R_OK | os.W_OK):
         raise Trouble("it cannot be written; change its mode or owner")
-    _check_writable_folder(folder)
+    check_writable(folder)
     return status.st_size == 0 or _has_no_tables(file)
-
-
-def _check_writable_folder(folder: str) -> None:
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise Trouble(f"its folder {folder} cannot be written, and SQLite makes two files there; change mode or owner")
 
 
 def _has_no_tables(file: str) -> bool:
@@ -316,17 +319,22 @@ def _check_tables(connection: sqlite3.Connection) -> None:
     for name, columns in TABLES.items():
         found = {column[1] for column in connection.execute(f"PRAGMA table_info({name})")}
         wanted = {column.split()[0] for column in columns.partition(", PRIMARY")[0].split(", ")}
-        if not wanted <= found:
+        if name in _YOUNGER and not found:
+            connection.execute(f"CREATE TABLE IF NOT EXISTS {name} ({columns})")
+        elif not wanted <= found:
             raise damaged(f"its table {name} lacks {', '.join(sorted(wanted - found))}")
 
 
 def _tune(connection: sqlite3.Connection) -> None:
     (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
     if mode != "wal":
-        raise Trouble("its file system cannot share a WAL between processes; give a file on a local disk")
+        raise sqlite3.OperationalError("its file system cannot share a WAL between processes")
     # Under WAL this costs no fsync for a transaction. A power cut may take back the last ones, kill -9 takes none.
-    connection.execute("PRAGMA synchronous = NORMAL")
+    if connection.execute("PRAGMA synchronous").fetchone() != (0,):
+        connection.execute("PRAGMA synchronous = NORMAL")
     # What is written goes to the ends of the tables: a cache that grows with them would only keep what nobody reads.
     connection.execute("PRAGMA cache_size = -256")  # KiB
     # A reader that stays for long makes the WAL grow; this gives the disk back afterwards. In bytes.
     connection.execute("PRAGMA journal_size_limit = 16777216")
+    connection.execute("SELECT 1 FROM sqlite_master").fetchone()  # now both files beside it are there
+    connection.execute(f"PRAGMA busy_timeout = {round(BUSY_SECONDS * 1000)}")

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from relay.usage import schema
-from relay.usage.trouble import Trouble
+from relay.usage.sqlite_trouble import damaged
+from relay.usage.trouble import LOCKED_PATIENCE, Trouble
+from relay.usage.write_ahead_log import Identity, WriteAheadLog, identity
 
 _HEADER_BYTES: Final = 100
 
@@ -28,12 +30,18 @@ class Fate:
     rest: str
 
 
-class WatchedFile:
-    """Holds the file open beside SQLite's own connection.
+def being_replaced() -> Trouble:
+    """Return the trouble of a file that is not the one that it was a moment ago; the next attempt finds out more."""
+    line = "its file is just being replaced"
+    return Trouble(line, kind="locked", passing=True, patience=LOCKED_PATIENCE, waited=True)
 
-    While it is held its inode number is not given to another file, so comparing numbers is safe. The same goes for its
-    -wal, whose number a new one would otherwise get at once. Closing any descriptor of a file drops all locks that the
-    process has on it (fcntl(2)), SQLite's too: so it is let go of only when there is no connection to it.
+
+class WatchedFile:
+    """Holds the file open beside SQLite's own connection, and its -wal and -shm (`log`) as well.
+
+    While it is held its inode number is not given to another file, so comparing numbers is safe. Closing any descriptor
+    of a file drops all locks that the process has on it (fcntl(2)), SQLite's too: so it is let go of only when there is
+    no connection to it.
 
     Args:
         path: as the operator gave it; it may be a symbolic link.
@@ -42,34 +50,49 @@ class WatchedFile:
     def __init__(self, path: str) -> None:
         self._path = path
         self._fd: int | None = None
-        self._wal_path = ""
-        self._wal_fd: int | None = None
+        self._is: Identity | None = None
+        self._log: WriteAheadLog | None = None
+
+    @property
+    def fd(self) -> int:
+        """The file, open for reading."""
+        assert self._fd is not None
+        return self._fd
+
+    @property
+    def log(self) -> WriteAheadLog:
+        """Its -wal and -shm."""
+        assert self._log is not None
+        return self._log
 
     def former(self) -> schema.FormerFile | None:
         """Return which file and which -wal belong together, for when the path names another file."""
-        if self._fd is None or self._wal_fd is None:
+        if self._fd is None or self._log is None:
             return None
-        return schema.FormerFile(os.fstat(self._fd), os.fstat(self._wal_fd))
+        return schema.FormerFile(os.fstat(self._fd), os.fstat(self._log.wal_fd))
 
-    def hold(self, status: os.stat_result) -> Fate | None:
-        """Watch the file that was just opened, which had this `status`.
+    def hold(self, status: os.stat_result, log: WriteAheadLog) -> Fate | None:
+        """Watch the file that was just opened, which had this `status`, and what is beside it.
 
         Returns:
             what became of the one that was held before, None if it is the same or the first.
 
         Raises:
-            Trouble: someone put another file there in between.
+            Trouble: someone put another file there in between; then `log` is still the caller's.
         """
         if self._fd is not None and os.path.samestat(os.fstat(self._fd), status):
-            self._forget_wal()
+            self._forget_log()
+            self._log = log
             return None
         fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         if not os.path.samestat(os.fstat(fd), status):
             os.close(fd)
-            raise Trouble("its file is just being replaced", passing=True)
+            raise being_replaced()
         fate = self._fate()
         self.forget()
         self._fd = fd
+        self._is = identity(status)
+        self._log = log
         return fate
 
     def _fate(self) -> Fate | None:
@@ -81,27 +104,20 @@ class WatchedFile:
 
     def is_where_it_was(self) -> bool:
         """Tell whether the path still names the held file, and something is in it."""
-        if self._fd is None:
-            return False
         try:
             named = os.stat(self._path)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        return named.st_size > 0 and os.path.samestat(named, os.fstat(self._fd))
+        return named.st_size > 0 and identity(named) == self._is
 
     def put_away_if_empty(self) -> None:
         """Remove the file when it was emptied, which is then no different from its having been removed."""
         if self._fd is not None and os.fstat(self._fd).st_size == 0:
             schema.put_away_if_empty(self._path, os.fstat(self._fd))
 
-    def has_its_wal(self) -> bool:
-        """Tell whether the -wal that belongs to the held file is still there by its name."""
-        if self._wal_fd is None:
-            return True
-        try:
-            return os.path.samestat(os.stat(self._wal_path), os.fstat(self._wal_fd))
-        except FileNotFoundError:
-            return False
+    def has_its_log(self) -> bool:
+        """Tell whether the -wal and the -shm that belong to the held file are still there by their names."""
+        return self._log is None or (self._log.has_wal() and self._log.has_index())
 
     @contextlib.contextmanager
     def left_alone(self) -> Iterator[None]:
@@ -125,23 +141,21 @@ class WatchedFile:
     def check_header(self) -> None:
         """Raise Trouble when the beginning of the held file was overwritten; SQLite may not notice for a long time."""
         if self._fd is not None and not schema.has_valid_header(os.pread(self._fd, _HEADER_BYTES, 0)):
-            raise schema.damaged("its first bytes were overwritten")
+            raise damaged("its first bytes were overwritten")
 
-    def note_wal(self) -> None:
-        """Remember which -wal belongs to the held file."""
-        self._wal_path = os.path.realpath(self._path) + "-wal"
-        self._forget_wal()
-        with contextlib.suppress(FileNotFoundError):
-            self._wal_fd = os.open(self._wal_path, os.O_RDONLY | os.O_CLOEXEC)
+    def let_go_of_index(self) -> None:
+        """To be called when a connection was closed, before there is another."""
+        if self._log is not None:
+            self._log.let_go_of_index()
 
     def forget(self) -> None:
-        """Let go of the file; there must be no connection to it."""
+        """Let go of the file and of what is beside it; there must be no connection to it."""
         if self._fd is not None:
             os.close(self._fd)
-        self._fd = None
-        self._forget_wal()
+        self._fd = self._is = None
+        self._forget_log()
 
-    def _forget_wal(self) -> None:
-        if self._wal_fd is not None:
-            os.close(self._wal_fd)  # SQLite has no locks on a -wal that this would drop
-        self._wal_fd = None
+    def _forget_log(self) -> None:
+        if self._log is not None:
+            self._log.close()
+        self._log = None

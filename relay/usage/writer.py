@@ -105,7 +105,13 @@ class Writer:
             UsageError: it never will be, as things are.
         """
         until = time.monotonic() + START_PATIENCE
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            raise UsageError(
+                f"{self._destination.option}: the system lets this process have no further thread to write it; "
+                "raise its limit of processes (ulimit -u, or pids.max of its cgroup)"
+            ) from None
         self._first_attempt.wait(ATTEMPT_PATIENCE)
         self._first_success.wait(max(0.0, until - time.monotonic()))
         with self._start_lock:

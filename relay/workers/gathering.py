@@ -19,6 +19,9 @@ from relay.workers.run_dir import RunDir, same_user
 JOIN_SECONDS = 2.0
 """How long a newcomer waits for its siblings to welcome it."""
 
+KNOCK_SECONDS = 0.5
+"""The same before that, when it only lets them know that it is about to come."""
+
 VISIT_SECONDS = 1.0
 """How long it waits at the door of each."""
 
@@ -55,30 +58,42 @@ class Gathering:
         """Whether newcomers are answered."""
         return self._visits is not None
 
-    def join(self) -> int:
-        """Visit everybody and hear their welcomes, under the run directory's lock, which is kept until `open`.
+    def knock(self) -> list[Link]:
+        """Visit everybody and hear their welcomes, without joining: nobody can visit us yet, and no lock is needed.
+
+        Blocks for up to `KNOCK_SECONDS`; raises OSError. Returns the links to those who did not answer in time.
+        """
+        return self._hear_welcomes(self._visit(patience=0, tidy=False), KNOCK_SECONDS)
+
+    def join(self, known: Collection[str]) -> int:
+        """Visit everybody but those `known` and hear their welcomes, under the run directory's lock, which is kept.
 
         Blocks for up to `JOIN_SECONDS`, and for the lock; raises Mistake. Returns how many did not answer in time.
         """
         self._run_dir.lock()
         self._own_socket = self._run_dir.listen()
+        return len(self._hear_welcomes(self._visit(known, patience=VISIT_SECONDS), JOIN_SECONDS))
+
+    def _hear_welcomes(self, visited: list[tuple[socket.socket, Link]], seconds: float) -> list[Link]:
         waiting = select.poll()
         unanswered = {}
-        for sock, link in self._visit(patience=VISIT_SECONDS):
+        for sock, link in visited:
             waiting.register(sock, select.POLLIN)
             unanswered[sock.fileno()] = link
-        deadline = time.monotonic() + JOIN_SECONDS
+        deadline = time.monotonic() + seconds
         while unanswered and (left := deadline - time.monotonic()) > 0:
             for fd, _ in waiting.poll(left * 1000):
                 waiting.unregister(fd)
                 unanswered.pop(fd).read()
-        return len(unanswered)
+        return list(unanswered.values())
 
-    def _visit(self, known: Collection[str] = (), *, patience: float) -> list[tuple[socket.socket, Link]]:
+    def _visit(
+        self, known: Collection[str] = (), *, patience: float, tidy: bool = True
+    ) -> list[tuple[socket.socket, Link]]:
         """Link to every worker but those `known`, and introduce ourselves; raises OSError."""
         visited = [
             (sock, self._new_link(sock, same_user(sock) or 0, False))
-            for sock in self._run_dir.connect_to_all(known, patience=patience)
+            for sock in self._run_dir.connect_to_all(known, patience=patience, tidy=tidy)
         ]
         for sock, _ in visited:
             self._introduce(sock)

@@ -96,8 +96,8 @@ class RunDir:
         listener.listen(128)
         return listener
 
-    def connect_to_all(self, known: Collection[str] = (), *, patience: float) -> list[socket.socket]:
-        """A connection to every other worker but those `known`; files that dead ones have left are removed.
+    def connect_to_all(self, known: Collection[str] = (), *, patience: float, tidy: bool = True) -> list[socket.socket]:
+        """A connection to every other worker but those `known`; files that dead ones have left are removed, if `tidy`.
 
         One that does not answer within `patience` seconds (its queue is full) is left out; 0 waits for nobody.
         """
@@ -111,7 +111,7 @@ class RunDir:
                 link.connect(self._reach(name))
             except OSError as error:
                 link.close()
-                if error.errno == errno.ECONNREFUSED and self._is_socket(name):
+                if tidy and error.errno == errno.ECONNREFUSED and self._is_socket(name):
                     self._remove(name)
                 continue
             if same_user(link) is None:

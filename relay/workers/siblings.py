@@ -99,8 +99,20 @@ class Siblings:
         self._at_home = at_home
         self._last_second = time.monotonic()
         self._warned: set[str] = set()
+        self._met: set[str] = set()
+        """The names of those who have welcomed us."""
 
     # Coming and going
+
+    def knock(self) -> tuple[socket.socket | None, socket.socket | None]:
+        """Let the siblings know that we are about to join, so that one that leaves meanwhile waits for us.
+
+        Returns what `join` does. Blocks for half a second at most, and for no lock.
+        """
+        for link in self._gathering.knock():
+            self.links.discard(link)  # `join` tries again
+            link.close()
+        return self._estate.port, self._estate.web_port
 
     def join(self) -> tuple[socket.socket | None, socket.socket | None]:
         """Find the siblings, under the run directory's lock, which is kept until `announce`.
@@ -109,7 +121,7 @@ class Siblings:
         one that there is not.
         Blocks for a few seconds, and for the lock; raises Mistake.
         """
-        self.unanswering = self._gathering.join()
+        self.unanswering = self._gathering.join(self._met)
         return self._estate.port, self._estate.web_port
 
     def announce(self, listener: socket.socket, web_listener: socket.socket | None) -> None:
@@ -245,6 +257,7 @@ class Siblings:
     def _heard_greeting(self, link: Link, greeting: Greeting, fds: list[int]) -> None:
         newcomer = link.opened_by_sibling
         if not newcomer:
+            self._met.add(greeting.name)
             self._agree(greeting)
             if self._estate.take(greeting.language, fds):
                 self._at_home.was_absent()  # from the homes that count

@@ -79,6 +79,25 @@ def test_the_log_says_each_bound_at_most_once_a_minute_and_forgets_no_time_it_wa
     assert met.lines(now + LOG_SECONDS) == []
 
 
+@given(st.sets(st.integers(0, 1500)), st.sampled_from([1, 60, 600]))
+def test_where_times_are_blurred_the_log_speaks_at_moments_that_no_event_has_chosen(
+    events: set[int], blur: int
+) -> None:
+    now = 1_000_003
+    met, met_all_the_time = BoundsMet(blur, now), BoundsMet(blur, now)
+    said = 0
+    for second in range(2400):
+        met_all_the_time.note(Bound.WAITING)
+        if second in events:
+            met.note(Bound.WAITING)
+        lines, lines_in_any_case = met.lines(now + second), met_all_the_time.lines(now + second)
+        assert not (lines_in_any_case and second < max(LOG_SECONDS, blur))
+        for line in lines:
+            assert lines_in_any_case
+            said += int(line.rpartition(" (")[2].partition(" ")[0])
+    assert said == len(events)
+
+
 def test_every_bound_says_which_option_it_is_or_what_was_used_up() -> None:
     for bound in Bound:
         assert bound.value.startswith("--") or bound is Bound.EXHAUSTED

@@ -196,7 +196,7 @@ def test_the_twisted_relay_s_own_blur_is_kept(tmp_path: Path) -> None:
     with twisted_relay(tmp_path / "twisted", "--blur-usage", "600") as twisted:
         twisted.every_mood(123_456)
         said("--blur-usage", "600", twisted.database, ours)
-        assert usage(ours) == in_our_words(twisted.database)
+        assert sorted(usage(ours), key=repr) == sorted(in_our_words(twisted.database), key=repr)
         assert all_time(ours)[1] == 130_000
 
 
@@ -307,13 +307,35 @@ def test_an_exact_history_is_blurred_on_the_way(tmp_path: Path) -> None:
     source, ours = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite"
     twisted_database(source, 1000)
     said("--blur-usage", "600", source, ours)
-    for ours_row, theirs in zip(usage(ours), in_our_words(source), strict=True):
+    imported = usage(ours)
+    assert imported != sorted(imported, key=by_duration), "they are in no order"
+    for ours_row, theirs in zip(sorted(imported, key=by_duration), in_our_words(source), strict=True):
         assert ours_row[0] == int(float(str(theirs[0]))) // 600 * 600
         assert ours_row[1:3] == theirs[1:3]
         assert ours_row[3] == blur_size(int(str(theirs[3])))
     assert all_time(ours) == sums_of(usage(ours))
     add_rows(source, 1000)
     assert "1 records imported" in said("--blur-usage", "3600", source, ours)
+
+
+def by_duration(row: tuple[object, ...]) -> float:
+    """What the rows of `twisted_rows` are in order of."""
+    return float(str(row[1]))
+
+
+def test_sums_that_somebody_emptied_are_put_right_before_anything_is_added(tmp_path: Path) -> None:
+    source, ours = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite"
+    twisted_database(source, 10)
+    said(source, ours)
+    with closing(sqlite3.connect(ours)) as database:
+        database.execute("DELETE FROM all_time")
+        database.commit()
+    add_rows(source, 10)
+    again = run_import(source, ours)
+    assert again.returncode == 0
+    assert "its table all_time had been emptied; it is made anew from the rows of usage" in again.stderr
+    assert all_time(ours) == sums_of(usage(ours))
+    assert all_time(ours)[0] == 11
 
 
 def test_an_earlier_copy_adds_nothing(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ RECORDED_WITHIN = 0.1
 @pytest.fixture
 def service() -> Iterator[Supervised]:
     """The relay under supervisor, started by the test's own user."""
-    with supervised() as started:
+    with supervised(options="--grace 20") as started:
         yield started
 
 
@@ -45,7 +45,7 @@ def service_of_any_user(request: pytest.FixtureRequest) -> Iterator[Supervised]:
     """The same, once more as an ordinary user when the test's own is root."""
     if request.param == "nobody" and os.geteuid() != 0:
         pytest.skip("only root may start a program as another user; own-user is an ordinary one here")
-    with supervised(ORDINARY_USER if request.param == "nobody" else None) as started:
+    with supervised(ORDINARY_USER if request.param == "nobody" else None, options="--grace 20") as started:
         yield started
 
 

@@ -35,9 +35,10 @@ class Supervised:
         home: the folder; made ready here.
         user: who runs supervisord, when the test's own user does not; its needs are copied to where it can read them.
         relay_user: who the relay runs as, when it is not whoever runs supervisord; the same is done for it.
+        options: of the relay, beside those that the configuration gives it.
     """
 
-    def __init__(self, home: Path, user: str | None = None, relay_user: str | None = None) -> None:
+    def __init__(self, home: Path, user: str | None = None, relay_user: str | None = None, options: str = "") -> None:
         self.home = home
         self.user = user
         self.python = [sys.executable]
@@ -68,7 +69,7 @@ class Supervised:
             "PATH": f"{home / 'bin'}:/usr/sbin:/usr/bin:/sbin:/bin",
             "PYTHONPATH": ":".join(path),
             "RELAY_LISTEN": str(self.port),
-            "RELAY_OPTIONS": "--interface 127.0.0.1 --grace 20",
+            "RELAY_OPTIONS": f"--interface 127.0.0.1 {options}",
         }
         if user is not None:
             for name in (home, *home.rglob("*")):
@@ -192,12 +193,17 @@ def copy_what_the_relay_needs(target: Path) -> None:
 
 @contextlib.contextmanager
 def supervised(
-    user: str | None = None, relay_user: str | None = None, name: str = "relay", *, started: bool = True
+    user: str | None = None,
+    relay_user: str | None = None,
+    name: str = "relay",
+    *,
+    started: bool = True,
+    options: str = "",
 ) -> Iterator[Supervised]:
     """Start supervisord and the relay in a new folder; end both and remove the folder.
 
     Args:
-        user, relay_user: as for `Supervised`.
+        user, relay_user, options: as for `Supervised`.
         name: what the folder is called.
         started: whether to start it; otherwise the test does, or has something else done in the folder.
     """
@@ -206,7 +212,7 @@ def supervised(
         Path(above).chmod(0o755)
         home = Path(above) / name
         home.mkdir()
-        service = Supervised(home, user, relay_user)
+        service = Supervised(home, user, relay_user, options)
         try:
             if started:
                 service.start()

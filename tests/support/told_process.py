@@ -21,11 +21,14 @@ class ToldProcess:
         module: its name; what it runs calls `obey_stdin`.
         arguments: of its command line.
         pass_fds: file descriptors that it inherits.
+        inside: what comes before its command, such as `unshare --pid`.
     """
 
-    def __init__(self, module: str, arguments: Sequence[str], pass_fds: Sequence[int] = ()) -> None:
+    def __init__(
+        self, module: str, arguments: Sequence[str], pass_fds: Sequence[int] = (), inside: Sequence[str] = ()
+    ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [*inside, sys.executable, "-m", module, *arguments],
             cwd=CHECKOUT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -60,6 +63,11 @@ class ToldProcess:
         """Send a command and return the answer."""
         self.start(*words)
         return self.answer()
+
+    def read_warning(self) -> str:
+        """Return the next line that it says on stderr; it is not in `warnings` then."""
+        assert self.process.stderr is not None
+        return self.process.stderr.readline()
 
     def kill(self) -> None:
         """End it with SIGKILL and take its status, so that not even a zombie is left."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 
 from relay.usage.record import Current, Mood, Record
 from relay.usage.recorder import Recorder, UsageError, open_recorder
@@ -26,10 +27,11 @@ class UsageWorker(ToldProcess):
     Args:
         options: --usage-db PATH, --log-fd N, --blur-usage SECONDS.
         pass_fds: file descriptors that it inherits.
+        inside: what comes before its command, such as `unshare --pid`.
     """
 
-    def __init__(self, *options: str, pass_fds: tuple[int, ...] = ()) -> None:
-        super().__init__("tests.support.usage_worker", options, pass_fds)
+    def __init__(self, *options: str, pass_fds: tuple[int, ...] = (), inside: Sequence[str] = ()) -> None:
+        super().__init__("tests.support.usage_worker", options, pass_fds, inside)
 
 
 def main() -> None:

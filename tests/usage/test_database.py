@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import pytest
 
-from relay.usage import database as database_module
 from relay.usage import schema
 from relay.usage.record import Current, Record
 from relay.usage.recorder import UsageError, open_recorder
@@ -83,7 +82,7 @@ def test_with_blur_every_table_shows_blurred_starts_and_sizes_only(tmp_path: Pat
         recorder.record(Record(1_800_000_123.5, 12.25, 0.5, 10_001, "happy"))
         recorder.record(Record(1_800_000_700.5, 12.25, 0.5, 1, "happy"))
         wait_for_rows(tmp_path / "db", 2)
-        assert rows(tmp_path / "db", "usage", "started, bytes, typeof(started)") == [
+        assert sorted(rows(tmp_path / "db", "usage", "started, bytes, typeof(started)")) == [
             (1_800_000_000, 20_000, "integer"),
             (1_800_000_600, 10_000, "integer"),
         ]
@@ -702,7 +701,3 @@ def test_another_program_may_open_the_database_as_the_relay_does(tmp_path: Path)
         assert opened.execute("SELECT * FROM all_time").fetchall() == []
     with pytest.raises(UsageError, match=r"^/dev/null: it is not a regular file"):
         schema.open_database("/dev/null")
-
-
-def test_the_rows_of_a_transaction_are_few_statements() -> None:
-    assert max(database_module._INSERT) * 5 <= 999

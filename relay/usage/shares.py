@@ -1,0 +1,135 @@
+"""What each worker holds, and which of them live: `worker_share`, and `current`, which is the sum over it.
+
+Whoever writes drops the shares of workers that are gone. Who has a `lifeline` lives as long as it is held. A share
+without one is of a worker of an earlier version, or of one that cannot have one: /proc tells of that.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from relay.usage import lifeline
+from relay.usage.processes import UNKNOWN_BOOT, is_ending, is_living, is_of_another_boot, process_start
+from relay.usage.record import Current
+from relay.usage.trouble import Trouble
+
+_OTHERS: Final = (
+    "SELECT pid, process_start, byte, coalesce(connected, 0), coalesce(waiting, 0), coalesce(partal_bytes, 0) "
+    "FROM worker_share LEFT JOIN lifeline USING (pid, process_start) WHERE NOT (pid = ? AND process_start = ?)"
+)
+_ENTER: Final = "REPLACE INTO lifeline (pid, process_start, byte) VALUES (?, ?, ?)"
+_TELL: Final = "REPLACE INTO worker_share (pid, process_start, connected, waiting, partal_bytes) VALUES (?, ?, ?, ?, ?)"
+_DROP_SHARE: Final = "DELETE FROM worker_share WHERE pid = ? AND process_start = ?"
+_DROP_LIFELINE: Final = "DELETE FROM lifeline WHERE pid = ? AND process_start = ?"
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What another worker holds, and how it is known."""
+
+    pid: int
+    start: str
+    byte: int | None
+    held: Current
+
+
+class Shares:
+    """The share of this worker, among those of the others.
+
+    Args:
+        current: returns what this worker holds; sizes are to be blurred already.
+    """
+
+    def __init__(self, current: Callable[[], Current]) -> None:
+        self._current = current
+        self._pid = os.getpid()
+        self._byte = lifeline.new_byte()
+        self._seen_start = _own_start()
+        self._start = self._seen_start or f"{UNKNOWN_BOOT}/{self._byte}"
+        self._fd = -1
+        self._has_lifeline = False
+
+    def live(self, fd: int) -> None:
+        """Hold a lifeline, from now on, until the database file that `fd` is open to is closed.
+
+        Raises:
+            Trouble: nobody could tell that this worker lives.
+        """
+        self._fd = fd
+        self._has_lifeline = lifeline.hold(fd, self._byte)
+        if not self._has_lifeline and self._seen_start is None:
+            raise Trouble("nobody could tell that this worker lives: there is no /proc, and no lock; mount /proc")
+
+    def enter(self, connection: sqlite3.Connection) -> bool:
+        """Say how this worker is known; return whether there are others.
+
+        Raises:
+            Trouble: one of them is on another machine.
+        """
+        if self._has_lifeline:
+            self._enter_among(connection)
+        others = any(self._lives(share) for share in self._others(connection))
+        return others or (self._has_lifeline and lifeline.is_any_held(self._fd))
+
+    def _enter_among(self, connection: sqlite3.Connection) -> None:
+        for pid, start, byte in connection.execute("SELECT pid, process_start, byte FROM lifeline").fetchall():
+            if not self._holds(byte):
+                connection.execute(_DROP_LIFELINE, (pid, start))
+            elif is_of_another_boot(start):
+                raise Trouble(
+                    "a worker on another machine (or in another virtual one) records into it, which SQLite's WAL "
+                    "cannot take; give each machine a file of its own, on a local disk"
+                )
+            elif (pid, start) == (self._pid, self._start):
+                # In another PID namespace, of the same number, and begun in the same hundredth of a second.
+                self._start = f"{start}/{self._byte}"
+        connection.execute(_ENTER, (self._pid, self._start, self._byte))
+
+    def tell(self, connection: sqlite3.Connection, *, leaving: bool) -> Current:
+        """Write this worker's share, or take it away, and drop those of workers that are gone; return the sum."""
+        held = []
+        for share in self._others(connection):
+            if self._lives(share):
+                held.append(share.held)
+            else:
+                _drop(connection, share.pid, share.start)
+        if leaving:
+            _drop(connection, self._pid, self._start)
+        else:
+            own = self._current()
+            connection.execute(_TELL, (self._pid, self._start, own.connected, own.waiting, own.partal_bytes))
+            held.append(own)
+        return Current(
+            sum(one.connected for one in held), sum(one.waiting for one in held), sum(one.partal_bytes for one in held)
+        )
+
+    def _others(self, connection: sqlite3.Connection) -> list[_Share]:
+        rows = connection.execute(_OTHERS, (self._pid, self._start)).fetchall()
+        return [_Share(pid, start, byte, Current(*numbers)) for pid, start, byte, *numbers in rows]
+
+    def _lives(self, share: _Share) -> bool:
+        if share.byte is None or not self._has_lifeline:
+            return is_living(share.pid, share.start)
+        return self._holds(share.byte) and not is_ending(share.pid, share.start)
+
+    def _holds(self, byte: int) -> bool:
+        try:
+            return lifeline.is_held(self._fd, byte)
+        except OSError:
+            return False
+
+
+def _drop(connection: sqlite3.Connection, pid: int, start: str) -> None:
+    connection.execute(_DROP_SHARE, (pid, start))
+    connection.execute(_DROP_LIFELINE, (pid, start))
+
+
+def _own_start() -> str | None:
+    try:
+        return process_start(os.getpid())
+    except OSError:
+        return None

@@ -1,0 +1,49 @@
+"""What SQLite or the system has against a database, as a `Trouble`; apart, since SQLite takes 1.5 MB of memory."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+
+from relay.usage.trouble import LOCKED_PATIENCE, Trouble
+
+
+def trouble_of(error: Exception, path: str, *, waited: bool = True) -> Trouble:
+    """Say in words what SQLite or the system has against writing to the database.
+
+    Args:
+        error: what was raised.
+        path: the database file.
+        waited: whether a lock was waited for.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return Trouble(f"cannot be used ({error.strerror or text})")
+    # By their texts, which have not changed in many years: Python 3.10 does not tell the codes.
+    if "locked" in text or text == "locking protocol":
+        line = "another program holds its lock"
+        return Trouble(line, kind="locked", passing=True, patience=LOCKED_PATIENCE, waited=waited and "locked" in text)
+    if "disk is full" in text or _disk_is_full(path):
+        return Trouble("no space is left on its disk", kind="full", passing=True)
+    if "malformed" in text or "not a database" in text:
+        return damaged(text)
+    if "readonly" in text:
+        return Trouble("it cannot be written; change its mode or owner, or those of its folder")
+    if isinstance(error, sqlite3.IntegrityError):  # two rows have drawn the same number; the next time they will not
+        return Trouble(f"cannot be used ({text})", kind="drawn", passing=True, patience=LOCKED_PATIENCE)
+    return Trouble(f"cannot be used ({text})")
+
+
+def damaged(reason: str) -> Trouble:
+    """Return the trouble of a file that is broken."""
+    remedy = "repair it, or move it away together with its -wal and -shm to have a new one made"
+    return Trouble(f"it is damaged ({reason}); {remedy}", kind="damaged")
+
+
+def _disk_is_full(path: str) -> bool:
+    """SQLite says "disk I/O error" too when there is no space for its -shm file."""
+    try:
+        status = os.statvfs(os.path.dirname(os.path.realpath(path)))
+    except OSError:
+        return False
+    return status.f_bavail == 0
