@@ -7,7 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONF := etc/supervisord.conf
 RELAY_LISTEN ?= 4001
-export RELAY_LISTEN
+RELAY_WEBSOCKET ?= 4002
+export RELAY_LISTEN RELAY_WEBSOCKET
+comma := ,
 # Stamps older than these files are made anew.
 DISTRIBUTION := setup.py setup.cfg pyproject.toml relay/__init__.py
 
@@ -32,7 +34,7 @@ run: $(VENV)/.relay
 	@for try in 1 2 3 4 5 6 7 8 9 10; do \
 	    sleep 0.5; $(BIN)/supervisorctl -c $(CONF) status | awk '$$2 != "RUNNING" {bad = 1} END {exit bad || !NR}' && exit 0; \
 	done; $(BIN)/supervisorctl -c $(CONF) status; tail -n 5 var/*.log; exit 1
-	@echo "The relay runs on port $(RELAY_LISTEN). What it does: var/*.log; its usage: var/relay/usage.jsonl, var/relay/usage.sqlite"
+	@echo "The relay runs on port $(RELAY_LISTEN)$(if $(RELAY_WEBSOCKET),$(comma) for WebSocket on $(RELAY_WEBSOCKET)). What it does: var/*.log; its usage: var/relay/usage.jsonl, var/relay/usage.sqlite"
 	@echo "Next: make status, make stop"
 
 # The same, but it stays in this terminal until it gets Ctrl-C.

@@ -73,6 +73,7 @@ What nobody gets more of (for each worker, unless it says otherwise):
   --relay-rate BYTES           Bytes a second that the whole relay may move, all its workers together, shared
                                fairly between the transfers; without it, as fast as can be.
 
+  --check                      Say what is wrong with these options, if anything is, and end.
   --help                       Show this.
   --version                    Show the version.
 
@@ -210,7 +211,7 @@ def _log_to_stderr() -> OwnLog:
 
 
 def read_options(arguments: Sequence[str]) -> Options:
-    """Understand the command line; prints and exits with status 0 for --help and --version.
+    """Understand the command line; exits with status 0 for --help, --version, and --check if all is well.
 
     Raises Mistake for anything that is not as the help says.
     """
@@ -221,7 +222,7 @@ def read_options(arguments: Sequence[str]) -> Options:
     port, interface = _endpoint(given["--port"], given["--interface"])
     held, pipes = _shares_of_fds(given)
     most = _max_connections(given, held, pipes)
-    return Options(
+    options = Options(
         port=port,
         interface=interface,
         websocket=_websocket(given, interface),
@@ -250,6 +251,9 @@ def read_options(arguments: Sequence[str]) -> Options:
         pair_rate=_whole_or(given, "--pair-rate", None),
         relay_rate=_whole_or(given, "--relay-rate", None),
     )
+    if given["--check"]:
+        sys.exit(0)
+    return options
 
 
 def _what_docopt_means(arguments: Sequence[str], complaint: str) -> str:

@@ -28,6 +28,7 @@ from tests.support.harness import (
     wait_until,
 )
 from tests.support.supervised import ORDINARY_USER, Supervised, is_running, supervised
+from tests.support.web import dial_web
 
 RECORDED_WITHIN = 0.1
 """Seconds after its end by which a transfer's row is in the database, kill -9 or not."""
@@ -208,6 +209,7 @@ def test_the_log_tells_of_workers_that_start_and_stop_and_nothing_of_clients(ser
         assert read_to_end(client) == b"impatient\n"
     service.control("stop", "relay:*")
     words = (
+        r"WebSocket on 127\.0\.0\.1 port \d+",
         r"listening on 127\.0\.0\.1 port \d+",
         r"joined the relay in \S+: .*",
         r"worker \d+ has (joined|left)",
@@ -238,3 +240,43 @@ def test_a_port_in_use_is_one_line_in_the_log(service: Supervised) -> None:
         service.control("stop", "relay:*", check=False)
     assert not any("Traceback" in line for line in service.log_lines())
     assert "exit status 2" in (service.var / "supervisord.log").read_text()
+
+
+def test_it_serves_websocket_beside_tcp(service: Supervised) -> None:
+    with dial_web(service.web_port) as page, connect(service.port) as client:
+        token = new_token()
+        page.send(handshake(token, new_side()))
+        client.sendall(handshake(token, new_side()))
+        assert page.recv(10) == b"ok\n"
+        assert read_exactly(client, 3) == b"ok\n"
+
+
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_without_the_package_it_serves_tcp_unless_websocket_is_asked_for(tmp_path: Path, asked_for: bool) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util\n"
+        "find_spec = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *more: None if name == 'websockets' else find_spec(name, *more)\n"
+    )
+    with supervised(started=False) as service:
+        service.env["PYTHONPATH"] += f":{tmp_path}"
+        if asked_for:
+            service.run("-m", "supervisor.supervisord", "-c", str(service.conf))
+            wait_until(lambda: [line for line in service.log_lines() if "relay-gevent[websocket]" in line], 20)
+            assert not service.listening()
+            return
+        del service.env["RELAY_WEBSOCKET"]
+        service.start()
+        first, second = met(service.port)
+        first.close()
+        second.close()
+        told = [line for line in service.log_lines() if "relay-gevent[websocket]" in line]
+        assert len(told) == 2, service.logs()
+        assert not accepts(service.web_port)
+
+
+def test_an_empty_variable_is_no_websocket(tmp_path: Path) -> None:
+    with supervised(started=False) as service:
+        service.env["RELAY_WEBSOCKET"] = ""
+        service.start()
+        assert not [line for line in service.log_lines() if "WebSocket" in line]

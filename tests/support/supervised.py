@@ -1,7 +1,7 @@
 """The relay as an operator starts it: supervisord with the shipped etc/supervisord.conf, as root and as another user.
 
 The configuration is the shipped file, unchanged but for `user=` where a test asks for it, in a copy of the folders etc/
-and var/; RELAY_LISTEN and RELAY_OPTIONS, which it reads, differ. The relay's own code is beside it.
+and var/; RELAY_LISTEN, RELAY_WEBSOCKET and RELAY_OPTIONS, which it reads, differ. The relay's own code is beside it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import pytest
 from tests.support.harness import CHECKOUT, LISTENING, free_port, wait_until
 
 ORDINARY_USER = "nobody"
-RELAY_NEEDS = ("gevent", "greenlet", "zope", "docopt", "supervisor")
+RELAY_NEEDS = ("gevent", "greenlet", "zope", "docopt", "supervisor", "websockets")
 
 
 class Supervised:
@@ -43,6 +43,7 @@ class Supervised:
         self.user = user
         self.python = [sys.executable]
         self.port = free_port()
+        self.web_port = free_port()
         self.conf = home / "etc" / "supervisord.conf"
         self.var = home / "var"
         self.relay_folder = self.var / "relay"
@@ -69,6 +70,7 @@ class Supervised:
             "PATH": f"{home / 'bin'}:/usr/sbin:/usr/bin:/sbin:/bin",
             "PYTHONPATH": ":".join(path),
             "RELAY_LISTEN": str(self.port),
+            "RELAY_WEBSOCKET": str(self.web_port),
             "RELAY_OPTIONS": f"--interface 127.0.0.1 {options}",
         }
         if user is not None:

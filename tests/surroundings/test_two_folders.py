@@ -228,6 +228,6 @@ def test_a_wrong_port_in_the_environment_is_a_mistake_and_nothing_that_runs(valu
 
 def test_make_names_its_port_as_the_configuration_does() -> None:
     makefile = (CHECKOUT / "Makefile").read_text()
-    assert "RELAY_LISTEN ?= 4001\nexport RELAY_LISTEN\n" in makefile
+    assert "RELAY_LISTEN ?= 4001\nRELAY_WEBSOCKET ?= 4002\nexport RELAY_LISTEN RELAY_WEBSOCKET\n" in makefile
     for name in ["Makefile", "etc/supervisord.conf", "etc/systemd/relay-gevent.service", "docs/systemd.md"]:
         assert "RELAY_PORT" not in (CHECKOUT / name).read_text(), name

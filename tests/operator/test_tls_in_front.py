@@ -1,0 +1,207 @@
+"""nginx and HAProxy in front of a relay's WebSocket port, configured as docs/websocket.md says.
+
+Ports and folders are the test's own, and the times that matter are seconds in place of minutes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
+
+from tests.support.harness import (
+    CHECKOUT,
+    Relay,
+    accepts,
+    free_port,
+    handshake,
+    new_side,
+    new_token,
+    read_exactly,
+    wait_until,
+)
+from tests.support.harness import connect as connect_tcp
+from tests.support.proxies import HAPROXY, NGINX, needs_haproxy, needs_nginx, running
+from tests.support.web import web_options, web_port
+
+HOST = "relay.example.org"
+PATIENCE = 2
+"""Seconds after which the proxies cut what is silent."""
+
+needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="apt-get install openssl")
+pytestmark = needs_openssl
+
+
+def documented(language: str) -> str:
+    """The configuration in docs/websocket.md."""
+    found = re.search(rf"```{language}\n(.*?)```", (CHECKOUT / "docs" / "websocket.md").read_text(), re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def replaced(text: str, *pairs: tuple[str, str]) -> str:
+    """`text` with all of these replaced, each of which is there."""
+    for old, new in pairs:
+        assert old in text, old
+        text = text.replace(old, new)
+    return text
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate for `HOST` that only this test trusts, with its key beside it, and both in one file."""
+    pem, key = tmp_path / "cert.pem", tmp_path / "cert.key"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", f"/CN={HOST}", "-addext", f"subjectAltName=DNS:{HOST}", "-out", pem, "-keyout", key],
+        check=True, capture_output=True, timeout=30,
+    )  # fmt: skip
+    (tmp_path / "both.pem").write_text(pem.read_text() + key.read_text())
+    return pem
+
+
+@contextlib.contextmanager
+def behind_nginx(folder: Path, port: int, relay_port: int) -> Iterator[None]:
+    server = replaced(
+        documented("nginx"),
+        ("listen 443 ssl;", f"listen 127.0.0.1:{port} ssl;"),
+        ("listen [::]:443 ssl;", f"listen [::1]:{port} ssl;"),
+        ("/etc/ssl/relay.example.org.pem", str(folder / "cert.pem")),
+        ("/etc/ssl/relay.example.org.key", str(folder / "cert.key")),
+        ("127.0.0.1:4002", f"127.0.0.1:{relay_port}"),
+        ("proxy_read_timeout 60s;", f"proxy_read_timeout {PATIENCE}s;"),
+    )
+    places = "".join(
+        f"{kind}_temp_path {folder}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    configuration = folder / "nginx.conf"
+    configuration.write_text(
+        f"daemon off;\nmaster_process off;\npid {folder}/nginx.pid;\nevents {{}}\n"
+        f"http {{\naccess_log off;\n{places}{server}}}\n"
+    )
+    with running(NGINX, "-p", str(folder), "-e", str(folder / "error.log"), "-c", str(configuration)):
+        yield
+
+
+@contextlib.contextmanager
+def behind_haproxy(folder: Path, port: int, relay_port: int) -> Iterator[None]:
+    configuration = folder / "haproxy.cfg"
+    configuration.write_text(
+        replaced(
+            documented("haproxy"),
+            ("maxconn 20000", "maxconn 500"),
+            ("bind :443 ", f"bind 127.0.0.1:{port} "),
+            ("bind :::443 v6only ", f"bind ::1:{port} v6only "),
+            ("/etc/haproxy/relay.example.org.pem", str(folder / "both.pem")),
+            ("127.0.0.1:4002 check", f"127.0.0.1:{relay_port} check inter 100"),
+            ("timeout tunnel 1h", f"timeout tunnel {PATIENCE}s"),
+        )
+    )
+    with running(HAPROXY, "-db", "-f", str(configuration)):
+        yield
+
+
+PROXIES = [
+    pytest.param(behind_nginx, marks=needs_nginx, id="nginx"),
+    pytest.param(behind_haproxy, marks=needs_haproxy, id="HAProxy"),
+]
+Behind = Callable[[Path, int, int], contextlib.AbstractContextManager[None]]
+
+
+@contextlib.contextmanager
+def dial_tls(port: int, certificate: Path, host: str = "127.0.0.1") -> Iterator[ClientConnection]:
+    """A WebSocket client that came over TLS."""
+    context = ssl.create_default_context(cafile=str(certificate))
+    sock = socket.create_connection((host, port), 10)
+    one = connect(f"wss://{HOST}/", sock=sock, ssl=context, server_hostname=HOST, compression=None, open_timeout=20)
+    with contextlib.suppress(ConnectionClosed), one:
+        yield one
+
+
+def wait_for(port: int, certificate: Path) -> None:
+    """Return once the proxy takes connections and has found the relay."""
+
+    def answers() -> bool:
+        with contextlib.suppress(Exception), dial_tls(port, certificate):
+            return True
+        return False
+
+    wait_until(lambda: accepts(port), 20, "the proxy listens")
+    wait_until(answers, 20, "the proxy reaches the relay")
+
+
+@pytest.mark.parametrize("behind", PROXIES)
+def test_a_client_waits_longer_than_its_proxy_does_and_is_matched(
+    tmp_path: Path, certificate: Path, behind: Behind
+) -> None:
+    options = ("--ping-interval", "0.5", "--trusted-proxies", "127.0.0.1,::1")
+    with Relay(tmp_path, *options, *web_options(), recording=True) as relay:
+        port = free_port()
+        with behind(tmp_path, port, web_port(relay)):
+            wait_for(port, certificate)
+            token = new_token()
+            with dial_tls(port, certificate) as page:
+                page.send(handshake(token, new_side()))
+                time.sleep(2.5 * PATIENCE)
+                with connect_tcp(relay.port) as client:
+                    client.sendall(handshake(token, new_side()))
+                    assert page.recv(10) == b"ok\n"
+                    assert read_exactly(client, 3) == b"ok\n"
+                    page.send(b"to the client")
+                    assert read_exactly(client, 13) == b"to the client"
+                    time.sleep(1.5 * PATIENCE)
+                    client.sendall(b"and back")
+                    assert page.recv(10) == b"and back"
+            wait_until(lambda: [one for one in relay.records() if one["mood"] == "happy"], what="the record")
+
+
+@pytest.mark.parametrize("behind", PROXIES)
+def test_without_pings_the_proxy_cuts_who_waits(tmp_path: Path, certificate: Path, behind: Behind) -> None:
+    with Relay(tmp_path, "--ping-interval", "0", *web_options()) as relay:
+        port = free_port()
+        with behind(tmp_path, port, web_port(relay)):
+            wait_for(port, certificate)
+            with dial_tls(port, certificate) as page:
+                page.send(handshake(new_token(), new_side()))
+                with pytest.raises(ConnectionClosed):
+                    page.recv(5 * PATIENCE)
+
+
+@pytest.mark.parametrize("behind", PROXIES)
+def test_each_client_behind_it_has_its_share(tmp_path: Path, certificate: Path, behind: Behind) -> None:
+    options = ("--trusted-proxies", "127.0.0.1", "--max-per-source", "3")
+    with Relay(tmp_path, *options, *web_options()) as relay, contextlib.ExitStack() as stack:
+        port = free_port()
+        stack.enter_context(behind(tmp_path, port, web_port(relay)))
+        wait_for(port, certificate)
+        # The proxy is called over IPv4 and IPv6, so by two sources.
+        held = [stack.enter_context(dial_tls(port, certificate, "::1")) for _ in range(3)]
+        for page in held:
+            page.send(handshake(new_token(), new_side()))
+        with pytest.raises(Exception, match="HTTP 5"), dial_tls(port, certificate, "::1"):
+            pass
+        with dial_tls(port, certificate) as page:
+            page.send(handshake(new_token(), new_side()))
+
+
+@needs_haproxy
+def test_health_checks_of_haproxy_leave_no_record(tmp_path: Path, certificate: Path) -> None:
+    with Relay(tmp_path, *web_options(), recording=True) as relay:
+        port = free_port()
+        with behind_haproxy(tmp_path, port, web_port(relay)):
+            wait_for(port, certificate)
+            relay.wait_for_records(1)  # of `wait_for`
+            time.sleep(0.5)
+            before = len(relay.records())
+            time.sleep(1)
+            assert len(relay.records()) == before
