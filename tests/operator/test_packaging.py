@@ -148,12 +148,7 @@ def installed_service(installed: Path, tmp_path: Path) -> Iterator[int]:
     """The installed relay under supervisord, with nothing on the PATH; returns its port."""
     port = free_port()
     share = installed / "share" / "relay-gevent"
-    env = {
-        "PATH": "/usr/bin:/bin",
-        "RELAY_LISTEN": str(port),
-        "RELAY_WEBSOCKET": str(free_port()),
-        "RELAY_OPTIONS": "--interface 127.0.0.1",
-    }
+    env = {"PATH": "/usr/bin:/bin", "RELAY_LISTEN": str(port), "RELAY_OPTIONS": "--interface 127.0.0.1"}
     log = tmp_path / "supervisord"
     command = [str(installed / "bin" / "supervisord"), "-n", "-c", str(share / "etc" / "supervisord.conf")]
     with running(command, log, env=env, cwd=tmp_path):
