@@ -23,7 +23,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
+
+from websockets.client import ClientProtocol
+from websockets.frames import Frame, Opcode
+from websockets.uri import parse_uri
 
 from tests.support.harness import Patience, connect, handshake, new_side, new_token
 
@@ -33,6 +37,8 @@ _CHUNK = 1 << 17
 _TICK = 0.005
 
 T = TypeVar("T")
+
+Sock: TypeAlias = "socket.socket | WebSock"
 
 
 @dataclass
@@ -85,8 +91,15 @@ class Caller:
         self.finished = False
         self.called_at = time.time()
         self.called = time.monotonic()
-        self.sock: socket.socket = connect(crowd.port)
+        self.sock: Sock = self._connect()
         self.sock.setblocking(False)
+
+    def _connect(self) -> Sock:
+        return connect(self._crowd.port)
+
+    def shake_hands(self, line: bytes) -> None:
+        """Say who it wants to meet."""
+        self.sock.send(line)
 
     def finish(self) -> None:
         """End the stream once all that is due was sent; not before it was told ok."""
@@ -183,6 +196,118 @@ class Caller:
         self.hang_up()
 
 
+class WebSock:
+    """What a `Caller` needs of a socket, over WebSocket: bytes in, bytes out. The end of the stream is a Close.
+
+    A frame is on its way as a whole before the next one is begun; until then `send` would block.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._sock = connect(port)
+        self._protocol = ClientProtocol(parse_uri(f"ws://127.0.0.1:{port}/"), max_size=None)
+        self._protocol.send_request(self._protocol.connect())
+        self._sock.sendall(b"".join(self._protocol.data_to_send()))
+        while not self._protocol.events_received():
+            self._protocol.receive_data(self._sock.recv(1024))
+        self._out = b""
+        self._in_frame = 0
+        self._heard = bytearray()
+        self._over = False
+        self.fileno, self.close, self.setblocking = self._sock.fileno, self._sock.close, self._sock.setblocking
+
+    @property
+    def has_more(self) -> bool:
+        """Whether something was read from the kernel and not from here."""
+        return bool(self._heard) or self._over
+
+    def send(self, data: bytes | memoryview) -> int:
+        """Send one frame of this, or go on with the last one; return how much has gone with it."""
+        if self._over:
+            raise BlockingIOError  # the partner has ended, and nobody would hear more
+        if not self._out:
+            self._in_frame = min(len(data), _CHUNK)
+            self._protocol.send_binary(bytes(data[: self._in_frame]))
+            self._out = b"".join(self._protocol.data_to_send())
+        self._flush()
+        return self._in_frame
+
+    def _flush(self) -> None:
+        while self._out:
+            self._out = self._out[self._sock.send(self._out) :]
+
+    def recv(self, most: int) -> bytes:
+        """Payload; nothing once a Close has come."""
+        if not self._heard and not self._over:
+            self._over = not self._receive()
+        if not self._heard and not self._over:
+            raise BlockingIOError
+        chunk = bytes(self._heard[:most])
+        del self._heard[:most]
+        return chunk
+
+    def _receive(self) -> bool:
+        chunk = self._sock.recv(_CHUNK)
+        if not chunk:
+            return False
+        self._protocol.receive_data(chunk)
+        for frame in self._protocol.events_received():
+            assert isinstance(frame, Frame)
+            if frame.opcode is Opcode.CLOSE:
+                return False
+            assert frame.opcode in (Opcode.BINARY, Opcode.PING), frame
+            self._heard += frame.data
+        return True
+
+    @property
+    def unfinished(self) -> int:
+        """Payload of the frame that is on its way."""
+        return self._in_frame if self._out else 0
+
+    def shutdown(self, how: int) -> None:
+        """Answer the Close that has come, after what is on its way; to be called until that does not block."""
+        self._flush()
+        self._out = b"".join(self._protocol.data_to_send())
+        self._flush()
+
+
+class WebCaller(Caller):
+    """A client over WebSocket: it ends its stream when its partner has, since a Close is the end of both."""
+
+    def _connect(self) -> Sock:
+        assert self._crowd.web_port is not None
+        return WebSock(self._crowd.web_port)
+
+    def finish(self) -> None:
+        """Nothing: the partner does."""
+
+    def hear(self) -> None:
+        """The socket is readable."""
+        super().hear()
+        while not self.closed and not self.ended and self.sock.has_more:  # type: ignore[union-attr]
+            super().hear()
+        if self.ended and not self.closed:
+            self._crowd.senders.add(self)
+
+    def pour(self, now: float) -> None:
+        """Send what is due; in the end, what is left of the last frame, and the Close."""
+        if not self.ended:
+            super().pour(now)
+            return
+        assert isinstance(self.sock, WebSock)
+        unfinished = self.sock.unfinished
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._fail(error)
+            return
+        view = self._head or memoryview(_NOISE)[self._at :]
+        self.said.add(view[:unfinished])
+        self.finished = True
+        self._close_if_over()
+
+
 @dataclass
 class Transfer:
     """Both clients of a pair; `left` called first."""
@@ -228,8 +353,9 @@ class Transfer:
 class Crowd:
     """All clients of a test; ends what is left of them on exit."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, web_port: int | None = None) -> None:
         self.port = port
+        self.web_port = web_port
         self.callers: list[Caller] = []
         self.senders: set[Caller] = set()
         self.epoll = select.epoll()
@@ -247,6 +373,7 @@ class Crowd:
         rate: float = 0,
         quota: int | None = None,
         line: bytes | None = None,
+        web: bool = False,
     ) -> Caller:
         """Connect and shake hands.
 
@@ -257,19 +384,24 @@ class Crowd:
             rate: bytes a second to send after that, until `finish`.
             quota: end the stream by itself after so many bytes.
             line: send this instead of the handshake.
+            web: over WebSocket.
         """
-        caller = Caller(self, token, side, head, rate, quota)
-        caller.sock.send(handshake(token, side) if line is None else line)
+        caller = (WebCaller if web else Caller)(self, token, side, head, rate, quota)
+        caller.shake_hands(handshake(token, side) if line is None else line)
         self.callers.append(caller)
         self._by_fd[caller.sock.fileno()] = caller
         self.epoll.register(caller.sock.fileno(), select.EPOLLIN)
         return caller
 
-    def transfer(self, left: float = 0, right: float = 0, *, head: bytes = b"", answer: bytes = b"") -> Transfer:
-        """Two that will meet; each sends its first words, and then so many bytes a second."""
+    def transfer(
+        self, left: float = 0, right: float = 0, *, head: bytes = b"", answer: bytes = b"", web: str = ""
+    ) -> Transfer:
+        """Two that will meet; each sends its first words, and then so many bytes a second. The one that `web` names,
+        `left` or `right`, comes over WebSocket."""
         token = new_token()
         return Transfer(
-            self.call(token, new_side(), head=head, rate=left), self.call(token, new_side(), head=answer, rate=right)
+            self.call(token, new_side(), head=head, rate=left, web=web == "left"),
+            self.call(token, new_side(), head=answer, rate=right, web=web == "right"),
         )
 
     def begin(self, transfers: Sequence[Transfer], seconds: float = 10) -> None:

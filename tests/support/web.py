@@ -15,7 +15,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import Close
 from websockets.sync.client import ClientConnection, connect
 
-from tests.support.harness import Service, free_port
+from tests.support.harness import Service, free_port, wait_until
 
 LARGEST_MESSAGE = 32768
 """Some clients' libraries end the connection at a larger one."""
@@ -28,8 +28,9 @@ def web_options() -> list[str]:
 
 def web_port(service: Service) -> int:
     """The port on which a relay takes WebSocket clients, as its log says."""
-    found = re.search(r"WebSocket on \S+ port (\d+)", service.log_text())
-    assert found is not None, service.log_text()
+    said = re.compile(r"WebSocket on \S+ port (\d+)")
+    found = wait_until(lambda: said.search(service.log_text()), what="it says where")
+    assert found is not None
     return int(found[1])
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from tests.support.crowd import Crowd, Transfer
 from tests.support.current import wait_for_current
 from tests.support.harness import CHECKOUT, Workers, handshake, new_side, new_token, wait_until
+from tests.support.web import web_options, web_port
 
 GONE_WITHIN = 5.0
 """Seconds from its signal to the end of a worker that has siblings."""
@@ -21,18 +23,19 @@ GONE_WITHIN = 5.0
 MB = 1_000_000
 
 
-def start(crowd: Crowd, left: float = 0, right: float = 0) -> Transfer:
+def start(crowd: Crowd, left: float = 0, right: float = 0, web: str = "") -> Transfer:
     """Start a transfer with so many bytes a second in each direction, after a few that tell it from the others."""
-    return crowd.transfer(left, right, head=bytes(random.randrange(200, 5000)))
+    return crowd.transfer(left, right, head=bytes(random.randrange(200, 5000)), web=web)
 
 
-def fifty_transfers(crowd: Crowd) -> list[Transfer]:
-    """Some fast, some stalled on a receiver that does not read, some idle, some with bytes in both directions."""
-    fast = [start(crowd, 6 * MB) for _ in range(8)]
-    both = [start(crowd, 2 * MB, 3 * MB) for _ in range(12)]
-    slow = [start(crowd, 30_000, 0) for _ in range(10)]
-    idle = [start(crowd) for _ in range(10)]
-    stalled = [start(crowd, 50 * MB, 10_000) for _ in range(10)]
+def fifty_transfers(crowd: Crowd, webs: Iterator[str]) -> list[Transfer]:
+    """Some fast, some stalled on a receiver that does not read, some idle, some with bytes in both directions. `webs`
+    says of each which side comes over WebSocket."""
+    fast = [start(crowd, 6 * MB, web=next(webs)) for _ in range(8)]
+    both = [start(crowd, 2 * MB, 3 * MB, web=next(webs)) for _ in range(12)]
+    slow = [start(crowd, 30_000, 0, web=next(webs)) for _ in range(10)]
+    idle = [start(crowd, web=next(webs)) for _ in range(10)]
+    stalled = [start(crowd, 50 * MB, 10_000, web=next(webs)) for _ in range(10)]
     transfers = fast + both + slow + idle + stalled
     crowd.begin(transfers)
     for transfer in stalled:
@@ -44,17 +47,18 @@ def fifty_transfers(crowd: Crowd) -> list[Transfer]:
 class Newcomers:
     """Starts a short transfer every few milliseconds; it counts who was refused."""
 
-    def __init__(self, crowd: Crowd, every: float) -> None:
+    def __init__(self, crowd: Crowd, every: float, webs: Iterator[str]) -> None:
         self.transfers: list[Transfer] = []
         self._crowd = crowd
         self._every = every
+        self._webs = webs
         self._next = time.monotonic()
         crowd.every_tick = self._come
 
     def _come(self) -> None:
         if time.monotonic() >= self._next:
             self._next += self._every
-            self.transfers.append(start(self._crowd, 100_000))
+            self.transfers.append(start(self._crowd, 100_000, web=next(self._webs)))
         for transfer in self.transfers[-50:]:
             if transfer.left.heard.size or transfer.right.heard.size:
                 transfer.finish()
@@ -103,11 +107,25 @@ def restart_each(workers: Workers, rounds: int, pause: Callable[[], object] = la
     return ended_after
 
 
-def test_three_rounds_of_restarts_harm_no_transfer_and_no_client_that_waits(tmp_path: Path) -> None:
-    with Workers(tmp_path, count=3) as workers, Crowd(workers.port) as crowd:
-        transfers = fifty_transfers(crowd)
-        waiting = [crowd.call(new_token(), new_side() if number % 3 else None) for number in range(200)]
-        newcomers = Newcomers(crowd, every=0.04)
+# Of three transfers two have a side that speaks WebSocket, so of all clients a third does.
+WEBS = {"TCP": ("",), "a third on WebSocket": ("left", "right", "")}
+
+
+@pytest.mark.parametrize("webs", WEBS.values(), ids=WEBS)
+def test_three_rounds_of_restarts_harm_no_transfer_and_no_client_that_waits(
+    tmp_path: Path, webs: tuple[str, ...]
+) -> None:
+    each = itertools.cycle(webs)
+    with (
+        Workers(tmp_path, *(web_options() if len(webs) > 1 else ()), count=3) as workers,
+        Crowd(workers.port, web_port(workers) if len(webs) > 1 else None) as crowd,
+    ):
+        transfers = fifty_transfers(crowd, each)
+        waiting = [
+            crowd.call(new_token(), new_side() if number % 3 else None, web=len(webs) > 1 and number % 3 == 1)
+            for number in range(200)
+        ]
+        newcomers = Newcomers(crowd, 0.04, each)
         ended_after = crowd.run_beside(lambda: restart_each(workers, rounds=3, pause=lambda: time.sleep(0.2)))
         newcomers.end()
         assert len(ended_after) == 9
