@@ -2,13 +2,16 @@
 """How much longer a transfer takes while somebody else besieges the relay, measured in one run.
 
     misc/siege.py --workers 2
+    misc/siege.py --workers 2 --case places
+
+The first is a siege by strangers; the others take what all share, and are in `misc/shares.py`: `descriptors`, `places`,
+and a sibling's `room`.
 
 Two thousand connections from one address dribble their handshake, a byte a second each, and are made again when they
 are cut off; five hundred from another address send noise, as fast as it is taken, and come back at once. Meanwhile a
-transfer of
-`--megabytes` is made from a third address, and new pairs meet. Times with and without the siege alternate, so that what
-else the machine does falls on both. The besiegers run in processes of their own; on a machine with few processors they
-take theirs from the relay, which is part of the ratio.
+transfer of `--megabytes` is made from a third address, and new pairs meet. Times with and without the siege alternate,
+so that what else the machine does falls on both. The besiegers run in processes of their own; on a machine with few
+processors they take theirs from the relay, which is part of the ratio.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from shares import CASES
 
 from tests.support.harness import Workers, handshake, met, new_side, new_token
 from tests.support.hostile import NOISE, honest_transfer
@@ -136,10 +141,14 @@ def main() -> None:
     """Read the command line, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--case", choices=["strangers", *CASES], default="strangers")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megabytes", type=int, default=500)
     parser.add_argument("--bounds-for-loopback", action="store_true", help="count loopback addresses like all others")
     arguments = parser.parse_args()
+    if arguments.case != "strangers":
+        print(json.dumps(CASES[arguments.case](arguments.workers), indent=2))
+        return
     # Spared by default, like all of this machine's own addresses; an attacker from elsewhere is not.
     options = ("--max-new-per-source", "200") if arguments.bounds_for_loopback else ()
     on = multiprocessing.Event()

@@ -33,6 +33,7 @@ from relay.transfer.pairs import Pairs
 from relay.transfer.slices import in_slices
 from relay.usage.record import Current, Record
 from relay.usage.recorder import Recorder
+from relay.workers.departure import Departure
 from relay.workers.household import Household
 from relay.workers.run_dir import RunDir
 from relay.workers.terms import terms_of
@@ -67,10 +68,27 @@ class Relay:
         self.pairs = Pairs(options, self._places, self._record, self._pings)
         self._matching = Matching(loop, options, self._places, self._farewell, self._pings, self.pairs.glue)
         self._reception = Reception(loop, options, self._places, self._farewell, self._matching.admit)
-        self._eviction = Eviction(self._places, self._matching, self.pairs, self._is_awaited)
+        self._eviction = Eviction(
+            self._places,
+            self._reception,
+            self._matching,
+            self.pairs,
+            is_awaited=self._is_awaited,
+            is_room_elsewhere=self._is_room_elsewhere,
+            on_ready=self._reopen_door,
+        )
         self._changed = Event()
-        self._ended = Event()
         self._household = None if options.run_dir is None else self._make_household(options.run_dir)
+        self._departure = Departure(
+            self._household,
+            places=self._places,
+            reception=self._reception,
+            matching=self._matching,
+            pairs=self.pairs,
+            grace=options.grace,
+            changed=self._changed,
+            close_door=self._close_door,
+        )
         self._recorder: Recorder | None = None
         self._door: Door | None = None
         self._told: tuple[int, int] | None = None
@@ -78,9 +96,6 @@ class Relay:
         self._current_greenlet: gevent.Greenlet | None = None
         self._due_are_looked_after: gevent.Greenlet | None = None
         self._stopping = False
-        self._grace_ends: float | None = None
-        self._found_no_room = False  # when stopping: from then on the grace runs, whoever may have room later
-        self._given_up = False
 
     def _make_household(self, run_dir: str) -> Household:
         return Household(
@@ -203,7 +218,7 @@ class Relay:
         return Door(
             listener,
             accepted if speech is None else admit,
-            self._places.is_full,
+            self._is_full,
             self.pairs.turns.busy,
             self._pass_the_door_on,
             self._bounds_met.note,
@@ -212,6 +227,12 @@ class Relay:
     def _is_awaited(self) -> bool:
         return self._door is not None and self._door.is_awaited()
 
+    def _is_full(self) -> bool:
+        return self._places.is_full() and not self._eviction.is_ready()
+
+    def _is_room_elsewhere(self) -> bool:
+        return self._household is not None and self._household.siblings.have_places()
+
     def _pass_the_door_on(self) -> bool:
         return self._household is not None and self._household.siblings.pass_the_door_on()
 
@@ -219,65 +240,23 @@ class Relay:
 
     def wait_until_ended(self) -> None:
         """Block the calling greenlet until `stop` has done its work."""
-        self._ended.wait()
+        self._departure.wait()
 
     def stop(self) -> None:
         """End in good order, in the calling greenlet; called a second time, end at once."""
         if self._stopping:
-            self._ended.set()
+            self._departure.end_at_once()
             return
         self._stopping = True
         assert self._door is not None
         self._door.retire()
-        if self._household is not None:
-            self._household.leave()
-        while not self._ended.is_set():
-            self._changed.clear()
-            self._clear_out()
-            if self._is_cleared_out():
-                break
-            patience = None if self._grace_ends is None else self._grace_ends - time.monotonic()
-            if patience is not None and patience <= 0:
-                break
-            self._changed.wait(patience)
-        self._ended.set()
-
-    def _clear_out(self) -> None:
-        """Give everything that is here into other hands, or, when there are none, begin to end it."""
-        if self._household is not None and self._household.moves_on() and self._household.hand_everything_on():
-            if not self._found_no_room:
-                self._grace_ends = None
-            return
-        if self._ended.is_set():  # meanwhile
-            return
-        has_siblings = self._household is not None and self._household.moves_on()
-        self.pairs.begin_all()
-        self._found_no_room = self._found_no_room or has_siblings
-        if self._grace_ends is None:
-            self._grace_ends = time.monotonic() + self.options.grace
-            lack = "; the other workers have no room for them" if has_siblings else ""
-            logger.info("stopping: %d transfers have %g seconds to finish%s", len(self.pairs), self.options.grace, lack)
-        if has_siblings or self._given_up:
-            return
-        if self._household is None or not self._household.siblings.hopes:
-            self._give_up()
-
-    def _give_up(self) -> None:
-        """Nobody will take over: close the port, and send those away who have no partner."""
-        self._given_up = True
-        self._close_door()
-        for leaving in (self._matching.close(), self._reception.close()):
-            for _ in in_slices(leaving):
-                pass
+        self._departure.depart()
 
     def _close_door(self) -> None:
         if self._door is not None:
             self._door.close()
             if self._door.twin is not None:
                 self._door.twin.close()
-
-    def _is_cleared_out(self) -> bool:
-        return self._places.taken == 0 and (self._household is None or self._household.siblings.left)
 
     def close(self) -> None:
         """Cut off what is still here, record it, and let go of everything; however far `start` has come."""
@@ -291,6 +270,8 @@ class Relay:
                 gevent.kill(greenlet)
         if self._household is not None:
             self._household.close()
+        if self.pairs:
+            logger.warning("cutting off %d transfers that have not finished", len(self.pairs))
         self.pairs.cut_off()
         self._matching.cut_off()
         self._reception.cut_off()
@@ -302,6 +283,9 @@ class Relay:
     def _place_is_free(self) -> None:
         if self._places.taken == 0:
             self._changed.set()
+        self._reopen_door()
+
+    def _reopen_door(self) -> None:
         if self._door is not None:
             self._door.reopen()
 
@@ -346,6 +330,7 @@ class Relay:
             # Those whose handshake is not whole come later: one that is by now may be matched with somebody who waits.
             self._reception.see_off(now),
             self._pings.ping(now),
+            self.pairs.cut_idle(now),
         ):
             for _ in in_slices(steps):
                 pass

@@ -24,25 +24,30 @@ class Places:
 
     def __init__(self, options: Options, bounds_met: BoundsMet, on_free: Callable[[], None]) -> None:
         self.taken = 0
+        self.makes_room: Callable[[bytes | None], bool] = lambda source: True
+        """Has somebody give way to a newcomer from that source, when all places are taken; False if nobody need."""
         self.most = options.max_connections
         self._most_held = options.most_held
         self.bounds_met = bounds_met
         self._counts_own = options.bounds_loopback
         self._sources = Sources(options.max_per_source, options.max_new_per_source)
+        self.count_of = self._sources.count
+        """How many connections from a source are here; 0 for one that nobody counts."""
         self._on_free = on_free
 
     def is_full(self) -> bool:
-        """Whether no further connection is to be accepted."""
+        """Whether all places are taken."""
         return self.taken >= self.most
+
+    @property
+    def free(self) -> int:
+        """For how many newcomers there are places."""
+        return max(0, self.most - self.taken)
 
     @property
     def room(self) -> int:
         """For how many connections that siblings hand on there are descriptors."""
         return max(0, self._most_held - self.taken)
-
-    def count_of(self, source: bytes | None) -> int:
-        """How many connections from `source` are here; 0 for one that nobody counts."""
-        return self._sources.count(source)
 
     def source_of(self, host: str, *, own: bool) -> bytes | None:
         """Whom a connection from the numeric address `host` counts for; None for one that nobody counts, since it is
@@ -50,8 +55,10 @@ class Places:
         return None if own and not self._counts_own else source_of(host)
 
     def admits(self, source: bytes | None) -> bool:
-        """Whether a new connection from `source` may come in."""
+        """Whether a new connection from `source` may come in; if so, somebody may have given way to it."""
         bound = None if source is None else self._sources.refuses(source)
+        if bound is None and self.is_full() and not self.makes_room(source):
+            bound = Bound.CROWDED
         if bound is not None:
             self.bounds_met.note(bound)
         return bound is None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from relay.clients.bounds import Bound
@@ -113,6 +114,11 @@ class Reception:
     def _turn_away(self, client: Client) -> None:
         self.let_go(client)
         self._farewell.end(client, client.speech.refusal(Refusal.BAD_HANDSHAKE))
+
+    def evict(self, client: Client) -> None:
+        """End the connection of somebody who is here, at once, for its place."""
+        self.let_go(client)
+        self._farewell.end(client, replace(client.speech.refusal(Refusal.BAD_HANDSHAKE), gone=True))
 
     def close(self) -> Iterator[None]:
         """Turn away everybody who is here, one with each step, and who will come."""

@@ -1,18 +1,33 @@
 """Who gives way when there is no place for newcomers.
 
 What waits, and what is paired, may do so for hours without a byte; so whoever takes all places once would keep
-everybody out for as long. Instead, when all are taken and somebody stands at the door, connections are ended that have
-been idle for a while: first of the source that has the most, and of those the most idle. Who moves something is never
-ended for that, and who has few connections comes last. A machine that has an IPv4 and an IPv6 address is two sources,
-and a thousand machines are a thousand: it is the same for them.
+everybody out for as long. Instead, when all are taken and somebody stands at the door, each newcomer is let in, and
+somebody is ended for it:
 
-All connections are looked through once, in slices, whenever it is needed; so it costs nothing while there are places.
+- first of the sources that have the most. They are told apart by how many times `FEW` they have, to a factor of two;
+- of those, whoever has been idle longest, and for `IDLE_SECONDS` at the least. Who moves something is never ended;
+- but a source that has `MANY` is one of a few that have it all. Its connections need only have been idle for
+  `BRIEF_SECONDS`, and its transfers are idle as long as they move no more than `LITTLE_BYTES` in that time: otherwise a
+  byte now and then, or coming back every few seconds, would keep a place;
+- and a newcomer is turned away when only smaller sources than its own have anybody idle, or others of the same size. So
+  who fills the relay with what moves cannot drive out those who wait. Of its own, half of the idle may give way to it:
+  the other half is kept for smaller ones, which might never be served if those who come back all the time had all. But
+  a source that has `MOST_OF` is a proxy: it gets it all, and that it has many does not matter.
+
+A machine that has an IPv4 and an IPv6 address is two sources, and a thousand machines are a thousand: it is the same
+for them. Each of this machine's own connections, which nobody counts, is like one of a small source.
+
+All connections are looked through, in slices, when it has come to that, and what is found serves for many newcomers. So
+it costs nothing while there are places, and the same for each newcomer, however many connections there are, when not.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from heapq import nlargest
+from itertools import chain
 from typing import TypeAlias
 
 import gevent
@@ -21,95 +36,198 @@ from relay.clients.bounds import Bound
 from relay.clients.client import Client
 from relay.clients.matching import Matching
 from relay.clients.places import Places
+from relay.clients.reception import Reception
 from relay.transfer.pair import Pair
 from relay.transfer.pairs import Pairs
+from relay.transfer.slices import in_slices
 
 IDLE_SECONDS = 5.0
-"""Nobody gives way who has done something within this time."""
+BRIEF_SECONDS = 1.0
 
-PART_AT_A_TIME = 64
-LEAST_AT_A_TIME = 16
-"""In one look, at most so small a part of all places is made free, but so many at the least."""
+FEW = 8
+"""Below so many connections, all sources are alike: two sides and their spares may come from one household."""
 
-SLICE_SECONDS = 0.001
-"""How long the look goes on before everybody else gets their turn."""
+MANY = 32
+MANY_OF = 64
+"""A source has many when it has so many connections and such a part of all places."""
 
-Candidate: TypeAlias = tuple[int, float, int, Client | Pair]
-"""How many connections its source has, how long it has been idle, a number to tell equals apart, and who it is."""
+LITTLE_BYTES = 4 << 10
+
+MOST_OF = 3
+"""A source has most when it has such a part of all places. None has, unless the operator allows it."""
+
+LEAST_FOUND = 256
+FOUND_OF = 16
+"""What a look finds: at most such a part of all places, and so many at the least."""
+
+GOOD_SECONDS = 30.0
+"""How long what a look has found is good for. It is checked again when it is used, but there may be others by then."""
+
+PAUSE = 20
+"""How many times as long as a look took the next one has to wait: when everything moves, it would find nobody again."""
+
+Idler: TypeAlias = tuple[int, float, int, Client | Pair]
+"""The rank of its source, how long it has been idle, a number to tell equals apart, and who it is."""
 
 
 class Eviction:
-    """Makes places free.
+    """Has somebody give way to newcomers: it is what `Places.makes_room` asks.
 
     Args:
         places: which are taken, and by whom.
-        matching, pairs: those who have them.
-        is_awaited: whether somebody stands at the door. If that is so in one second and in the next, no other worker
-            has a place either.
+        reception, matching, pairs: those who have them.
+        is_awaited: whether somebody stands at the door.
+        is_room_elsewhere: whether another worker has a place.
+        on_ready: called when somebody has been found who would give way.
     """
 
-    def __init__(self, places: Places, matching: Matching, pairs: Pairs, is_awaited: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        places: Places,
+        reception: Reception,
+        matching: Matching,
+        pairs: Pairs,
+        *,
+        is_awaited: Callable[[], bool],
+        is_room_elsewhere: Callable[[], bool],
+        on_ready: Callable[[], None],
+    ) -> None:
         self._places = places
+        self._reception = reception
         self._matching = matching
         self._pairs = pairs
         self._is_awaited = is_awaited
-        self._was_awaited = False
+        self._is_room_elsewhere = is_room_elsewhere
+        self._on_ready = on_ready
+        self._many = max(MANY, places.most // MANY_OF)
+        self._most = places.most // MOST_OF
+        self._found: deque[Idler] = deque()
+        self._found_of: dict[bytes | None, deque[Idler]] = {}
+        self._found_at = 0.0
+        self._look_again_at = 0.0
+        self._was_crowded = False
+        self._has_served = False
         self._look: gevent.Greenlet | None = None
+        places.makes_room = self._make_room
+
+    def is_ready(self) -> bool:
+        """Whether newcomers may be let in though all places are taken, since somebody would give way."""
+        if not self._found or self._is_room_elsewhere():
+            return False
+        return time.monotonic() < self._found_at + GOOD_SECONDS and self._first(self._found) is not None
 
     def every_second(self) -> None:
-        """Look for somebody who gives way, if it has come to that."""
-        was_awaited, self._was_awaited = self._was_awaited, self._places.is_full() and self._is_awaited()
-        if self._was_awaited and was_awaited and not self._look:
-            self._look = gevent.spawn(self._make_room)
+        """Look for those who would give way, if it has come to that."""
+        was_crowded, self._was_crowded = self._was_crowded, self._is_crowded()
+        self._has_served = False
+        now = time.monotonic()
+        age = now - self._found_at
+        if age > GOOD_SECONDS:
+            self._found.clear()
+            self._found_of.clear()
+        is_useful = (not self._found or age > GOOD_SECONDS / 2) and now >= self._look_again_at
+        # To be crowded once may be a moment in which the door is just about to be opened.
+        if self._was_crowded and was_crowded and is_useful and not self._look:
+            self._look = gevent.spawn(self._look_around)
+
+    def _is_crowded(self) -> bool:
+        if not self._places.is_full() or self._is_room_elsewhere():
+            return False
+        return self._has_served or self._is_awaited()
 
     def close(self) -> None:
         """Look no more."""
         if self._look is not None:
             gevent.kill(self._look)
 
-    def _make_room(self) -> None:
-        found = sorted(self._candidates(), key=lambda candidate: candidate[:3], reverse=True)
-        wanted = max(LEAST_AT_A_TIME, self._places.most // PART_AT_A_TIME)
-        freed = 0
-        for _, _, _, who in found:
-            if freed >= wanted:
-                return
-            freed += self._end(who)
+    # Finding
 
-    def _candidates(self) -> Iterator[Candidate]:
-        """Everybody who may have to give way; lets others have their turn now and then."""
-        until = time.monotonic() + SLICE_SECONDS
-        for number, who in enumerate([*self._matching, *self._pairs]):
-            now = time.monotonic()
-            if now > until:
-                gevent.sleep(0)
-                now = time.monotonic()
-                until = now + SLICE_SECONDS
-            idle = _idle(who, now)
-            if idle >= IDLE_SECONDS:
-                yield self._heaviest_source_of(who), idle, number, who
+    def _look_around(self) -> None:
+        began = time.monotonic()
+        most = max(LEAST_FOUND, self._places.most // FOUND_OF)
+        found = nlargest(most, self._idlers())
+        self._found = deque(found)
+        self._found_of = self._shares_of(found)
+        self._found_at = time.monotonic()
+        self._look_again_at = self._found_at + PAUSE * (self._found_at - began)
+        if found:
+            self._on_ready()
 
-    def _heaviest_source_of(self, who: Client | Pair) -> int:
-        sources = who.sources if isinstance(who, Pair) else (who.source,)
-        return max(self._places.count_of(source) for source in sources)
+    def _shares_of(self, found: list[Idler]) -> dict[bytes | None, deque[Idler]]:
+        """Of those that were found, whoever may give way to newcomers of its own source."""
+        by_source: dict[bytes | None, list[Idler]] = {}
+        for idler in found:
+            by_source.setdefault(self._source_of(idler[-1]), []).append(idler)
+        return {
+            source: deque(idlers if self._places.count_of(source) >= self._most else idlers[1::2])
+            for source, idlers in by_source.items()
+        }
 
-    def _end(self, who: Client | Pair) -> int:
-        """End a connection, or the two of a pair, unless it has ended or done something meanwhile; returns how many
-        places that gave."""
-        if _idle(who, time.monotonic()) < IDLE_SECONDS:
-            return 0
+    def _idlers(self) -> Iterator[Idler]:
+        """Everybody who might give way."""
+        everybody: Iterator[Client | Pair] = chain(self._reception, self._matching, self._pairs)
+        for number, who in enumerate(in_slices(everybody)):
+            rank, idle = self._standing_of(who, time.monotonic())
+            if idle is not None:
+                yield rank, idle, number, who
+
+    def _source_of(self, who: Client | Pair) -> bytes | None:
+        """Whose it is; of a pair, the side whose source has more."""
+        return max(who.sources, key=self._places.count_of) if isinstance(who, Pair) else who.source
+
+    def _standing_of(self, who: Client | Pair, now: float) -> tuple[int, float | None]:
+        """The rank of somebody's source, and how long it has been idle; None if that is not long enough."""
+        count = self._places.count_of(self._source_of(who))
+        has_many = self._many <= count < self._most
         if isinstance(who, Pair):
-            if who not in self._pairs:
-                return 0
+            idle = who.idle_for(now, LITTLE_BYTES if has_many else 0)
+        else:
+            idle = now - (who.asked or who.arrived)
+        return _rank(count), idle if idle >= (BRIEF_SECONDS if has_many else IDLE_SECONDS) else None
+
+    # Giving way
+
+    def _make_room(self, source: bytes | None) -> bool:
+        found = self._found
+        first = self._first(found)
+        if first is None:
+            return True  # there was somebody when the door let it in
+        rank = _rank(self._places.count_of(source) + 1)
+        if first[0] < rank or first[0] == rank > 0:
+            found = self._found_of.get(source, deque())
+            first = self._first(found)
+            if first is None or first[1] < IDLE_SECONDS:
+                return False
+        found.popleft()
+        self._has_served = True
+        self._end(first[-1])
+        return True
+
+    def _first(self, found: deque[Idler]) -> Idler | None:
+        """Whoever of these is to give way first, how it stands by now; it is left there."""
+        now = time.monotonic()
+        while found:
+            who = found[0][-1]
+            if self._is_here(who):
+                rank, idle = self._standing_of(who, now)
+                if idle is not None and rank >= found[0][0]:  # else others may have more by now
+                    return rank, idle, 0, who
+            found.popleft()
+        return None
+
+    def _is_here(self, who: Client | Pair) -> bool:
+        if isinstance(who, Pair):
+            return who in self._pairs
+        return who in self._matching or who in self._reception
+
+    def _end(self, who: Client | Pair) -> None:
+        if isinstance(who, Pair):
             who.cut(Bound.PLACES)
-            return 2
-        if who not in self._matching:
-            return 0
+            return
         self._places.bounds_met.note(Bound.PLACES)
-        self._matching.evict(who)
-        return 1
+        (self._matching if who in self._matching else self._reception).evict(who)
 
 
-def _idle(who: Client | Pair, now: float) -> float:
-    """For how long somebody has done nothing, in seconds."""
-    return who.idle_for(now) if isinstance(who, Pair) else now - who.asked
+def _rank(connections: int) -> int:
+    """The rank of a source that has so many: 0 for a few, and one more each time that it has twice as many."""
+    return (connections // FEW).bit_length()

@@ -169,11 +169,11 @@ class Pair:
         before, self._moved_a_second_ago = self._moved_a_second_ago, self.moved
         return self.moved != before
 
-    def idle_for(self, now: float) -> float:
-        """For how many seconds nothing has moved, as far as that is known: since the last time but one that somebody
-        asked. `now` is in monotonic seconds."""
+    def idle_for(self, now: float, little: int = 0) -> float:
+        """For how many seconds no more than `little` bytes have moved, as far as that is known: since the last time but
+        one that somebody asked. `now` is in monotonic seconds."""
         moved = self.moved
-        if moved != self._moved_then or not self._idle_since:
+        if moved - self._moved_then > little or not self._idle_since:
             self._moved_then, self._idle_since = moved, now
         return now - self._idle_since
 
@@ -183,7 +183,12 @@ class Pair:
             self.cut_by = bound
             self._end()
         elif self.greenlet is not None:
+            has_begun = self.greenlet.gr_frame is not None
             self.greenlet.kill(Cut(bound), block=False)
+            if not has_begun:  # and so never will, to record this
+                self.greenlet = None
+                self.cut_by = bound
+                self._end()
 
     def pack(self) -> tuple[PairState, list[int]]:
         """This pair as it is, for another process, and the file descriptors that go with it; after `detach`."""
@@ -294,7 +299,6 @@ class Pair:
 
     def _wake(self) -> None:
         self.rest.forget(self)
-        self._idle_since = 0.0  # so that it is not cut before its greenlet runs: that would never record it
         self.greenlet = gevent.spawn(self._pump_until_over)
 
     def _pump_until_over(self) -> None:

@@ -192,18 +192,24 @@ class Pairs:
 
     # By the clock
 
+    def cut_idle(self, now: float) -> Iterator[None]:
+        """Cut pairs in which nothing moves, looking at one with each step; `now` in monotonic seconds."""
+        if now < self._next_idle_check:
+            return
+        self._next_idle_check = now + min(60.0, self._options.idle_timeout / 10)
+        for pair in self:
+            if pair in self._pairs and pair.idle_for(now) > self._options.idle_timeout:
+                pair.cut(Bound.IDLE)
+            yield
+
     def every_second(self, now: float, share_of: Callable[[int], float]) -> int:
-        """Cut pairs that are idle, and take what is ours of --relay-rate; `now` in monotonic seconds.
+        """See to those at rest whose deadline has come, and take what is ours of --relay-rate; `now` in monotonic
+        seconds.
 
         `share_of` tells, of how many of our transfers want to move something, which part of the relay's that is.
         Returns how many those are, if there is such a rate, else 0.
         """
         self._rest.every_second(now)
-        if now >= self._next_idle_check:
-            self._next_idle_check = now + min(60.0, self._options.idle_timeout / 10)
-            for pair in self:
-                if pair.idle_for(now) > self._options.idle_timeout:
-                    pair.cut(Bound.IDLE)
         if self._relay_pace is None or self._options.relay_rate is None:
             return 0
         busy = sum(pair.was_busy() for pair in self._pairs)

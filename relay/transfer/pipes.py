@@ -77,9 +77,14 @@ class PipePool:
         self._open += 1
         return Pipe(inlet, outlet)
 
+    @property
+    def is_overdrawn(self) -> bool:
+        """Whether there are more pipes than there should be: siblings have handed them on."""
+        return self._open > self._most
+
     def give_back(self, pipe: Pipe) -> None:
         """Take back `pipe`, which is empty."""
-        if len(self._pipes) < self._spare:
+        if len(self._pipes) < self._spare and not self.is_overdrawn:
             self._pipes.append(pipe)
         else:
             self.throw_away(pipe)

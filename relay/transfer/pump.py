@@ -279,6 +279,8 @@ class Pump:
         if len(fds) == PIPE_FDS:
             self._pipe = self._pipes.adopt(*fds)
             self.held = state.held
+            if self._pipes.is_overdrawn:
+                self.put_away()
         elif fds:
             with open(fds[0], "rb", buffering=0) as file:
                 self._keep(memoryview(os.pread(file.fileno(), state.held, 0)))

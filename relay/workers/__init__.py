@@ -15,6 +15,7 @@ In this order:
 `terms`      what all must agree on
 `estate`     what all have in common, and a newcomer gets
 `balance`    pure: which transfers go to a worker with less to do; `load`, how much this one has to do
+`departure`  how a worker ends: everything into other hands, or its grace
 ===========  ==========================================================================================
 
 Nothing here decides who matches whom, or moves a byte. It knows the rooms of `relay.clients` and `relay.transfer`, and

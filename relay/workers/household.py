@@ -134,6 +134,9 @@ class Household:
             if client.token in self.siblings.tokens.uncertain:
                 self._look_soon([client.token], AGAIN_SECONDS)
             return False
+        if not home.is_trusted:
+            self.siblings.tokens.doubt([client.token])
+            return False
         self._hand_on(client, home)
         return True
 
@@ -165,7 +168,8 @@ class Household:
     def hand_everything_on(self) -> bool:
         """Give everybody who is here to the siblings, as far as these have room; to be called from a greenlet. Returns
         whether they had it for all; whoever found none stays, and a pair among them has to begin again."""
-        return self._hand_on_all_pairs() and self._hand_on_newcomers() and self._hand_on_those_who_wait()
+        found_room = [self._hand_on_all_pairs(), self._hand_on_newcomers(), self._hand_on_those_who_wait()]
+        return all(found_room)
 
     def _hand_on_all_pairs(self) -> bool:
         self._pairs_came = False
@@ -226,7 +230,7 @@ class Household:
 
     def standing(self) -> Standing:
         """How this worker is, for its siblings."""
-        return Standing(self._busy, self._lately, self._places.room)
+        return Standing(self._busy, self._lately, self._places.room, self._places.free)
 
     def take_back(self, client: Client) -> None:
         """A client is here anew."""
@@ -287,6 +291,9 @@ class Household:
             if home is None:
                 self._matching.dismiss_spares(token)
                 continue
+            if not home.is_trusted:
+                self.siblings.tokens.doubt([token])
+                continue
             for client in self._matching.waiting_for(token):
                 self._uproot(client, home)
 
@@ -316,7 +323,7 @@ class Household:
         if self.siblings.leaving:
             self._on_change()  # somebody may have room by now
             return
-        link = self.siblings.idlest()
+        link = self.siblings.idlest(CONNECTIONS_OF_A_PAIR)
         if link is not None:
             surplus = self._balance.surplus(list(self._pairs), load, link.load)
             if surplus:

@@ -83,8 +83,8 @@ class Link:
     """The connection to one sibling.
 
     It is known by its `greeting`, None until it has come. `ready` is whether it accepts connections, `leaving` whether
-    it is about to end, `silent` whether it has stopped answering; `pairs` and `load` are what it last said of itself,
-    and `room` is that less what was handed there since.
+    it is about to end, `silent` whether it has stopped answering; `pairs`, `load` and `places` are what it last said of
+    itself, and `room` is that less what was handed there since; `refused_at` is when it last refused something.
     """
 
     def __init__(self, owner: Correspondent, sock: socket.socket, pid: int, *, opened_by_sibling: bool) -> None:
@@ -103,7 +103,8 @@ class Link:
         self.pairs = 0
         self.load = FULL_LOAD
         self.room = 0
-        self.refused_at = -math.inf
+        self.places = 0
+        self.refused_at = -math.inf  # monotonic seconds
         self.handed_clients = 0
         self.handed_pairs = 0
         self._owner = owner
@@ -139,8 +140,17 @@ class Link:
 
     def has_room(self, connections: int) -> bool:
         """Whether this sibling can be home to tokens, and take so many connections."""
-        is_trusted = time.monotonic() - self.refused_at > DISTRUST_SECONDS
-        return self.live and is_trusted and self.room >= connections
+        return self.live and self.room >= connections and self.is_trusted
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether it has refused nothing of late: to try again at once would only hold up what it refuses."""
+        return time.monotonic() - self.refused_at > DISTRUST_SECONDS
+
+    @property
+    def handed_something(self) -> bool:
+        """Whether it has taken anything over that is worth telling."""
+        return bool(self.handed_clients or self.handed_pairs)
 
     @property
     def laden(self) -> bool:

@@ -78,7 +78,6 @@ class Parcels:
         self._receiver = receiver
         self._estate = estate
         self._serial = 0
-        self._refused: list[Parcel] = []
         self._back: deque[Client | Pair] = deque()
         self._taking_back: gevent.Greenlet | None = None
 
@@ -129,11 +128,11 @@ class Parcels:
             self._receiver.handed_on(client)
 
     def refused(self, link: Link, serial: int) -> None:
-        """A sibling could not take a parcel: it is ours again within a second."""
+        """A sibling could not take a parcel: it is ours again."""
         parcel = link.no_longer_under_way(serial)
         if parcel is not None:
             link.refused_at = time.monotonic()
-            self._refused.append(parcel)
+            self.have_back([parcel])
 
     def have_back(self, parcels: list[Parcel]) -> None:
         """These are ours again, soon; the transfers before the clients, who have no partner."""
@@ -159,11 +158,6 @@ class Parcels:
         """Have at once what was to come back."""
         for _ in self._take_all_back():
             pass
-
-    def every_second(self) -> None:
-        """Begin anew with what was refused."""
-        refused, self._refused = self._refused, []
-        self.have_back(refused)
 
 
 def _client_from(handed: HandedClient, sock: socket.socket) -> Client:

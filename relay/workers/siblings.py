@@ -15,6 +15,8 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
+import gevent
+
 from relay import __version__
 from relay.mistakes import Mistake
 from relay.workers.estate import Estate
@@ -54,6 +56,9 @@ SILENT_SECONDS = 3
 speaks again, and what it has not confirmed is taken back. What counts are the seconds in which we have listened: after
 having been stopped ourselves we must not take everybody else for dead."""
 
+SETTLE_SECONDS = 0.02
+"""How often to look whether nothing is under way any more."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -88,6 +93,7 @@ class Siblings:
         self.unanswering = 0
         """How many workers did not answer in time when we joined."""
         self.leaving = False
+        self._settling = False
         self._live: dict[int, Link] = {}  # those who can be home, by their process ids
         self._estate = Estate()
         self.tokens = Tokens(self._estate, self.links, self._live)
@@ -161,6 +167,15 @@ class Siblings:
         """Whether, after `leave`, everybody who still answers has said farewell, and everything is in other hands."""
         return not any(link.busy or not (link.said_farewell or link.silent) for link in self._greeted())
 
+    def settle(self) -> None:
+        """Hand nothing on any more. What is under way arrives, or is ours again, within `PARCEL_LOST_SECONDS`."""
+        self._settling = True
+        self._change()
+        until = time.monotonic() + PARCEL_LOST_SECONDS
+        while any(link.unconfirmed for link in self.links) and time.monotonic() < until:
+            gevent.sleep(SETTLE_SECONDS)
+        self._parcels.have_back([parcel for link in self.links for parcel in link.take_back()])
+
     def close(self) -> None:
         """End all links and leave the directory."""
         self._gathering.close()
@@ -172,13 +187,9 @@ class Siblings:
         self._parcels.close()
 
     def _tell_what_was_handed_on(self, link: Link) -> None:
-        if self.leaving and (link.handed_clients or link.handed_pairs):
-            logger.info(
-                "handed to worker %d: clients without a partner %d, transfers %d",
-                link.pid,
-                link.handed_clients,
-                link.handed_pairs,
-            )
+        if self.leaving and link.handed_something:
+            counts = (link.pid, link.handed_clients, link.handed_pairs)
+            logger.info("handed to worker %d: clients without a partner %d, transfers %d", *counts)
 
     def _new_link(self, sock: socket.socket, pid: int, opened_by_sibling: bool) -> Link:
         link = Link(self, sock, pid, opened_by_sibling=opened_by_sibling)
@@ -202,9 +213,13 @@ class Siblings:
         """The live sibling that has room for so many connections and is the readiest for them; None if none has."""
         return readiest(self._live.values(), connections)
 
-    def idlest(self) -> Link | None:
-        """The live sibling that has the least to do, as far as we know; None if nobody is there."""
-        prompt = [link for link in self._live.values() if link.prompt]
+    def have_places(self) -> bool:
+        """Whether one of those who answer has a place for a newcomer, as far as we know."""
+        return any(link.places and link.seconds_unheard <= 1 for link in self._live.values())
+
+    def idlest(self, connections: int) -> Link | None:
+        """The live sibling with room for so many connections that has the least to do; None if there is none."""
+        prompt = [link for link in self._live.values() if link.prompt and link.has_room(connections)]
         return min(prompt, key=lambda link: link.load, default=None)
 
     def share(self, pairs: int) -> float:
@@ -228,7 +243,8 @@ class Siblings:
         """Somebody has come or gone: find out again who can be home."""
         unsent = [parcel for link in self.links for parcel in link.take_back_unsent()]
         self._live.clear()
-        self._live.update((link.pid, link) for link in self.links if link.live)
+        if not self._settling:
+            self._live.update((link.pid, link) for link in self.links if link.live)
         self._at_home.siblings_changed()
         self._parcels.have_back(unsent)  # they were on their way to where they belonged before
 
@@ -319,7 +335,8 @@ class Siblings:
             self._at_home.sibling_gone()
         elif kind == STILL_HERE:
             standing = decode_still_here(packet)
-            link.pairs, link.load, link.room = standing.pairs, standing.load, standing.room
+            link.pairs, link.load = standing.pairs, standing.load
+            link.room, link.places = standing.room, standing.places
         elif kind == MATCHED:
             self._at_home.matched_elsewhere(decode_matched(packet))
         elif kind == TURN_AT_THE_DOOR:
@@ -361,7 +378,6 @@ class Siblings:
             elif not link.stuck:
                 link.say(encode_still_here(standing))
             link.send_again()
-        self._parcels.every_second()
         if self.tokens.saw_stranger:
             self.tokens.saw_stranger = not self._gathering.meet_strangers(self._names())
         if self.tokens.uncertain:

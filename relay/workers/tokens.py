@@ -59,8 +59,9 @@ class Tokens:
         by now, or else the readiest; None if there is none."""
         assert self._estate.homes is not None
         holder = self._estate.homes.holder(token)
-        if holder is not None and holder in self._live:
-            return self._live[holder]  # where its partner is
+        home = None if holder is None else self._live.get(holder)
+        if home is not None and home.has_room(1):
+            return home  # where its partner is
         return readiest(self._live.values(), 1)
 
     def give_up(self, token: bytes) -> None:

@@ -67,6 +67,20 @@ def relays_end(pids: Iterable[int], client: socket.socket) -> socket.socket:
     return end
 
 
+def holder(pids: Iterable[int], client: socket.socket) -> int:
+    """Return which of these processes holds the relay's own end of `client`; waits and skips like `relays_end`."""
+    name = client.getsockname()
+
+    def held_by(pid: int) -> bool:
+        end = _end_towards([pid], name)
+        if end is not None:
+            end.close()
+        return end is not None
+
+    candidates = list(pids)
+    return wait_until(lambda: next(filter(held_by, candidates), 0), what=f"a worker holds the connection from {name}")
+
+
 def _end_towards(pids: list[int], wanted: object) -> socket.socket | None:
     for pid in pids:
         for fd, _ in _fds(pid, "socket:"):

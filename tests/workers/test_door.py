@@ -17,6 +17,7 @@ from relay.clients.door import TURN_CONNECTIONS, TURN_SECONDS
 from tests.support.crowd import Caller, Crowd, Transfer
 from tests.support.current import current, share, shares, wait_for_current
 from tests.support.harness import (
+    CHECKOUT,
     Relay,
     Workers,
     connect,
@@ -148,7 +149,13 @@ def test_whoever_comes_is_served_as_long_as_any_worker_has_room(tmp_path: Path) 
 
 def test_when_all_workers_are_full_the_rest_waits_in_the_listen_queue_and_keeps_nobody_busy(tmp_path: Path) -> None:
     options = ("--max-connections", "10", "--max-waiting", "10")
-    with Workers(tmp_path, *options, count=4) as workers, Crowd(workers.port) as crowd:
+    (tmp_path / "patient").mkdir()
+    # Who waits is idle, and gives way to those in the queue after some seconds: here, not.
+    (tmp_path / "patient" / "sitecustomize.py").write_text(
+        "from relay.transfer import eviction\neviction.IDLE_SECONDS = 3600.0\n"
+    )
+    env = {"PYTHONPATH": f"{tmp_path / 'patient'}:{CHECKOUT}"}
+    with Workers(tmp_path, *options, count=4, env=env) as workers, Crowd(workers.port) as crowd:
         callers = fill(crowd, workers, 48, queued=8)
         for _ in range(2):
             before = sum(map(cpu_seconds, workers.pids))

@@ -1,0 +1,203 @@
+"""A worker's room is asked before it is used: what happens to those for whom a sibling has none.
+
+A sibling can lack places, of which it tells the others, or file descriptors for what comes with a client, which shows
+only when that comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from relay.cli import RESERVED_FDS
+from tests.support.command_line import powerless
+from tests.support.crowd import Crowd
+from tests.support.harness import Relay, Workers, connect, handshake, met, new_side, new_token, wait_until
+from tests.support.hostile import answer
+from tests.support.kernel_view import holder
+
+NOFILE = 200
+MOST = NOFILE - RESERVED_FDS
+GRACE = 2
+LONGEST = GRACE + 5
+LARGER_NOFILE = 400
+FULL = ("--max-connections", str(MOST), "--max-waiting", str(MOST))
+"""Each worker accepts as many as it has descriptors for, so that none has room for what another one holds."""
+
+
+@contextlib.contextmanager
+def without_descriptors(worker: Relay) -> Iterator[None]:
+    """Let `worker` have no further file descriptor, whatever it closes meanwhile."""
+    soft, hard = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{worker.pid}/fd")) // 2, hard))
+    try:
+        yield
+    finally:
+        if worker.pids:
+            resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_client_whose_partners_worker_has_no_descriptor_waits_where_it_is_and_meets_it_later(
+    tmp_path: Path, stack: contextlib.ExitStack
+) -> None:
+    workers = stack.enter_context(Workers(tmp_path, "--grace", "0", count=2))
+    token, other_side = new_token(), new_side()
+    waiting = stack.enter_context(connect(workers.port))
+    waiting.sendall(handshake(token, new_side()))
+    wait_until(lambda: workers.rows("current")[0]["waiting"] == 1, what="it waits")
+    home = holder(workers.pids, waiting)
+    with without_descriptors(next(worker for worker in workers.workers if worker.pid == home)):
+        partners = [stack.enter_context(connect(workers.port)) for _ in range(4)]
+        for sock in partners:
+            sock.sendall(handshake(token, other_side))
+        wait_until(lambda: workers.rows("current")[0]["waiting"] == 5, what="the others wait, too")
+        partners.pop().close()
+        records = workers.wait_for_records(1)
+        assert [record["mood"] for record in records] == ["lonely"]
+    assert waiting.recv(3) == b"ok\n"
+    assert sorted(sock.recv(3) for sock in partners) == [b"", b"", b"ok\n"]
+
+
+def test_a_worker_whose_sibling_refuses_everything_ends_in_time_and_serves_until_then(tmp_path: Path) -> None:
+    with Workers(tmp_path, "--grace", str(GRACE), count=2) as workers, Crowd(workers.port) as crowd:
+        transfers = [crowd.transfer(20_000, 20_000) for _ in range(70)]  # more than one worker accepts in its turn
+        crowd.begin(transfers)
+        leaving, staying = workers.workers
+        with without_descriptors(staying):
+            began = time.monotonic()
+            leaving.process.send_signal(signal.SIGTERM)
+            for _ in range(3):  # each stands still for as long as a parcel to a sibling and back takes, and no longer
+                moved = [transfer.moved for transfer in transfers]
+                crowd.run_for(0.5)
+                assert all(now.moved > then for now, then in zip(transfers, moved, strict=True))
+            assert crowd.run_beside(lambda: leaving.wait(20)) == 0
+            assert time.monotonic() - began < LONGEST
+        crowd.run_for(0.5)
+        kept = [transfer for transfer in transfers if not transfer.cut]
+        assert len(kept) < len(transfers), "both had some"
+        assert f"cutting off {len(transfers) - len(kept)} transfers" in leaving.log_text()
+        crowd.end(kept)
+        for transfer in kept:
+            transfer.assert_intact()
+        assert len(workers.wait_for_rows("usage", len(transfers))) == len(transfers)
+
+
+def test_those_without_a_partner_who_find_no_room_wait_for_the_grace_and_are_sent_away_in_order(
+    tmp_path: Path, stack: contextlib.ExitStack
+) -> None:
+    workers = stack.enter_context(Workers(tmp_path, *FULL, "--grace", str(GRACE), count=2, nofile=NOFILE))
+    pairs = [met(workers.port, stack=stack) for _ in range(MOST // 4)]
+    waiting = [stack.enter_context(connect(workers.port)) for _ in range(2 * MOST - 2 * len(pairs) - 6)]
+    for sock in waiting:
+        sock.sendall(handshake(new_token(), new_side()))
+    wait_until(lambda: workers.rows("current")[0]["waiting"] == len(waiting), what="all wait")
+    leaving = workers.workers[0]
+    began = time.monotonic()
+    leaving.process.send_signal(signal.SIGTERM)
+    assert leaving.wait(20) == 0
+    assert GRACE <= time.monotonic() - began < LONGEST
+    records = workers.wait_for_records(MOST // 2)
+    still_waiting = workers.rows("current")[0]["waiting"]
+    sent_away = [sock for sock in waiting if _is_over(sock)]
+    assert len(sent_away) == len(waiting) - still_waiting
+    assert [answer(sock) for sock in sent_away] == [b""] * len(sent_away)
+    moods = [record["mood"] for record in records]
+    assert moods.count("lonely") == len(sent_away)
+    cut = [pair for pair in pairs if _is_over(pair[0])]
+    assert moods.count("happy") == len(cut)
+    assert "the other workers have no room for them" in leaving.log_text()
+    first, second = next(pair for pair in pairs if pair not in cut)
+    first.sendall(b"still here")
+    assert second.recv(10) == b"still here"
+
+
+def _is_over(sock: socket.socket) -> bool:
+    sock.setblocking(False)
+    try:
+        sock.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    finally:
+        sock.settimeout(10)
+    return True
+
+
+def test_a_restarted_worker_has_places_again_and_nobody_gives_way_for_want_of_them(
+    tmp_path: Path, stack: contextlib.ExitStack
+) -> None:
+    workers = stack.enter_context(Workers(tmp_path, count=2, nofile=NOFILE))
+    idle = [met(workers.port, stack=stack) for _ in range(28)]
+    assert workers.stop_one(0) == 0
+    workers.start_one()
+    until = time.monotonic() + 8  # all have been idle for long enough, and the one that took them in has no place left
+    while time.monotonic() < until:
+        with contextlib.ExitStack() as opened:
+            for _ in range(5):
+                met(workers.port, stack=opened)
+    for first, second in idle:
+        first.sendall(b"still here")
+        assert second.recv(10) == b"still here"
+    assert "ended what had been idle longest" not in workers.log_text()
+
+
+@pytest.mark.parametrize(("count", "is_root"), [(2, True), (2, False), (3, False), (4, True)])
+def test_workers_that_are_nearly_full_are_restarted_one_after_another_and_nothing_is_cut(
+    tmp_path: Path, count: int, is_root: bool
+) -> None:
+    most = (LARGER_NOFILE - RESERVED_FDS) * 7 // 8 // 2
+    options = ("--max-per-source", "1000", "--max-new-per-source", "5000")
+    inside = [] if is_root else powerless()
+    with (
+        Workers(tmp_path, *options, count=count, nofile=LARGER_NOFILE, inside=inside) as workers,
+        Crowd(workers.port) as crowd,
+    ):
+        transfers = [crowd.transfer(3_000, 3_000) for _ in range(int(0.95 * most / 2) * count)]
+        for begin in range(0, len(transfers), 20):
+            crowd.begin(transfers[begin : begin + 20])
+        for number in range(count):
+            stopped = crowd.run_beside(lambda number=number: workers.stop_one(number, 20))  # type: ignore[misc]
+            assert stopped == 0
+            assert "no room" not in workers.workers[number].log_text()
+            crowd.run_beside(workers.start_one)
+            assert not any(transfer.cut for transfer in transfers)
+        crowd.end(transfers)
+        for transfer in transfers:
+            transfer.assert_intact()
+        assert len(workers.wait_for_rows("usage", len(transfers))) == len(transfers)
+
+
+def test_what_finds_no_room_is_pumped_on_for_the_grace_and_recorded_and_the_log_says_how_many(tmp_path: Path) -> None:
+    most = LARGER_NOFILE - RESERVED_FDS
+    bounds = ("--max-connections", str(most - 20), "--max-per-source", "1000", "--max-new-per-source", "5000")
+    options = (*bounds, "--grace", "3")
+    with Workers(tmp_path, *options, count=2, nofile=LARGER_NOFILE) as workers, Crowd(workers.port) as crowd:
+        transfers = [crowd.transfer(3_000, 3_000) for _ in range((most - 40) * 2 // 2)]
+        for begin in range(0, len(transfers), 20):
+            crowd.begin(transfers[begin : begin + 20])
+        began = time.monotonic()
+        leaving = workers.workers[0]
+        leaving.process.send_signal(signal.SIGTERM)
+        moved = [transfer.moved for transfer in transfers]
+        crowd.run_for(1.5)
+        assert all(now.moved > then for now, then in zip(transfers, moved, strict=True)), "all are pumped on"
+        crowd.run_beside(lambda: leaving.wait(20))
+        assert time.monotonic() - began < 3 + 5
+        assert "have 3 seconds to finish; the other workers have no room for them" in leaving.log_text()
+        crowd.run_for(0.5)
+        cut = [transfer for transfer in transfers if transfer.cut]
+        assert f"cutting off {len(cut)} transfers that have not finished" in leaving.log_text()
+        kept = [transfer for transfer in transfers if not transfer.cut]
+        assert cut
+        assert kept
+        crowd.end(kept)
+        for transfer in kept:
+            transfer.assert_intact()
+        assert len(workers.wait_for_rows("usage", len(transfers))) == len(transfers)
