@@ -16,6 +16,7 @@ import contextlib
 import os
 import shutil
 import sqlite3
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,8 +128,7 @@ def opened(path: Path) -> Iterator[Database]:
 
 
 def _choose_uri(path: Path, cleanup: contextlib.ExitStack) -> str:
-    if not path.is_file():
-        raise ReportError(f"{path}: no such file; give the path that the relay's --usage-db names")
+    _check_there(path)
     logged, indexed = _beside(path, "-wal"), _beside(path, "-shm")
     if not _is_under_wal(path):
         return _uri(path, "mode=ro")
@@ -138,6 +138,29 @@ def _choose_uri(path: Path, cleanup: contextlib.ExitStack) -> str:
         folder = cleanup.enter_context(temporary_folder("relay-usage"))
         return _uri(_copied(path, Path(folder)), "mode=ro")
     return _uri(path, "mode=ro")
+
+
+def _check_there(path: Path) -> None:
+    """Raise ReportError unless there is a file; what may not be looked at is another matter than what is missing."""
+    status = _status(path)
+    if status is None:
+        raise ReportError(f"{path}: no such file; give the path that the relay's --usage-db names")
+    if not stat.S_ISREG(status.st_mode):
+        raise ReportError(f"{path}: not a file; give the path that the relay's --usage-db names")
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """Return what the kernel says of the file, None when there is none."""
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except PermissionError as error:
+        raise ReportError(
+            f"{path}: no permission to enter its folder; run as the relay's user or in its group"
+        ) from error
+    except OSError as error:
+        raise ReportError(f"{path}: {error.strerror}") from error
 
 
 def _is_under_wal(path: Path) -> bool:
@@ -180,7 +203,7 @@ def _beside(path: Path, suffix: str) -> bool:
 
 def _looks(path: Path) -> object:
     """Return what differs once somebody has written to the database or opened it for writing."""
-    status = path.stat() if path.exists() else None
+    status = _status(path)
     return status and (status.st_mtime_ns, status.st_size, status.st_ino), _beside(path, "-wal"), _beside(path, "-shm")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import signal
@@ -35,6 +36,7 @@ from tests.support.harness import (
     running,
     wait_until,
 )
+from tests.support.supervised import ORDINARY_USER
 
 PROGRAM = CHECKOUT / "misc" / "import-twisted-usage"
 MAPPED = {
@@ -389,8 +391,30 @@ def test_a_dry_run_changes_nothing(tmp_path: Path) -> None:
     source, ours = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite"
     twisted_database(source, 10)
     assert "10 records would be imported" in said("--dry-run", source, ours)
-    assert usage(ours) == []
+    assert os.listdir(tmp_path) == ["twisted.sqlite"]
     assert "10 records imported" in said(source, ours)
+    add_rows(source, 10)
+    before = ours.read_bytes()
+    assert "1 records would be imported" in said("--dry-run", source, ours)
+    assert (sorted(os.listdir(tmp_path)), ours.read_bytes()) == (["ours.sqlite", "twisted.sqlite"], before)
+    for wrong, complaint in (
+        (tmp_path / "no" / "folder", "there is no folder"),
+        (source, "the Twisted relay's database"),
+    ):
+        result = run_import("--dry-run", source, wrong)
+        assert (result.returncode, complaint in result.stderr) == (2, True), result.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_root_makes_no_database_in_another_user_s_folder(tmp_path: Path) -> None:
+    source, folder = tmp_path / "twisted.sqlite", tmp_path / "relay"
+    twisted_database(source, 1)
+    folder.mkdir()
+    shutil.chown(folder, ORDINARY_USER)
+    result = run_import(source, folder / "usage.sqlite")
+    assert result.returncode == 2
+    assert f"run this as {ORDINARY_USER} and not as root" in result.stderr
+    assert os.listdir(folder) == []
 
 
 def test_what_was_written_before_is_added_to(tmp_path: Path) -> None:

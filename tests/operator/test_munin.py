@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import getpass
 import os
+import pwd
 import shutil
 import sqlite3
 import subprocess
+import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
@@ -28,7 +30,9 @@ from tests.support.harness import (
     read_to_end,
     wait_until,
 )
+from tests.support.supervised import ORDINARY_USER, interpreter_for
 
+ORDINARY_GROUP = pwd.getpwnam(ORDINARY_USER).pw_gid
 PLUGIN = CHECKOUT / "misc" / "munin" / "relay_"
 GRAPHS = ["connected", "bytes", "moods", "since_start", "all_time", "volume"]
 MUNIN_RUN = shutil.which("munin-run") or "/usr/sbin/munin-run"
@@ -169,6 +173,33 @@ def test_a_missing_database_gives_unknown_values_and_autoconf_says_no(tmp_path: 
         assert munin.config(graph)
     assert f"{path} does not exist" in munin.run("connected").stderr
     assert os.listdir(tmp_path) == ["munin"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start the plugin as somebody else")
+def test_a_folder_that_may_not_be_entered_is_not_called_a_missing_database() -> None:
+    # Not below pytest's folder, which nobody else may enter at all.
+    with tempfile.TemporaryDirectory(prefix="rg-munin-", dir="/tmp") as above:
+        Path(above).chmod(0o755)
+        shut = Path(above) / "var"
+        shut.mkdir(mode=0o750)
+        path = shut / "usage.sqlite"
+        open_database(str(path)).close()
+        plugin = Path(above) / "relay_connected"
+        shutil.copy(PLUGIN, plugin)
+        done = subprocess.run(
+            [interpreter_for(ORDINARY_USER), str(plugin), "autoconf"],
+            env={"database": str(path)},
+            user=ORDINARY_USER,
+            group=ORDINARY_GROUP,
+            extra_groups=[],
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    reason = f"{path}: no permission to enter its folder; give the plugin a group or a user that may"
+    assert (done.stdout, done.stderr, done.returncode) == (f"no ({reason})\n", "", 0)
 
 
 def test_a_locked_database_gives_unknown_values(tmp_path: Path) -> None:

@@ -254,6 +254,32 @@ def test_a_database_in_a_read_only_folder_is_read(guarded: Path) -> None:
     assert os.listdir(guarded.parent) == ["usage.sqlite"]
 
 
+def test_a_folder_that_may_not_be_entered_is_told_in_one_line(guarded: Path) -> None:
+    shut = guarded.parent / "shut"
+    shut.mkdir()
+    path = shut / guarded.name
+    guarded.rename(path)
+    shut.chmod(0)
+    result = as_nobody(guarded.parent, path)
+    shut.chmod(0o700)
+    assert (result.returncode, result.stdout) == (2, "")
+    reason = "no permission to enter its folder; run as the relay's user or in its group"
+    assert result.stderr == f"relay-usage: error: {path}: {reason}\n"
+
+
+def test_what_is_no_file_is_told_in_one_line(tmp_path: Path, database: Path) -> None:
+    for path, complaint in (
+        (tmp_path, "not a file"),
+        (tmp_path / "missing", "no such file"),
+        (database / "below", "no such file"),
+        (tmp_path / ("long" * 100), "File name too long"),
+    ):
+        result = relay_usage(path)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr.startswith(f"relay-usage: error: {path}: {complaint}")
+        assert result.stderr.count("\n") == 1
+
+
 def test_a_database_in_use_in_a_read_only_folder_is_read(guarded: Path) -> None:
     with in_use(guarded):
         result = as_nobody(guarded.parent, "--json", "--last", "all", guarded)
@@ -363,7 +389,7 @@ def test_a_reader_that_leaves_early_is_no_error(database: Path) -> None:
     ("arguments", "complaint"),
     [
         (["nowhere.sqlite"], "nowhere.sqlite: no such file"),
-        (["."], ".: no such file"),
+        (["."], ".: not a file"),
         (["README.md"], "README.md: not a database"),
         (["--by", "year", "x"], "--by year: give day, week or month"),
         (["--last", "0", "x"], "--last 0: give a whole number"),
