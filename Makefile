@@ -9,7 +9,6 @@ CONF := etc/supervisord.conf
 RELAY_LISTEN ?= 4001
 RELAY_WEBSOCKET ?= 4002
 export RELAY_LISTEN RELAY_WEBSOCKET
-comma := ,
 # Stamps older than these files are made anew.
 DISTRIBUTION := setup.py setup.cfg pyproject.toml relay/__init__.py
 
@@ -28,14 +27,17 @@ $(VENV)/.test: $(DISTRIBUTION) | $(BIN)/python
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@ $(VENV)/.relay
 
-# Returns when the relay accepts connections; supervisord goes on in the background.
+# Returns when the relay accepts connections; supervisord goes on in the background. The ports are those that the first
+# worker's log tells: supervisord may have been running already, or been told of others by its file.
 run: $(VENV)/.relay
 	@$(BIN)/supervisorctl -c $(CONF) pid >/dev/null 2>&1 || $(BIN)/supervisord -c $(CONF)
 	@for try in 1 2 3 4 5 6 7 8 9 10; do \
 	    sleep 0.5; $(BIN)/supervisorctl -c $(CONF) status | awk '$$2 != "RUNNING" {bad = 1} END {exit bad || !NR}' && exit 0; \
 	done; $(BIN)/supervisorctl -c $(CONF) status; tail -n 5 var/*.log; exit 1
-	@echo "The relay runs on port $(RELAY_LISTEN)$(if $(RELAY_WEBSOCKET),$(comma) for WebSocket on $(RELAY_WEBSOCKET)). What it does: var/*.log; its usage: var/relay/usage.jsonl, var/relay/usage.sqlite"
-	@echo "Next: make status, make stop"
+	@pid=$$($(BIN)/supervisorctl -c $(CONF) pid relay:relay-0); \
+	sed -n "s/.*relay-gevent\[$$pid\] \(listening on .*\)/The relay runs, \1/p; s/.*relay-gevent\[$$pid\] \(WebSocket on .*\)/    \1/p" \
+	    var/relay-0.log
+	@echo "What it does: var/*.log; its usage: var/relay/usage.jsonl, var/relay/usage.sqlite. Next: make status, make stop"
 
 # The same, but it stays in this terminal until it gets Ctrl-C.
 foreground: $(VENV)/.relay

@@ -2,10 +2,14 @@
 programs: `<prefix>/share/relay-gevent/` mirrors etc/, var/ and parts of misc/, and that list is read from the tree.
 """
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build import build
 
 SHARE = "share/relay-gevent"
 SHARED = ("etc", "var", "misc/munin", "misc/rolling-restart", "misc/import-twisted-usage")
@@ -27,4 +31,15 @@ def shared_files() -> list[tuple[str, Sequence[str]]]:
     return list(folders.items())
 
 
-setup(data_files=shared_files())
+class BuildElsewhere(build):
+    """Build in a folder that is new and does not stay. In the build/ that setuptools makes beside the sources, modules
+    that a later version no longer has would lie until that one is installed, and be installed with it."""
+
+    def initialize_options(self) -> None:
+        """Begin with that folder in place of build/."""
+        super().initialize_options()
+        self.build_base = tempfile.mkdtemp(prefix="relay-gevent-build-")
+        atexit.register(shutil.rmtree, self.build_base, ignore_errors=True)
+
+
+setup(data_files=shared_files(), cmdclass={"build": BuildElsewhere})

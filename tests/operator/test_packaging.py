@@ -86,6 +86,24 @@ def installed(distribution: Distribution) -> Iterator[Path]:
         yield place
 
 
+def test_a_module_that_was_removed_is_not_in_the_next_wheel_of_the_same_folder(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(CHECKOUT, source, ignore=shutil.ignore_patterns(*NOT_SOURCE, "var", "tests", "docs"))
+    removed = source / "relay" / "removed.py"
+    removed.write_text('"""Of an earlier version."""\n')
+    names: list[set[str]] = []
+    for version in ("earlier", "later"):
+        wheels = tmp_path / version
+        pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+        run([*pip, "--wheel-dir", str(wheels), str(source)], tmp_path)
+        (wheel,) = wheels.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            names.append(set(archive.namelist()))
+        removed.unlink(missing_ok=True)
+    assert names[0] - names[1] == {"relay/removed.py"}
+    assert not (source / "build").exists()
+
+
 def test_the_sdist_holds_what_a_checkout_holds(distribution: Distribution) -> None:
     names = distribution.sdist_names()
     listed = {
