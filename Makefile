@@ -12,7 +12,7 @@ export RELAY_LISTEN RELAY_WEBSOCKET
 # Stamps older than these files are made anew.
 DISTRIBUTION := setup.py setup.cfg pyproject.toml relay/__init__.py
 
-.PHONY: run foreground stop rolling-restart status test lint types check bench bench-paths soak dist clean
+.PHONY: run foreground stop rolling-restart status test lint types check bench bench-paths soak dist test-pythons clean
 .DEFAULT_GOAL := run
 
 $(BIN)/python:
@@ -90,8 +90,15 @@ MINUTES ?= 30
 soak: $(VENV)/.test
 	$(BIN)/python misc/soak.py --minutes $(MINUTES)
 
+# The same commit makes the same bytes, whoever builds it and when.
 dist: $(VENV)/.test
+	rm -rf dist
 	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+# All tests with each Python, 3.10 and on, that is installed here or kept by pyenv; PYTHONS names others.
+test-pythons:
+	PYTEST_OPTIONS="$(PYTEST_OPTIONS)" misc/test-pythons $(PYTHONS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

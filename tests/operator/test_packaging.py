@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import email
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from email.message import Message
 from pathlib import Path
 
 import pytest
@@ -57,22 +60,33 @@ class Distribution:
             return set(archive.namelist())
 
 
-@pytest.fixture(scope="module")
-def distribution(tmp_path_factory: pytest.TempPathFactory) -> Distribution:
-    """An sdist of the checkout, and a wheel of that sdist."""
-    folder = tmp_path_factory.mktemp("build")
+def unlike_a_checkout(folder: Path) -> Path:
+    """Copy the sources to a folder, as one in which a relay has run, and which is of another day and mode."""
     source = folder / "source"
     # A copy, since building writes beside the sources. What a running relay keeps in var/ is played by two files.
-    shutil.copytree(CHECKOUT, source, ignore=shutil.ignore_patterns(*NOT_SOURCE, "var"))
+    shutil.copytree(CHECKOUT, source, ignore=shutil.ignore_patterns(*NOT_SOURCE, "var"), copy_function=shutil.copy)
     (source / "var").mkdir()
     shutil.copy(CHECKOUT / "var" / "README", source / "var")
     (source / "var" / "relay").mkdir()
     (source / "var" / "relay" / "usage.sqlite").touch()
     (source / "var" / "relay-0.log").touch()
-    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(source)], folder)
+    return source
+
+
+def build(source: Path, folder: Path, umask: str) -> Distribution:
+    """Run `python -m build` under a umask, as of 2026-11-27."""
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(source)]
+    run(["sh", "-c", f'umask {umask}; SOURCE_DATE_EPOCH=1795737600 exec "$@"', "sh", *command], folder)
     (sdist,) = (folder / "dist").glob("*.tar.gz")
     (wheel,) = (folder / "dist").glob("*.whl")
     return Distribution(sdist, wheel)
+
+
+@pytest.fixture(scope="module")
+def distribution(tmp_path_factory: pytest.TempPathFactory) -> Distribution:
+    """An sdist of the checkout, and a wheel of that sdist."""
+    folder = tmp_path_factory.mktemp("build")
+    return build(unlike_a_checkout(folder), folder, "022")
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +148,69 @@ def test_the_wheel_holds_the_relay_and_its_configuration_but_no_tests(distributi
     names = distribution.wheel_names()
     assert {f"relay/{name}" for name in ("__init__.py", "cli.py", "server.py")} <= names
     share = f"relay_gevent-{__version__}.data/data/share/relay-gevent"
-    assert {f"{share}/etc/supervisord.conf", f"{share}/var/README"} <= names
+    assert {f"{share}/etc/supervisord.conf", f"{share}/var/README", "relay/py.typed"} <= names
     assert [name for name in names if name.startswith("tests/")] == []
+
+
+def test_the_same_sources_make_the_same_bytes_whoever_builds_them(distribution: Distribution, tmp_path: Path) -> None:
+    source = unlike_a_checkout(tmp_path)
+    for path in source.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+        path.chmod(0o700 if path.is_dir() or path.stat().st_mode & 0o100 else 0o600)
+    again = build(source, tmp_path, "077")
+    assert again.sdist_names() == distribution.sdist_names()
+    assert again.wheel.read_bytes() == distribution.wheel.read_bytes()
+    assert again.sdist.read_bytes() == distribution.sdist.read_bytes()
+
+
+def test_twine_has_nothing_to_say(distribution: Distribution, tmp_path: Path) -> None:
+    check = [sys.executable, "-m", "twine", "--no-color", "check", "--strict"]
+    told = run([*check, str(distribution.sdist), str(distribution.wheel)], tmp_path)
+    assert (told.count(": PASSED"), told.count("WARNING")) == (2, 0), told
+
+
+def metadata(distribution: Distribution) -> Message:
+    """Return the wheel's METADATA."""
+    with zipfile.ZipFile(distribution.wheel) as archive:
+        return email.message_from_bytes(archive.read(f"relay_gevent-{__version__}.dist-info/METADATA"))
+
+
+def test_the_extra_all_is_all_that_a_relay_can_make_use_of(distribution: Distribution) -> None:
+    told = metadata(distribution)
+    for_developers = {"test", "lint", "bench"}
+    wanted = set(told.get_all("Provides-Extra", [])) - for_developers - {"all"}
+    (all_of_them,) = [line for line in told.get_all("Requires-Dist", []) if line.endswith('extra == "all"')]
+    assert set(all_of_them.partition("[")[2].partition("]")[0].split(",")) == wanted
+    assert "websocket" in wanted
+
+
+def test_the_version_is_told_in_one_place_and_the_changes_begin_with_it(distribution: Distribution) -> None:
+    assert metadata(distribution)["Version"] == __version__
+    heading = next(line for line in (CHECKOUT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## "))
+    assert re.fullmatch(rf"## {re.escape(__version__)}, \d{{4}}-\d\d-\d\d", heading)
+
+
+@pytest.mark.skipif(shutil.which("man") is None, reason="apt-get install man-db")
+def test_every_program_has_a_manual_page_that_tells_all_its_options(installed: Path) -> None:
+    pages = installed / "share" / "man" / "man1"
+    programs = sorted(path.name for path in (installed / "bin").glob("relay-*"))
+    assert programs == sorted(path.stem for path in pages.iterdir())
+    for program in programs:
+        told = subprocess.run(
+            ["man", "--warnings", "--local-file", str(pages / f"{program}.1")],
+            env={**os.environ, "LC_ALL": "C.UTF-8", "MANWIDTH": "200", "MANROFFOPT": "-c", "MAN_KEEP_FORMATTING": ""},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        assert told.stderr == ""
+        text = re.sub(".\x08", "", told.stdout)  # bold, as a typewriter has it
+        assert f"{program} - " in text
+        helped = run([str(installed / "bin" / program), "--help"], installed)
+        options = set(re.findall(r"^  (?:-\w, )?(--[\w-]+)", helped, re.MULTILINE))
+        assert options == set(re.findall(r"^ {7}(?:-\w, )?(--[\w-]+)", text, re.MULTILINE))
+        assert options > {"--help"}
 
 
 def test_the_installed_programs_know_their_version(installed: Path, tmp_path: Path) -> None:
