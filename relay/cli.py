@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from relay import __version__
 from relay.clients.trusted_proxies import TrustedProxies
+from relay.clients.upstream import split_targets
 from relay.mistakes import Mistake
 from relay.options import Options
 from relay.process.fd_limit import fd_limit, raise_fd_limit
@@ -32,6 +33,10 @@ Where it listens:
                                is otherwise that of --interface. The endpoint of --port makes one port serve both.
   -u, --websocket-url URL      What clients are told elsewhere to connect to; it is checked, and changes nothing here.
   --ping-interval SECONDS      Ping a WebSocket client that was told nothing for so long; 0 is never [default: 30]
+  --upstream HOST:PORT         Be a gateway: each WebSocket client becomes a TCP client of the relay or proxy there.
+                               There is no port for TCP then, and nothing is recorded. Several, separated by commas,
+                               take turns, and one that cannot be reached is passed over.
+  --send-proxy                 Tell the upstream who each client is, in a PROXY header of version 2.
   --congestion-control NAME    How TCP sends to the clients, such as bbr, which is faster on paths that are long and
                                lose packets. Without it, as this machine does by default.
 
@@ -220,12 +225,18 @@ def read_options(arguments: Sequence[str]) -> Options:
     except NotUnderstood as refusal:
         raise Mistake(_what_docopt_means(arguments, str(refusal))) from None
     port, interface = _endpoint(given["--port"], given["--interface"])
+    websocket = _websocket(given, interface)
+    upstream = _upstream(given)
+    if upstream is not None and websocket is not None:
+        (port, interface), websocket = websocket, None
     held, pipes = _shares_of_fds(given)
     most = _max_connections(given, held, pipes)
     options = Options(
         port=port,
         interface=interface,
-        websocket=_websocket(given, interface),
+        websocket=websocket,
+        upstream=upstream,
+        send_proxy=given["--send-proxy"],
         ping_interval=_seconds(given, "--ping-interval", 0),
         congestion_control=given["--congestion-control"],
         blur_usage=None if given["--blur-usage"] is None else _whole(given, "--blur-usage", 1),
@@ -280,6 +291,22 @@ def _websocket(given: dict[str, Any], interface: str) -> tuple[int, str] | None:
     if importlib.util.find_spec("websockets") is None:
         raise Mistake("--websocket needs the package websockets: pip install 'relay-gevent[websocket]'")
     return _endpoint(given["--websocket"], interface, "--websocket")
+
+
+def _upstream(given: dict[str, Any]) -> str | None:
+    """Where a gateway carries its clients, checked with what does not go with it."""
+    text: str | None = given["--upstream"]
+    if text is None:
+        if given["--send-proxy"]:
+            raise Mistake("--send-proxy: it is for a gateway; give --upstream, too")
+        return None
+    split_targets(text)
+    if given["--websocket"] is None:
+        raise Mistake(f"--upstream {text}: a gateway is for WebSocket clients; give --websocket, too")
+    for option in ("--usage-db", "--log-fd", "--log-stdout"):
+        if given[option]:
+            raise Mistake(f"{option}: a gateway records nothing (--upstream); give it to the relay that it leads to")
+    return text
 
 
 def _trusted_proxies(given: dict[str, Any]) -> str | None:

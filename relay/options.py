@@ -35,6 +35,8 @@ class Options:
     bounds_loopback: bool = False
     trusted_proxies: str | None = None
     proxy_protocol: bool = False
+    upstream: str | None = None
+    send_proxy: bool = False
     max_waiting: int = 1000
     max_waiting_per_token: int = 16
     idle_timeout: float = 86400.0

@@ -18,6 +18,7 @@ import gevent
 from gevent.event import Event
 
 from relay.clients.bounds import BoundsMet
+from relay.clients.client import EventLoop
 from relay.clients.congestion import take_over
 from relay.clients.door import Door, is_at, open_port
 from relay.clients.farewell import Farewell
@@ -66,7 +67,7 @@ class Relay:
         self._farewell = Farewell(loop, self._places, self._record)
         self._pings = Pings(options.ping_interval)
         self.pairs = Pairs(options, self._places, self._record, self._pings)
-        self._matching = Matching(loop, options, self._places, self._farewell, self._pings, self.pairs.glue)
+        self._matching = self._make_matching(loop)
         self._reception = Reception(loop, options, self._places, self._farewell, self._matching.admit)
         self._eviction = Eviction(
             self._places,
@@ -96,6 +97,14 @@ class Relay:
         self._current_greenlet: gevent.Greenlet | None = None
         self._due_are_looked_after: gevent.Greenlet | None = None
         self._stopping = False
+
+    def _make_matching(self, loop: EventLoop) -> Matching:
+        parts = (self.options, self._places, self._farewell, self._pings)
+        if self.options.upstream is None:
+            return Matching(loop, *parts, self.pairs.glue)
+        from relay.clients.gateway import Gateway  # not before: it speaks WebSocket
+
+        return Gateway(loop, *parts, self.pairs.carry)
 
     def _make_household(self, run_dir: str) -> Household:
         return Household(
@@ -139,7 +148,8 @@ class Relay:
         port = web_port = None
         if self._household is not None:
             port, web_port = self._household.siblings.join()
-        listener = self._port(port, options.interface, options.port, "--port")
+        is_gateway = options.upstream is not None
+        listener = self._port(port, options.interface, options.port, "--websocket" if is_gateway else "--port")
         if self._household is not None:
             self._household.siblings.check_terms()
         if options.websocket is None:
@@ -184,12 +194,14 @@ class Relay:
     def start(self, ports: Ports, recorder: Recorder) -> None:
         """Begin to accept from `ports`, and to record with `recorder`."""
         self._recorder = recorder
-        if ports.web is None and not ports.shared:
+        upstream = self.options.upstream
+        if ports.web is None and not ports.shared and upstream is None:
             self._door = self._make_door(ports.plain)
         else:
             from relay.clients.web import Web, either  # not before: most relays have no WebSocket
 
-            self._door = self._make_door(ports.plain, either if ports.shared else None)
+            speech = Web if upstream is not None else either if ports.shared else None
+            self._door = self._make_door(ports.plain, speech)
             if ports.web is not None:
                 self._door.twin = self._make_door(ports.web, Web)
                 self._door.twin.twin = self._door
@@ -204,6 +216,8 @@ class Relay:
             address, port = ports.web.getsockname()[:2]
         if ports.web is not None or ports.shared:
             logger.info("WebSocket on %s port %d", address, port)
+        elif upstream is not None:
+            logger.info("WebSocket on %s port %d, carried to %s", address, port, upstream)
         if self._household is not None:
             self._household.open(self._door, ports.plain, ports.web)
 

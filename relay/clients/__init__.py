@@ -3,7 +3,8 @@
 Read it in the order in which a connection meets it:
 
 ==============  =======================================================================================
-`door`          the TCP port, and whose turn it is to accept; `congestion`, how TCP sends on its connections
+`door`          the TCP port, and whose turn it is to accept; `listening`, what all connections have in common;
+                `congestion`, how TCP sends on them
 `client`        one connection that is not yet in a pair
 `places`        how many connections there are, and from whom; `bounds`, pure: what nobody may have more of
 `sources`       pure: whom a connection counts for, by its address
@@ -17,6 +18,7 @@ Read it in the order in which a connection meets it:
 `line`          pure: the handshake line out of a WebSocket client's messages
 `pings`         for WebSocket clients to which nothing was said for a while
 `matching`      those whose handshake is whole meet, wait, or turn out to be spares
+`gateway`       in place of `matching`, the same for clients that are carried to another relay, the `upstream`
 `waiting_room`  pure: who waits for which token, a newcomer's match, and the spares
 `deadlines`     pure: who has to be done by when
 `farewell`      ways to go without a partner: records, last words, the lingering close

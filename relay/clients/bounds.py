@@ -27,6 +27,7 @@ class Bound(enum.Enum):
     CONNECTIONS = "--max-connections: let new connections wait to be accepted"
     PLACES = "--max-connections: ended what had been idle longest, of whoever had most, for new connections"
     PROXY_HEADER = "--trusted-proxies: closed connections of a proxy whose PROXY header was missing, wrong or too late"
+    UPSTREAM = "--upstream: turned away clients, since no address of it could be reached"
     CROWDED = "--max-connections: turned away new connections from addresses that had more than the others"
     EXHAUSTED = "no file descriptor or memory was left: let new connections wait to be accepted"
 

@@ -24,16 +24,12 @@ from typing import Any
 from gevent.server import StreamServer
 
 from relay.clients.bounds import Bound
-from relay.clients.congestion import choose_congestion_control, pace
+from relay.clients.congestion import choose_congestion_control
+from relay.clients.listening import prepare, set_option
 from relay.mistakes import Mistake
 
 BACKLOG = 4096
 """Connections that may wait to be accepted; the kernel cuts it to ``net.core.somaxconn``."""
-
-KEEPALIVE_IDLE_SECONDS = 60
-KEEPALIVE_PROBES = 6
-KEEPALIVE_PROBE_SECONDS = 20
-"""A peer that is silent for so long, and then for so many probes so far apart, is dead: three minutes in all."""
 
 ACCEPTS_PER_WAKE = 64
 """Connections taken in a row before the pumps and everybody else get their turn."""
@@ -70,9 +66,10 @@ def open_port(
     family, address = _resolve(interface, port)
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        _prepare(listener)
+        prepare(listener)
+        set_option(listener, socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            _set(listener, socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if address[0] == "::" else 1)
+            set_option(listener, socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if address[0] == "::" else 1)
         if congestion_control is not None:
             choose_congestion_control(listener, congestion_control)
         listener.bind(address)
@@ -107,25 +104,6 @@ def _resolve(interface: str, port: int) -> tuple[socket.AddressFamily, tuple[Any
     if host.startswith("::ffff:"):
         return socket.AF_INET, (host.removeprefix("::ffff:"), port)  # an IPv6 socket for IPv6 alone cannot have that
     return family, address
-
-
-def _prepare(listener: socket.socket) -> None:
-    listener.setblocking(False)
-    _set(listener, socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    _set(listener, socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    _set(listener, socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    _set(listener, socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
-    _set(listener, socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_PROBE_SECONDS)
-    _set(listener, socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
-    pace(listener)
-
-
-def _set(listener: socket.socket, level: int, option: int, value: int) -> None:
-    """Set what a relay can do without, where it is refused: the kernel's default holds then."""
-    try:
-        listener.setsockopt(level, option, value)
-    except OSError as error:
-        logger.info("the kernel refuses a socket option (%s); the relay goes on with its default", error.strerror)
 
 
 def _port_mistake(error: OSError, interface: str, port: int, option: str) -> Mistake:

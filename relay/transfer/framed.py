@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from relay.clients import frames
 from relay.clients.frames import NORMAL, Close, FrameReader, Payload, Taken
+from relay.clients.handshake import OK
 from relay.transfer.pump import COPY_BYTES, INPUT, OVER, ROOM, TURN, file_of
 from relay.transfer.state import PumpState
 from relay.transfer.turns import LARGEST_TURN, Turns
@@ -131,6 +132,8 @@ class FramedPump:
             buffer: bytes | bytearray = self._unread
             begin, end = self._unread_at, len(self._unread)
         else:
+            if not self.moved and self.reader is None and self._has_ok():
+                most = len(OK)
             buffer, begin, end = _buffer, 0, self.source.recv_into(_view, min(most, LARGEST_TURN))
             if not end:
                 return 0
@@ -142,6 +145,11 @@ class FramedPump:
         self._leave_unread(buffer, taken, end)
         self._hear(taken)
         return max(1, taken.consumed - begin)
+
+    def _has_ok(self) -> bool:
+        """Whether a source that speaks plainly begins with another relay's ``ok``: clients of a gateway get that as a
+        message of its own."""
+        return self.source.recv(len(OK), socket.MSG_PEEK) == OK
 
     def _leave_unread(self, buffer: bytes | bytearray, taken: Taken, end: int) -> None:
         """Keep what the reader has not looked at; what follows a Close or a fault is nothing."""

@@ -88,6 +88,20 @@ class Pairs:
             )
         )
 
+    def carry(self, client: Client, upstream: socket.socket) -> None:
+        """Make a pair of a gateway's client and its connection upstream."""
+        self.begin(
+            self._new_pair(
+                client.sock,
+                upstream,
+                (client.source, None),
+                started=client.started,
+                arrived=client.arrived,
+                waiting_time=0.0,
+                readers=(client.speech.reader, None),
+            )
+        )
+
     def _new_pair(
         self,
         first: socket.socket,

@@ -28,6 +28,7 @@ def terms_of(options: Options) -> dict[str, str]:
         "--max-pair-bytes": options.max_pair_bytes,
         "--pair-rate": options.pair_rate,
         "--websocket": None if options.websocket is None else "{1} port {0}".format(*options.websocket),
+        "--upstream": options.upstream,
         "--relay-rate": options.relay_rate,
         "--max-per-source or --max-new-per-source": "given" if options.bounds_loopback else None,
     }

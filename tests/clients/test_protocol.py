@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from relay.cli import read_options
-from relay.clients import door, farewell
+from relay.clients import farewell, listening
 from relay.clients.handshake import Refusal
 from relay.options import Options
 from relay.transfer import ending, pipes
@@ -519,8 +519,11 @@ def test_the_docs_name_the_times_and_limits_that_are_kept() -> None:
         f"reads up to {farewell.LINGER_BYTES >> 10} KiB more",
         f"closes after about {farewell.LINGER_SECONDS:g} seconds",
         f"at most {pipes.PIPE_BYTES >> 20} MiB in each direction",
-        f"after {door.KEEPALIVE_IDLE_SECONDS} seconds of silence",
-        f"{['four', 'five', 'six'][door.KEEPALIVE_PROBES - 4]} probes, {door.KEEPALIVE_PROBE_SECONDS} seconds apart",
+        f"after {listening.KEEPALIVE_IDLE_SECONDS} seconds of silence",
+        (
+            f"{['four', 'five', 'six'][listening.KEEPALIVE_PROBES - 4]} probes, "
+            f"{listening.KEEPALIVE_PROBE_SECONDS} seconds apart"
+        ),
         f"nothing acknowledged for {['four', 'five', 'six'][int(ending.DEAD_SECONDS // 60) - 4]} minutes",
     ]:
         assert promise in text, promise

@@ -1,0 +1,180 @@
+"""A gateway in place of the matching: whoever has a whole handshake becomes a TCP client of the upstream.
+
+It knows no tokens and no partners. A client is here while its connection upstream is being made; then the two are a
+pair, in which the upstream's ``ok`` is the first thing that the client hears. All of it runs in the hub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from relay.clients import frames
+from relay.clients.bounds import Bound
+from relay.clients.client import Client, EventLoop, Watcher
+from relay.clients.farewell import Farewell
+from relay.clients.frames import Close
+from relay.clients.listening import prepare
+from relay.clients.matching import Matching
+from relay.clients.pings import Pings
+from relay.clients.places import Places
+from relay.clients.proxy_header import write_proxy_header
+from relay.clients.speech import Ending
+from relay.clients.upstream import Address, Upstream
+from relay.options import Options
+
+CONNECT_SECONDS = 3.0
+"""How long one address is tried."""
+
+TRY_AGAIN_LATER = 1013
+"""The Close for a client when no address could be reached (RFC 6455, 11.7, as registered with IANA)."""
+
+
+@dataclass(slots=True)
+class Call:
+    """A connection upstream that is being made."""
+
+    untried: list[Address]
+    address: Address | None = None
+    sock: socket.socket | None = None
+    watcher: Watcher | None = field(default=None)
+
+    def let_go(self) -> socket.socket | None:
+        """Watch the socket no more, and return it."""
+        if self.watcher is not None:
+            self.watcher.stop()
+            self.watcher.close()
+            self.watcher = None
+        sock, self.sock = self.sock, None
+        return sock
+
+
+class Gateway(Matching):
+    """See the head of this file, and for the arguments `Matching`.
+
+    Args:
+        on_reached: takes a client and its connection upstream, whose place is taken.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        options: Options,
+        places: Places,
+        farewell: Farewell,
+        pings: Pings,
+        on_reached: Callable[[Client, socket.socket], None],
+    ) -> None:
+        super().__init__(loop, options, places, farewell, pings, _never)
+        assert options.upstream is not None
+        self._upstream = Upstream(options.upstream)
+        self._names_clients = options.send_proxy
+        self._places = places
+        self._on_reached = on_reached
+        self._calls: dict[Client, Call] = {}
+
+    def admit(self, client: Client) -> None:
+        """Connect upstream for a client whose handshake is whole."""
+        if self._judge(client):
+            return
+        if self._closed:
+            self._farewell.turn_away(client)
+            return
+        self._room.enter(client)
+        client.listen(self._loop, self._on_readable)
+        self._calls[client] = Call(self._upstream.in_turn())
+        self._try_next(client)
+
+    readmit = admit
+
+    def leave(self, client: Client) -> None:
+        """See `Matching.leave`: what is being made for it is given up."""
+        self._hang_up(self._calls.pop(client))
+        super().leave(client)
+
+    def _vacate(self, token: bytes) -> None:
+        """No token lives here."""
+
+    def _hang_up(self, call: Call) -> None:
+        sock = call.let_go()
+        if sock is not None:
+            sock.close()
+            self._places.give_back(None)
+
+    def _try_next(self, client: Client) -> None:
+        call = self._calls[client]
+        while call.untried:
+            call.address = call.untried.pop(0)
+            try:
+                call.sock = _call(call.address)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    self._upstream.failed(call.address)
+                continue
+            self._places.take(None)
+            call.watcher = self._loop.io(call.sock.fileno(), 2)
+            call.watcher.start(self._answered, client)
+            self._deadlines.set(client, time.monotonic() + CONNECT_SECONDS)
+            return
+        self.leave(client)
+        self._note(Bound.UPSTREAM)
+        self._farewell.end(client, Ending("lonely", frames.close(Close(TRY_AGAIN_LATER))))
+
+    def _answered(self, client: Client) -> None:
+        """The upstream has taken or refused a connection."""
+        call = self._calls[client]
+        assert call.sock is not None
+        words = (write_proxy_header(client.source) if self._names_clients else b"") + _line(client)
+        try:
+            refusal = call.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            has_heard = not refusal and call.sock.send(words) == len(words)
+        except OSError:
+            has_heard = False
+        if not has_heard:
+            self._fail(client)
+            return
+        sock = call.let_go()
+        assert sock is not None
+        self.leave(client)
+        client.stop_listening()
+        self._on_reached(client, sock)
+
+    def _fail(self, client: Client) -> None:
+        call = self._calls[client]
+        if call.address is not None:
+            self._upstream.failed(call.address)
+        self._hang_up(call)
+        self._try_next(client)
+
+    def see_off(self, now: float) -> Iterator[None]:
+        """Try another address for those whose last one takes too long, one with each step; `now` in monotonic
+        seconds."""
+        for client in self._deadlines.take_due(now):
+            self._fail(client)
+            yield
+
+
+def _never(waited: Client, newcomer: Client) -> None:
+    raise AssertionError("nobody is matched at a gateway")
+
+
+def _call(address: Address) -> socket.socket:
+    """A connection that is being made; raises OSError."""
+    sock = socket.socket(address.family, socket.SOCK_STREAM)
+    try:
+        prepare(sock)
+        with contextlib.suppress(BlockingIOError):
+            sock.connect(address.address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _line(client: Client) -> bytes:
+    side = b"" if client.side is None else b" for side " + client.side
+    return b"please relay " + client.token + side + b"\n"
