@@ -15,20 +15,21 @@ from typing import TextIO
 from relay import __version__
 from relay.mistakes import Mistake
 from relay.process.program import NotUnderstood, fail, get_ready, read_command_line, say
-from relay.report.database import Database, ReportError, opened
+from relay.report.database import ReportError, Summary, add_now, opened
 from relay.report.export import as_csv, as_json
 from relay.report.layout import Screen, table
 from relay.report.periods import Span, day_of, parse_span
-from relay.report.scan import count
+from relay.report.scan import Tallies, count
 from relay.report.summing_up import Report, sum_up
-from relay.report.tally import spreads
+from relay.report.tally import Tally, add_sums, spreads
 
 USAGE = """relay-usage, what the usage database of relay-gevent says.
 
 Usage:
-  relay-usage [options] DATABASE
+  relay-usage [options] DATABASE...
 
-DATABASE is the file that the relay's --usage-db names. It is only read; the relay may be running or not.
+DATABASE is the file that the relay's --usage-db names. It is only read; the relay may be running or not. Several, of a
+relay on several machines, are added up.
 
   --by SPAN   Count by day, week or month [default: day]
   --last N    Show the last N of these, up to today; "all" shows each that has a connection. Without it, 14 days,
@@ -52,7 +53,7 @@ READINGS = 5  # at most, of a database that a relay opens while it is being read
 class Options:
     """The command line, understood."""
 
-    database: Path
+    databases: tuple[Path, ...]
     span: Span
     last: int | None
     utc: bool
@@ -95,7 +96,21 @@ def read_options(arguments: Sequence[str]) -> Options:
     if given["--json"] and given["--csv"]:
         raise ReportError("--json and --csv: give one of them")
     form = "json" if given["--json"] else "csv" if given["--csv"] else "table"
-    return Options(Path(given["DATABASE"]), span, _last(given["--last"], span), given["--utc"], form)
+    return Options(_databases(given["DATABASE"]), span, _last(given["--last"], span), given["--utc"], form)
+
+
+def _databases(given: Sequence[str]) -> tuple[Path, ...]:
+    databases = tuple(map(Path, given))
+    files: dict[object, Path] = {}
+    for database in databases:
+        try:
+            status = database.stat()
+        except OSError:
+            continue  # reading it will tell
+        other = files.setdefault((status.st_dev, status.st_ino), database)
+        if other is not database:
+            raise ReportError(f"{database}: it is the same file as {other}; give each database once")
+    return databases
 
 
 def _last(text: str | None, span: Span) -> int | None:
@@ -112,38 +127,45 @@ def read_report(options: Options) -> Report:
     """Return what is to be told.
 
     Raises:
-        ReportError: the database cannot be read.
+        ReportError: a database cannot be read.
     """
+    made = time.time()
+    first, *others = options.databases
+    summary, tallies = _read(first, options)
+    summaries = [summary]
+    for path in others:
+        summary, of_one = _read(path, options)
+        summaries.append(summary)
+        for day, tally in of_one.items():
+            tallies.setdefault(day, Tally()).extend(tally)
+    for tally in tallies.values():
+        tally.values.sort()
+    return Report(
+        paths=tuple(map(str, options.databases)),
+        made=made,
+        zone="UTC" if options.utc else time.strftime("%Z", time.localtime(made)),
+        now=add_now(summary.now for summary in summaries),
+        since_start=add_sums(summary.since_start for summary in summaries),
+        all_time=add_sums(summary.all_time for summary in summaries),
+        spreads=spreads(tally.values for tally in tallies.values()),
+        span=options.span,
+        periods=sum_up(tallies, options.span, options.last, day_of(made, options.utc)),
+    )
+
+
+def _read(path: Path, options: Options) -> tuple[Summary, Tallies]:
     for _ in range(READINGS):
-        with opened(options.database) as database:
+        with opened(path) as database:
             try:
-                report = _read_once(database, options)
+                summary = database.summary()
+                tallies = count(database, summary.first_row, summary.last_row, options.utc)
             except ReportError:
                 if database.was_disturbed():
                     continue
                 raise
             if not database.was_disturbed():
-                return report
-    raise ReportError(f"{options.database}: it changes too often to be read; try again")
-
-
-def _read_once(database: Database, options: Options) -> Report:
-    made = time.time()
-    summary = database.summary()
-    tallies = count(database, summary.first_row, summary.last_row, options.utc)
-    for tally in tallies.values():
-        tally.values.sort()
-    return Report(
-        path=str(options.database),
-        made=made,
-        zone="UTC" if options.utc else time.strftime("%Z", time.localtime(made)),
-        now=summary.now,
-        since_start=summary.since_start,
-        all_time=summary.all_time,
-        spreads=spreads(tally.values for tally in tallies.values()),
-        span=options.span,
-        periods=sum_up(tallies, options.span, options.last, day_of(made, options.utc)),
-    )
+                return summary, tallies
+    raise ReportError(f"{path}: it changes too often to be read; try again")
 
 
 def _text(report: Report, form: str, output: TextIO | None) -> str:

@@ -17,7 +17,7 @@ import os
 import shutil
 import sqlite3
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -55,6 +55,18 @@ class Now:
     def is_stale(self, now: float) -> bool:
         """Return whether the relay has missed two ticks, so that nobody knows whether the numbers still hold."""
         return self.refreshed is None or now - self.refreshed > STALE_AFTER
+
+
+def add_now(parts: Iterable[Now]) -> Now:
+    """Return several relays, or the machines of one, as one, which has been heard of when the last of them was."""
+    each = list(parts)
+    refreshed = [part.refreshed for part in each if part.refreshed is not None]
+    return Now(
+        connected=sum(part.connected for part in each),
+        waiting=sum(part.waiting for part in each),
+        partial_bytes=sum(part.partial_bytes for part in each),
+        refreshed=min(refreshed) if len(refreshed) == len(each) else None,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,8 @@ def as_json(report: Report) -> str:
     """Return the report as a JSON object, indented; ends with a newline."""
     now = report.now
     document = {
-        "database": report.path,
+        "database": ", ".join(report.paths),
+        "databases": list(report.paths),
         "made": int(report.made),
         "time_zone": report.zone,
         "now": {

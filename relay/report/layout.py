@@ -51,7 +51,7 @@ Row = Sequence[str]
 def table(report: Report, screen: Screen) -> str:
     """Return the whole report; ends with a newline."""
     blocks = [
-        [_painted(f"relay-gevent usage, {report.path}", BOLD, screen)],
+        [_painted(f"relay-gevent usage, {', '.join(report.paths)}", BOLD, screen)],
         [_now(report)],
         _sums(report),
         _transfers(report),

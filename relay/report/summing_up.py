@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from relay.report.database import Now
 from relay.report.periods import Day, Span, first_day, latest
 from relay.report.spread import Spread
-from relay.report.tally import Spreads, Sums, Tally, spreads
+from relay.report.tally import Spreads, Sums, Tally, add_sums, spreads
 
 __all__ = ["PeriodReport", "Report", "Spread", "Spreads", "Sums", "sum_up"]
 
@@ -24,17 +24,17 @@ class PeriodReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that is told of a database.
+    """Everything that is told of one database, or of several together.
 
     Attributes:
-        path: of the database.
+        paths: of the databases.
         made: seconds since the epoch.
         zone: the name of the time zone that days are counted in.
         spreads: of all transfers that have a row.
         periods: in the order of time.
     """
 
-    path: str
+    paths: Sequence[str]
     made: float
     zone: str
     now: Now
@@ -65,12 +65,4 @@ def sum_up(tallies: Mapping[Day, Tally], span: Span, last: int | None, today: Da
 
 
 def _period(first: Day, days: Sequence[Tally]) -> PeriodReport:
-    each = [day.sums() for day in days]
-    sums = Sums(
-        connections=sum(day.connections for day in each),
-        bytes=sum(day.bytes for day in each),
-        happy=sum(day.happy for day in each),
-        lonely=sum(day.lonely for day in each),
-        errory=sum(day.errory for day in each),
-    )
-    return PeriodReport(first, sums, spreads(day.values for day in days))
+    return PeriodReport(first, add_sums(day.sums() for day in days), spreads(day.values for day in days))

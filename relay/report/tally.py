@@ -26,6 +26,18 @@ class Sums:
     errory: int
 
 
+def add_sums(parts: Iterable[Sums]) -> Sums:
+    """Return what all of them hold together."""
+    each = list(parts)
+    return Sums(
+        connections=sum(part.connections for part in each),
+        bytes=sum(part.bytes for part in each),
+        happy=sum(part.happy for part in each),
+        lonely=sum(part.lonely for part in each),
+        errory=sum(part.errory for part in each),
+    )
+
+
 @dataclass(slots=True)
 class Values:
     """Size (bytes), waiting time and total time (seconds) of transfers, in the order of the rows."""

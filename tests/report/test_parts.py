@@ -201,7 +201,7 @@ def report(*days: Tally, refreshed: int | None = NOON - 120) -> Report:
         )
     )
     return Report(
-        path="usage.sqlite",
+        paths=("usage.sqlite",),
         made=NOON,
         zone="UTC",
         now=Now(connected=1, waiting=2, partial_bytes=30_000, refreshed=refreshed),

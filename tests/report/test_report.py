@@ -435,3 +435,50 @@ def test_the_help_is_the_command_line(capsys: pytest.CaptureFixture[str]) -> Non
         cli.main(["--help"])
     assert not ended.value.code
     assert "relay-usage [options] DATABASE" in capsys.readouterr().out
+
+
+def test_several_databases_are_added_up_with_percentiles_over_all_rows(tmp_path: Path, database: Path) -> None:
+    second = tmp_path / "second.sqlite"
+    open_database(str(second)).close()
+    whole = tmp_path / "whole.sqlite"
+    open_database(str(whole)).close()
+    fill(database, 3000, days=5)
+    fill(second, 500, days=9)
+    with closing(sqlite3.connect(second)) as connection:
+        connection.execute(
+            "UPDATE usage SET bytes = bytes * 7, waiting_time = waiting_time / 3, total_time = total_time + 9"
+        )
+        connection.execute("DELETE FROM all_time")
+        connection.execute(SUMS)
+        connection.execute("UPDATE current SET connected = 2, waiting = 3, partal_bytes = 4")
+        connection.commit()
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("UPDATE current SET connected = 10, waiting = 20, partal_bytes = 30")
+        connection.commit()
+    with closing(sqlite3.connect(whole)) as connection:
+        for path in (database, second):
+            connection.execute("ATTACH ? AS part", [str(path)])
+            connection.execute("INSERT INTO usage SELECT * FROM part.usage")
+            connection.commit()
+            connection.execute("DETACH part")
+        connection.execute("DELETE FROM all_time")
+        connection.execute(SUMS)
+        connection.commit()
+    both, one = told("--last", "all", database, second), told("--last", "all", whole)
+    assert both["periods"] == one["periods"]
+    assert both["all_time"] == one["all_time"]
+    assert [both["now"][key] for key in ("connected", "waiting", "partial_bytes")] == [12, 23, 34]
+    assert both["databases"] == [str(database), str(second)]
+    table = relay_usage(database, second).stdout
+    assert f"{database}, {second}" in table.splitlines()[0]
+
+
+def test_one_of_several_that_is_missing_broken_or_given_twice_is_named(tmp_path: Path, database: Path) -> None:
+    missing, broken, link = tmp_path / "missing.sqlite", tmp_path / "broken.sqlite", tmp_path / "link.sqlite"
+    broken.write_bytes(b"this is no database at all" * 100)
+    link.symlink_to(database)
+    for bad in (missing, broken, link):
+        result = relay_usage(database, bad)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert str(bad) in result.stderr
+        assert result.stderr.count("\n") == 1
