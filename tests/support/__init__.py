@@ -15,6 +15,7 @@
 `namespaces`     hosts of the test's own; `wan`: long paths between them
 `wormholes`      the real clients, and a mailbox server for them
 `home_table`     what the homes' table in shared memory holds
+`watched_relay`  relay-gevent that tells when its event loop was away from its sockets, and what is inside
 `work_counter`   how often a worker did something for its clients, and for how many in one go
 `told_process`   processes that do what a test says: `homes_worker`, `usage_worker`
 `usage_records`  records for the recorder, and what of them has come to be written

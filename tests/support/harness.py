@@ -333,6 +333,7 @@ class Relay(Service):
         inside: what comes before the command, such as `ip netns exec NAME`; it must exec, so that the process id stays.
         recording: turn on --usage-db (`usage_db`) and --log-fd (`json_lines`).
         name: what the log is called, when several share a folder.
+        program: the module that is run.
     """
 
     def __init__(
@@ -346,6 +347,7 @@ class Relay(Service):
         inside: Sequence[str] = (),
         recording: bool = False,
         name: str = "relay",
+        program: str = "relay",
     ) -> None:
         self.folder = folder
         self.options = options
@@ -356,6 +358,7 @@ class Relay(Service):
         self.inside = list(inside)
         self.recording = recording
         self.log = folder / f"{name}.log"
+        self.program = program
         self.tracebacks_expected = False
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -392,7 +395,7 @@ class Relay(Service):
         return self
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "relay", "--port", str(self.port), "--interface", self.interface]
+        command = [sys.executable, "-m", self.program, "--port", str(self.port), "--interface", self.interface]
         passed: list[int] = []
         if self.recording:
             passed.append(os.open(self.json_lines, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
@@ -473,8 +476,10 @@ class Workers(Service):
         nofile: int | None = None,
         inside: Sequence[str] = (),
         recording: bool = True,
+        program: str = "relay",
     ) -> None:
         self.folder = folder
+        self.program = program
         self.options = options
         """Of the workers that are started from now on."""
         self.count = count
@@ -506,6 +511,7 @@ class Workers(Service):
                 inside=self.inside,
                 recording=self.recording,
                 name=f"relay-{len(self.workers)}",
+                program=self.program,
             )
             self.workers.append(worker)
         worker.start()

@@ -97,14 +97,17 @@ def test_lines_that_nobody_reads_are_counted_and_the_others_arrive_when_somebody
     program = (
         "import logging; from relay.usage.own_log import MOST_LINES, OwnLog; log = OwnLog();"
         "logging.basicConfig(handlers=[log], level=logging.INFO);"
-        "[logging.info('line %d', number) for number in range(MOST_LINES + 500)];"
+        "[logging.info('line %d', number) for number in range(MOST_LINES + 500)]; print(flush=True);"
         "import sys; sys.stdin.read(1); logging.info('after'); log.finish(10)"
     )
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    writer = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=inlet, env=environment)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=inlet, env=environment
+    )
     os.close(inlet)
     try:
-        time.sleep(0.5)
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"\n"  # it has logged all that
         text = b""
         os.set_blocking(outlet, False)
         deadline = time.monotonic() + 20

@@ -1,0 +1,124 @@
+"""The event loop is never away from its sockets for longer than 50 ms, whatever stands still around it.
+
+Both detectors of `tests.support.watched_relay` look; the first tests here are about them, since one that finds nothing
+proves nothing unless it would have found something.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.harness import CHECKOUT, Relay, Workers, met, stopped, wait_until
+from tests.support.hostile import honest_transfer
+from tests.support.watched_relay import standstills
+
+WATCHED = "tests.support.watched_relay"
+
+STANDING_STILL = {
+    "a greenlet that sleeps": "gevent.spawn(lambda: time.sleep(0.3)).join()",
+    "a greenlet that computes": "gevent.spawn(lambda: [time.monotonic() for _ in range(4_000_000)]).join()",
+    "a callback of the loop that waits for a lock": (
+        "threading.Thread(target=hold).start(); held.wait(); timer = hub.loop.timer(0.01); "
+        "timer.start(lambda: fcntl.flock(open('lock', 'w'), fcntl.LOCK_EX)); gevent.sleep(0.1)"
+    ),
+    "a thread that keeps the interpreter": (
+        "threading.Thread(target=ctypes.PyDLL(None).usleep, args=[300_000]).start(); gevent.sleep(0.01)"
+    ),
+}
+
+PROGRAM = """
+import ctypes, fcntl, threading, time
+from pathlib import Path
+import gevent
+from tests.support.watched_relay import LoopWatch
+
+held = threading.Event()
+
+def hold():
+    with open("lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        held.set()
+        time.sleep(0.4)
+
+hub = gevent.get_hub()
+watch = LoopWatch(Path("."))
+watch.start()
+gevent.sleep(0.1)
+{}
+gevent.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize("how", STANDING_STILL)
+def test_a_loop_that_stands_still_is_found(tmp_path: Path, how: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    program = PROGRAM.format(STANDING_STILL[how])
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, timeout=30)
+    worst = max(standstills(tmp_path), key=lambda one: one.own)
+    assert worst.own > 0.1
+    if "greenlet" in how:
+        assert "Greenlet" in worst.by_gevent
+    if "lock" in how:
+        assert "<lambda>" in worst.seen
+
+
+def test_a_loop_that_only_waits_for_its_sockets_is_not(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    program = PROGRAM.format("gevent.sleep(0.5)")
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, timeout=30)
+    assert standstills(tmp_path) == []
+
+
+def test_honest_and_hostile_clients_restarts_and_kills_never_make_it_stand_still(tmp_path: Path) -> None:
+    command = [sys.executable, str(CHECKOUT / "misc" / "soak.py"), "--short", "--minutes", "0.15"]
+    command += ["--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(tmp_path.glob("standstills-*"))) >= 4  # of that many workers somebody looked at
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[Workers]:
+    """Two workers, of which the first is looked at."""
+    with Workers(tmp_path, count=1, program=WATCHED, env={"WATCH_FOLDER": str(tmp_path)}) as workers:
+        workers.program = "relay"
+        workers.start_one()
+        yield workers
+
+
+def test_nothing_that_stands_still_around_it_makes_it_stand_still(watched: Workers, tmp_path: Path) -> None:
+    first, second = watched.workers
+    lock = sqlite3.connect(watched.usage_db)
+    lock.execute("BEGIN IMMEDIATE")
+    with contextlib.closing(lock), stopped(second):
+        before = time.monotonic()
+        while time.monotonic() < before + 3:
+            honest_transfer(watched.port, 1_000_000)
+            for path in watched.run_dir.glob("worker-*"):
+                with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
+                    link.setblocking(False)
+                    link.connect(str(path))
+                    link.send(b"nonsense")
+    assert first.pids
+    wait_until(lambda: len(watched.rows("usage")) == len(watched.records()), what="all is recorded")
+    assert standstills(tmp_path) == []
+
+
+def test_a_stop_with_many_connections_is_no_standstill(tmp_path: Path, stack: contextlib.ExitStack) -> None:
+    options = ("--max-per-source", "2000", "--max-new-per-source", "2000", "--grace", "0.5")
+    with Relay(tmp_path, *options, recording=True, program=WATCHED, env={"WATCH_FOLDER": str(tmp_path)}) as relay:
+        for _ in range(200):
+            met(relay.port, stack=stack)
+        assert relay.stop() == 0
+        assert len(relay.records()) == 200
+    assert standstills(tmp_path) == []
