@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 CONF := etc/supervisord.conf
 RELAY_LISTEN ?= 4001
 RELAY_WEBSOCKET ?= 4002
-export RELAY_LISTEN RELAY_WEBSOCKET
+RELAY_STATUS_LISTEN ?= 4080
+export RELAY_LISTEN RELAY_WEBSOCKET RELAY_STATUS_LISTEN
 # Stamps older than these files are made anew.
 DISTRIBUTION := setup.py setup.cfg pyproject.toml relay/__init__.py
 
@@ -20,7 +21,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "On Debian: apt-get install python3-venv" >&2; exit 1; }
 
 $(VENV)/.relay: $(DISTRIBUTION) | $(BIN)/python
-	$(BIN)/pip install --quiet --editable '.[websocket]'
+	$(BIN)/pip install --quiet --editable '.[all]'
 	touch $@
 
 $(VENV)/.test: $(DISTRIBUTION) | $(BIN)/python
@@ -32,11 +33,14 @@ $(VENV)/.test: $(DISTRIBUTION) | $(BIN)/python
 run: $(VENV)/.relay
 	@$(BIN)/supervisorctl -c $(CONF) pid >/dev/null 2>&1 || $(BIN)/supervisord -c $(CONF)
 	@for try in 1 2 3 4 5 6 7 8 9 10; do \
-	    sleep 0.5; $(BIN)/supervisorctl -c $(CONF) status | awk '$$2 != "RUNNING" {bad = 1} END {exit bad || !NR}' && exit 0; \
+	    sleep 0.5; $(BIN)/supervisorctl -c $(CONF) status 'relay:*' | awk '$$2 != "RUNNING" {bad = 1} END {exit bad || !NR}' && exit 0; \
 	done; $(BIN)/supervisorctl -c $(CONF) status; tail -n 5 var/*.log; exit 1
 	@pid=$$($(BIN)/supervisorctl -c $(CONF) pid relay:relay-0); \
 	sed -n "s/.*relay-gevent\[$$pid\] \(listening on .*\)/The relay runs, \1/p; s/.*relay-gevent\[$$pid\] \(WebSocket on .*\)/    \1/p" \
 	    var/relay-0.log
+	@if $(BIN)/supervisorctl -c $(CONF) status status | grep -q RUNNING; \
+	    then echo "Seen live: http://127.0.0.1:$(RELAY_STATUS_LISTEN)/"; \
+	    else echo "The status page does not run: $$(tail -n 1 var/status.log)"; fi
 	@echo "What it does: var/*.log; its usage: var/relay/usage.jsonl, var/relay/usage.sqlite. Next: make status, make stop"
 
 # The same, but it stays in this terminal until it gets Ctrl-C.

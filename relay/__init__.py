@@ -12,6 +12,7 @@ in which order to read it:
 `workers/`            the other workers: who is there, what is handed on and taken in
 `usage/`              what is recorded: the JSON lines, the database, and the blur over both
 `report/`             `relay-usage`, which reads the database for a person
+`status/`             `relay-status`, the relay seen live
 `process/`            what a process is before it is either: standard streams, limits, signals
 ====================  =================================================================================
 

@@ -104,7 +104,7 @@ class Database:
 
     def was_disturbed(self) -> bool:
         """Return whether the file was read without locks and somebody may have written to it since."""
-        return "immutable=1" in self.uri and _looks(self.path) != self.seen
+        return "immutable=1" in self.uri and looks_of(self.path) != self.seen
 
     def summary(self) -> Summary:
         """Return the one-row tables and the extent of `usage`, all of one moment."""
@@ -133,7 +133,7 @@ def opened(path: Path) -> Iterator[Database]:
         Mistake: it has to be copied, and there is nowhere to.
     """
     with contextlib.ExitStack() as cleanup:
-        database = Database(path, _choose_uri(path, cleanup), _looks(path))
+        database = Database(path, _choose_uri(path, cleanup), looks_of(path))
         with database.connection() as connection:
             _check_schema(path, connection)
         yield database
@@ -213,7 +213,12 @@ def _beside(path: Path, suffix: str) -> bool:
         return False
 
 
-def _looks(path: Path) -> object:
+def has_shm(path: Path) -> bool:
+    """Return whether somebody has the database open under WAL, or has been killed while they had."""
+    return _beside(path, "-shm")
+
+
+def looks_of(path: Path) -> object:
     """Return what differs once somebody has written to the database or opened it for writing."""
     status = _status(path)
     return status and (status.st_mtime_ns, status.st_size, status.st_ino), _beside(path, "-wal"), _beside(path, "-shm")

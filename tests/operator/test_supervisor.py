@@ -12,6 +12,7 @@ import socket
 import stat
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -280,3 +281,29 @@ def test_an_empty_variable_is_no_websocket(tmp_path: Path) -> None:
         service.env["RELAY_WEBSOCKET"] = ""
         service.start()
         assert not [line for line in service.log_lines() if "WebSocket" in line]
+
+
+def test_the_status_page_runs_beside_the_relay_whose_log_and_transfers_know_nothing_of_its_end(
+    service_of_any_user: Supervised,
+) -> None:
+    service = service_of_any_user
+
+    def page() -> str:
+        address = f"http://127.0.0.1:{service.status_port}/"
+        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=10) as answer:
+            return str(answer.read(), "utf-8")
+        return ""
+
+    wait_until(lambda: "The relay runs with 2 workers" in page(), 20, f"the page: {service.logs()}")
+    lines = service.log_lines()
+    sender, receiver = met(service.port)
+    (pid,) = re.findall(r"pid (\d+)", service.control("status", "status"))
+    os.kill(int(pid), signal.SIGKILL)
+    wait_until(lambda: "1 transfer" in page(), 20, "the page is back")
+    service.control("stop", "status")
+    with socket.create_server(("127.0.0.1", service.status_port)):
+        service.control("start", "status", check=False)
+        assert "Address already in use" in (service.var / "status.log").read_text()
+        assert set(service.states()) == {"RUNNING"}
+        finish(sender, receiver, b"all the same")
+    assert service.log_lines() == lines

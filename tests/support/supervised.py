@@ -25,7 +25,7 @@ import pytest
 from tests.support.harness import CHECKOUT, LISTENING, free_port, wait_until
 
 ORDINARY_USER = "nobody"
-RELAY_NEEDS = ("gevent", "greenlet", "zope", "docopt", "supervisor", "websockets")
+RELAY_NEEDS = ("gevent", "greenlet", "zope", "docopt", "supervisor", "websockets", "prometheus_client")
 
 
 class Supervised:
@@ -44,6 +44,7 @@ class Supervised:
         self.python = [sys.executable]
         self.port = free_port()
         self.web_port = free_port()
+        self.status_port = free_port()
         self.conf = home / "etc" / "supervisord.conf"
         self.var = home / "var"
         self.relay_folder = self.var / "relay"
@@ -62,20 +63,22 @@ class Supervised:
             self.relay_folder.mkdir()
             shutil.chown(self.relay_folder, relay_user)
         # Where relay-gevent is not installed beside the interpreter, the PATH has it.
-        program = home / "bin" / "relay-gevent"
-        program.write_text(f'#!/bin/sh\nexec {self.python[0]} -m relay "$@"\n')
-        program.chmod(0o755)
+        for name, module in (("relay-gevent", "relay"), ("relay-status", "relay.status.cli")):
+            program = home / "bin" / name
+            program.write_text(f'#!/bin/sh\nexec {self.python[0]} -m {module} "$@"\n')
+            program.chmod(0o755)
         self.env = {
             "HOME": str(home),
             "PATH": f"{home / 'bin'}:/usr/sbin:/usr/bin:/sbin:/bin",
             "PYTHONPATH": ":".join(path),
             "RELAY_LISTEN": str(self.port),
             "RELAY_WEBSOCKET": str(self.web_port),
+            "RELAY_STATUS_LISTEN": str(self.status_port),
             "RELAY_OPTIONS": f"--interface 127.0.0.1 {options}",
         }
         if user is not None:
-            for name in (home, *home.rglob("*")):
-                shutil.chown(name, user)
+            for owned in (home, *home.rglob("*")):
+                shutil.chown(owned, user)
 
     def run(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a python command line as the user, in the home's environment."""
@@ -113,11 +116,11 @@ class Supervised:
 
     def states(self) -> list[str]:
         """Return the state of each worker, as supervisorctl tells it."""
-        return [line.split()[1] for line in self.control("status", check=False).splitlines()]
+        return [line.split()[1] for line in self.control("status", "relay:*", check=False).splitlines()]
 
     def pids(self) -> list[int]:
         """Return the process id of each running worker."""
-        return [int(pid) for pid in re.findall(r"pid (\d+)", self.control("status", check=False))]
+        return [int(pid) for pid in re.findall(r"pid (\d+)", self.control("status", "relay:*", check=False))]
 
     def supervisord_pid(self) -> int:
         """Return what the pid file says."""

@@ -119,6 +119,7 @@ def run(
 PROGRAMS: dict[str, list[str | Path]] = {
     "relay-gevent": ["-m", "relay"],
     "relay-usage": ["-m", "relay.report.cli"],
+    "relay-status": ["-m", "relay.status.cli"],
     "import-twisted-usage": [CHECKOUT / "misc" / "import-twisted-usage"],
     "soak.py": [CHECKOUT / "misc" / "soak.py"],
     "siege.py": [CHECKOUT / "misc" / "siege.py"],
@@ -146,7 +147,7 @@ def test_a_mistake_is_told_without_docstrings_too(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("warnings", ["default", "error", "always"])
-@pytest.mark.parametrize("program", ["relay-gevent", "relay-usage", "import-twisted-usage"])
+@pytest.mark.parametrize("program", ["relay-gevent", "relay-usage", "relay-status", "import-twisted-usage"])
 def test_nothing_is_said_of_what_python_thinks_of_a_library(tmp_path: Path, program: str, warnings: str) -> None:
     # Nothing has been compiled yet, and nothing will be kept: as with each start in a folder that is read-only.
     fresh = {"PYTHONWARNINGS": warnings, "PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}

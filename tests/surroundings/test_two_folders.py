@@ -228,6 +228,10 @@ def test_a_wrong_port_in_the_environment_is_a_mistake_and_nothing_that_runs(valu
 
 def test_make_names_its_port_as_the_configuration_does() -> None:
     makefile = (CHECKOUT / "Makefile").read_text()
-    assert "RELAY_LISTEN ?= 4001\nRELAY_WEBSOCKET ?= 4002\nexport RELAY_LISTEN RELAY_WEBSOCKET\n" in makefile
+    conf = (CHECKOUT / "etc" / "supervisord.conf").read_text()
+    for name, port in (("RELAY_LISTEN", 4001), ("RELAY_WEBSOCKET", 4002), ("RELAY_STATUS_LISTEN", 4080)):
+        assert f"{name} ?= {port}\n" in makefile
+        assert name in conf
+    assert "export RELAY_LISTEN RELAY_WEBSOCKET RELAY_STATUS_LISTEN\n" in makefile
     for name in ["Makefile", "etc/supervisord.conf", "etc/systemd/relay-gevent.service", "docs/systemd.md"]:
         assert "RELAY_PORT" not in (CHECKOUT / name).read_text(), name

@@ -1,0 +1,138 @@
+"""Connections by day. This is the one thing that needs all rows of `usage`, so it is done in the background, some
+thousand rows at a time, each in a short transaction; and seldom, since what comes later is known from `all_time`.
+
+What a count finds and what `all_time` says may differ by the connections that ended meanwhile: these are of today.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Final, Protocol, TypeVar
+
+from relay.report.periods import EPOCH_DAY, Day
+from relay.report.tally import Sums
+
+T = TypeVar("T")
+
+ROWS: Final = 20_000
+"""In one go."""
+
+END: Final = "SELECT rowid FROM usage WHERE rowid > ? ORDER BY rowid LIMIT 1 OFFSET ?"
+LAST: Final = "SELECT max(rowid) FROM usage"
+FIRST: Final = "SELECT min(rowid) FROM usage"
+COUNT: Final = """
+    SELECT CAST(coalesce(started, 0) / 86400 AS INTEGER), result, count(*), sum(CAST(coalesce(bytes, 0) AS INTEGER))
+    FROM usage WHERE rowid > ? AND rowid <= ? GROUP BY 1, 2
+"""
+
+NOTHING: Final = Sums(0, 0, 0, 0, 0)
+MOST_DAYS: Final = 31
+"""So many days are kept, the latest."""
+
+
+@dataclass(slots=True)
+class History:
+    """The last days, in UTC, as they were counted, and `all_time` of that moment."""
+
+    days: dict[Day, Sums] = field(default_factory=dict)
+    of: Sums = NOTHING
+
+    def by_day(self, all_time: Sums, today: Day) -> dict[Day, Sums]:
+        """The same with what has ended since, when `all_time` is this."""
+        since = _minus(all_time, self.of)
+        days = dict(self.days)
+        if since.connections > 0:
+            days[today] = plus(days.get(today, NOTHING), since)
+        return days
+
+
+def today(now: float) -> Day:
+    """The day of a moment, in seconds since the epoch."""
+    return int(now // 86_400) + EPOCH_DAY
+
+
+class Reader(Protocol):
+    """Has something read in a transaction of its own."""
+
+    def __call__(self, question: Callable[[sqlite3.Connection], T]) -> T:
+        """The answer."""
+
+
+def count(steps: Iterator[None], pause: Callable[[float], bool]) -> bool:
+    """Take all steps of a count, and rest after each for as long as it took; False when `pause` says to stop."""
+    began = time.monotonic()
+    for _ in steps:
+        if pause(time.monotonic() - began):
+            return False
+        began = time.monotonic()
+    return True
+
+
+def counting(read: Reader, all_time: Sums, into: History) -> Iterator[None]:
+    """Count all rows, some with each step; when it is over, `into` is the history. `all_time` is of the beginning."""
+    first, last = read(_extent)
+    days: dict[Day, Sums] = {}
+    if first is not None and last is not None:
+        begin = first - 1
+        while begin < last:
+            begin = _count_some(read, begin, last, days)
+            yield
+    latest = sorted(days)[-MOST_DAYS:]
+    counted = _total(days)
+    into.days = {day: days[day] for day in latest}
+    # Fewer than `all_time` says only where somebody has deleted rows: those are of no day, and not of today.
+    into.of = all_time if counted.connections < all_time.connections else counted
+
+
+def _extent(connection: sqlite3.Connection) -> tuple[int | None, int | None]:
+    return connection.execute(FIRST).fetchone()[0], connection.execute(LAST).fetchone()[0]
+
+
+def _count_some(read: Reader, begin: int, last: int, days: dict[Day, Sums]) -> int:
+    def some(connection: sqlite3.Connection) -> tuple[int, list[tuple[int, object, int, int]]]:
+        found = connection.execute(END, (begin, ROWS - 1)).fetchone()
+        end = last if found is None else min(last, found[0])
+        return end, connection.execute(COUNT, (begin, end)).fetchall()
+
+    end, rows = read(some)
+    for day, result, connections, size in rows:
+        sums = Sums(
+            connections,
+            size,
+            connections if result == "happy" else 0,
+            connections if result == "lonely" else 0,
+            connections if result == "errory" else 0,
+        )
+        days[day + EPOCH_DAY] = plus(days.get(day + EPOCH_DAY, NOTHING), sums)
+    return end
+
+
+def plus(one: Sums, other: Sums) -> Sums:
+    """Both added up."""
+    return Sums(
+        one.connections + other.connections,
+        one.bytes + other.bytes,
+        one.happy + other.happy,
+        one.lonely + other.lonely,
+        one.errory + other.errory,
+    )
+
+
+def _minus(one: Sums, other: Sums) -> Sums:
+    return Sums(
+        max(0, one.connections - other.connections),
+        max(0, one.bytes - other.bytes),
+        max(0, one.happy - other.happy),
+        max(0, one.lonely - other.lonely),
+        max(0, one.errory - other.errory),
+    )
+
+
+def _total(days: dict[Day, Sums]) -> Sums:
+    total = NOTHING
+    for sums in days.values():
+        total = plus(total, sums)
+    return total

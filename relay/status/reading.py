@@ -1,0 +1,135 @@
+"""What a usage database said at one moment. Pure.
+
+A worker describes itself in two lots of numbers, by name: gauges, of the moment, and counters, since the service began.
+Names that this version does not know are kept, and those that are missing (an earlier release of the relay has none of
+them) are simply not there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from relay.report.tally import Sums
+
+STALE_AFTER = 600
+"""Seconds; a worker that lives notes the time every 300, whatever happens."""
+
+Numbers = Mapping[str, float]
+"""By name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One worker as it last described itself; `lives` is what the kernel says of it now."""
+
+    pid: int
+    lives: bool
+    connected: int
+    waiting: int
+    partial_bytes: int
+    gauges: Numbers = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """All that the small tables say.
+
+    Attributes:
+        at: seconds since the epoch.
+        refreshed: when a worker last noted the time; None when none ever has.
+        began: when the service started, in seconds since the epoch; None when no worker has said so.
+        counters: of all workers since then, those that are gone included.
+        imported: how many imports of a Twisted relay's records it has seen.
+        disk_is_full: nothing more fits on the database's disk.
+    """
+
+    at: float
+    connected: int
+    waiting: int
+    partial_bytes: int
+    refreshed: int | None
+    began: int | None
+    since_start: Sums
+    all_time: Sums
+    workers: tuple[Worker, ...]
+    counters: Numbers
+    imported: int = 0
+    disk_is_full: bool = False
+
+    @property
+    def living(self) -> list[Worker]:
+        """The workers that live."""
+        return [worker for worker in self.workers if worker.lives]
+
+    @property
+    def bytes(self) -> float:
+        """Bytes relayed since the service began; never less than in an earlier reading of the same service, if the
+        workers count them so."""
+        return self.counters.get("bytes", self.since_start.bytes + self.partial_bytes)
+
+    def is_stale(self) -> bool:
+        """Whether workers have missed two of their times to write."""
+        return self.refreshed is None or self.at - self.refreshed > STALE_AFTER
+
+    def gauge(self, name: str) -> float | None:
+        """A gauge of all living workers together; None when none of them has it."""
+        values = [worker.gauges[name] for worker in self.living if name in worker.gauges]
+        return sum(values) if values else None
+
+
+def numbers_of(text: object) -> dict[str, float]:
+    """The numbers in a JSON object, and nothing else that may be in there."""
+    try:
+        found = json.loads(text) if isinstance(text, str) else {}
+    except ValueError:
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {name: value for name, value in found.items() if _is_number(value)}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+
+
+def added(lots: Iterable[Numbers]) -> dict[str, float]:
+    """Numbers of the same names, added up."""
+    total: Counter[str] = Counter()
+    for numbers in lots:
+        for name, value in numbers.items():
+            total[name] += value  # type: ignore[assignment]  # a Counter takes fractions as well
+    return dict(total)
+
+
+def _added_sums(sums: Iterable[Sums]) -> Sums:
+    each = list(sums)
+    return Sums(
+        connections=sum(one.connections for one in each),
+        bytes=sum(one.bytes for one in each),
+        happy=sum(one.happy for one in each),
+        lonely=sum(one.lonely for one in each),
+        errory=sum(one.errory for one in each),
+    )
+
+
+def together(readings: list[Reading]) -> Reading | None:
+    """Several machines' relays as one; None when there is none."""
+    if len(readings) <= 1:
+        return readings[0] if readings else None
+    return Reading(
+        at=max(reading.at for reading in readings),
+        connected=sum(reading.connected for reading in readings),
+        waiting=sum(reading.waiting for reading in readings),
+        partial_bytes=sum(reading.partial_bytes for reading in readings),
+        refreshed=max((reading.refreshed for reading in readings if reading.refreshed is not None), default=None),
+        began=min((reading.began for reading in readings if reading.began is not None), default=None),
+        since_start=_added_sums(reading.since_start for reading in readings),
+        all_time=_added_sums(reading.all_time for reading in readings),
+        workers=tuple(worker for reading in readings for worker in reading.workers),
+        counters=added({**reading.counters, "bytes": reading.bytes} for reading in readings),
+        imported=sum(reading.imported for reading in readings),
+        disk_is_full=any(reading.disk_is_full for reading in readings),
+    )

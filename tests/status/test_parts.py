@@ -1,0 +1,164 @@
+"""The parts of relay-status that need no database: health, rates, readings."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from relay.report.tally import Sums
+from relay.status.health import MISSING_FOR, REMEMBERED, Health, Staff, judge
+from relay.status.observer import Seen
+from relay.status.plots import nice_top
+from relay.status.rates import DAY, HOUR, Rates
+from relay.status.reading import Reading, Worker, numbers_of, together
+
+NOTHING = Sums(0, 0, 0, 0, 0)
+WORKER = Worker(pid=1, lives=True, connected=0, waiting=0, partial_bytes=0)
+READING = Reading(
+    at=1_000_000.0,
+    connected=0,
+    waiting=0,
+    partial_bytes=0,
+    refreshed=999_900,
+    began=900_000,
+    since_start=NOTHING,
+    all_time=NOTHING,
+    workers=(WORKER, dataclasses.replace(WORKER, pid=2)),
+    counters={},
+)
+
+
+def health(reading: Reading | None, staff: Staff | None = None, now: float = 100.0, trouble: str = "") -> Health:
+    """What is said of one database."""
+    return judge([Seen("usage.sqlite", now, reading, trouble, None)], [staff or Staff()], now)
+
+
+def with_gauges(**gauges: float) -> Reading:
+    """A relay of one worker with these."""
+    return dataclasses.replace(READING, workers=(dataclasses.replace(WORKER, gauges=gauges),))
+
+
+# Health.
+
+
+def test_a_relay_that_does_nothing_is_well() -> None:
+    assert health(READING) == Health("The relay runs with 2 workers and is idle.", ())
+
+
+def test_workers_that_do_not_come_back_are_missed_until_that_is_how_it_is() -> None:
+    staff = Staff()
+    for second in range(0, 60, 5):
+        staff.note(second, 2)
+    one = dataclasses.replace(READING, workers=(WORKER,))
+    staff.note(60, 1)
+    assert health(one, staff, 60 + MISSING_FOR - 1).is_well
+    found = health(one, staff, 60 + MISSING_FOR)
+    assert [complaint.kind for complaint in found.complaints] == ["missing"]
+    assert found.state.startswith("Workers are missing: 1 run, there should be 2.")
+    staff.note(90, 2)
+    assert health(READING, staff, 200).is_well
+    staff.note(100, 1)
+    staff.note(91 + REMEMBERED, 1)
+    assert health(one, staff, 91 + REMEMBERED).is_well
+
+
+def test_as_many_workers_as_the_operator_wants_are_missed_from_the_beginning() -> None:
+    staff = Staff(3)
+    staff.note(0, 2)
+    assert not health(READING, staff, MISSING_FOR).is_well
+    staff.note(MISSING_FOR, 3)
+    assert health(READING, staff, MISSING_FOR).is_well
+
+
+def test_each_complaint_has_its_words() -> None:
+    for reading, kind, words in (
+        (None, "unreadable", "The database cannot be read: no such file."),
+        (dataclasses.replace(READING, workers=()), "unheard", "The relay does not run"),
+        (dataclasses.replace(READING, workers=(), refreshed=None), "unheard", "not heard of yet"),
+        (dataclasses.replace(READING, refreshed=999_000), "unheard", "not heard of for more than ten minutes"),
+        (with_gauges(connections=10, connections_limit=10), "full", "The relay is full"),
+        (with_gauges(kept_records=3), "kept", "3 records are held back"),
+        (dataclasses.replace(READING, disk_is_full=True), "kept", "no space is left"),
+    ):
+        found = health(reading, trouble="no such file")
+        assert [complaint.kind for complaint in found.complaints] == [kind]
+        assert words in found.state
+
+
+def test_a_relay_with_a_place_left_in_one_worker_is_not_full() -> None:
+    workers = [dataclasses.replace(WORKER, gauges={"connections": n, "connections_limit": 10}) for n in (10, 9)]
+    assert health(dataclasses.replace(READING, workers=tuple(workers))).is_well
+
+
+def test_a_reading_that_does_not_come_is_no_news_of_the_relay() -> None:
+    seen = Seen("usage.sqlite", 100.0, READING, "", None)
+    assert judge([seen], [Staff()], 105.0).is_well
+    assert [one.kind for one in judge([seen], [Staff()], 130.0).complaints] == ["unreadable"]
+
+
+# Readings.
+
+
+def test_what_is_no_number_in_a_database_is_no_number_here() -> None:
+    assert numbers_of('{"a": 1, "b": 2.5, "c": "x", "d": true, "e": null, "f": -1, "g": NaN, "h": Infinity}') == {
+        "a": 1,
+        "b": 2.5,
+    }
+    for nothing in (None, 7, b"{}", "", "[1]", "{", "null"):
+        assert numbers_of(nothing) == {}
+
+
+def test_readings_of_several_machines_add_up() -> None:
+    one = dataclasses.replace(READING, connected=1, counters={"bytes": 10, "refused.x": 1})
+    other = dataclasses.replace(READING, connected=2, counters={}, since_start=Sums(1, 5, 1, 0, 0), began=800_000)
+    both = together([one, other])
+    assert both is not None
+    assert (both.connected, both.bytes, both.began, len(both.living)) == (3, 15, 800_000, 4)
+    assert both.counters == {"bytes": 15, "refused.x": 1}
+    assert together([]) is None
+
+
+# Rates.
+
+
+def rates_of(per_second: float, seconds: int, step: int = 5) -> Rates:
+    """So many bytes a second for so long."""
+    rates = Rates()
+    for second in range(0, seconds + 1, step):
+        rates.note(second, per_second * second, second, 1, 2)
+    return rates
+
+
+def test_a_steady_rate_is_that_rate_over_each_time_that_is_known() -> None:
+    rates = rates_of(1000, 2 * HOUR)
+    for seconds in (10, 60, 300, 900, HOUR):
+        assert rates.bytes_per_second(seconds) == 1000
+    assert rates.bytes_per_second(DAY) is None
+    assert rates_of(1000, DAY + 60).bytes_per_second(DAY) == 1000
+
+
+def test_a_service_that_starts_anew_is_no_rate_below_zero() -> None:
+    rates = Rates()
+    for second, moved in ((0, 1000), (5, 2000), (10, 500), (15, 1000)):
+        rates.note(second, moved, 0, 0, 0)
+    assert rates.bytes_per_second(10) == 100
+
+
+def test_a_plot_shows_when_something_moved_and_where_nobody_looked() -> None:
+    rates = Rates()
+    for second in range(0, 301, 5):
+        rates.note(second, 100 * min(second, 100), 0, int(second <= 100), 0)
+    points = rates.points(600, 10)
+    assert [point.rate for point in points] == [None] * 5 + [100, *([points[6].rate]), 0, 0, 0]
+    assert [point.pairs for point in points[5:]] == [1, 1, 0, 0, 0]
+    assert points[0].ago == 600
+
+
+def test_what_is_remembered_has_a_bound() -> None:
+    rates = rates_of(1, 3 * DAY)
+    assert len(rates._fine) + len(rates._coarse) < 2200
+
+
+def test_the_scale_of_a_plot_ends_at_1_2_or_5() -> None:
+    for value, top in ((0, 1), (0.3, 0.5), (1, 1), (1.01, 2), (3, 5), (7, 10), (4e6, 5e6), (1e9, 1e9)):
+        assert math.isclose(nice_top(value), top), value
