@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import re
@@ -288,7 +287,9 @@ def _websocket(given: dict[str, Any], interface: str) -> tuple[int, str] | None:
         raise Mistake(f"--websocket-url {url}: give a URL that begins with ws:// or wss://")
     if given["--websocket"] is None:
         return None
-    if importlib.util.find_spec("websockets") is None:
+    from importlib.util import find_spec  # for this only
+
+    if find_spec("websockets") is None:
         raise Mistake("--websocket needs the package websockets: pip install 'relay-gevent[websocket]'")
     return _endpoint(given["--websocket"], interface, "--websocket")
 

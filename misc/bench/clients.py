@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from peers import PeerError, Server
+from peers import CLoops, PeerError, Server
 
 HERE = Path(__file__).parent
 CFLAGS = ("-O2", "-std=c11", "-Wall", "-Wextra", "-pthread")
@@ -26,8 +26,8 @@ CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 DISTURBED_ABOVE = 0.25
 
 
-def compile_programs(folder: Path) -> tuple[Path, Path]:
-    """Compiles the load program and the C splice loop into a folder.
+def compile_programs(folder: Path) -> tuple[Path, CLoops]:
+    """Compiles the load program and the C loops into a folder.
 
     Raises:
         PeerError: no C compiler, or it refused.
@@ -36,20 +36,39 @@ def compile_programs(folder: Path) -> tuple[Path, Path]:
     if compiler is None:
         raise PeerError("no C compiler: apt-get install gcc libc6-dev")
     made = []
-    for name in ("load", "splice_relay"):
+    for name in ("load", "splice_relay", "frame_relay"):
         done = subprocess.run(
             [compiler, *CFLAGS, str(HERE / f"{name}.c"), "-o", str(folder / name)], capture_output=True, text=True
         )
         if done.returncode:
             raise PeerError(f"{name}.c did not compile: {done.stderr.strip()}")
         made.append(folder / name)
-    return made[0], made[1]
+    return made[0], CLoops(made[1], made[2])
 
 
 def busy_seconds() -> float:
     """CPU seconds that all cores together have been busy since the machine started, in hundredths."""
     fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     return (sum(fields) - fields[3] - fields[4]) / CLOCK_TICKS  # without idle and iowait
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """Who of a pair speaks WebSocket, and how many bytes are in the sender's messages, in turn; none: 64 KiB."""
+
+    web_sender: bool = False
+    web_receiver: bool = False
+    messages: tuple[int, ...] = ()
+
+    def words(self, server: Server) -> list[str]:
+        """For the load program."""
+        words = [word for size in self.messages for word in ("--frame", str(size))]
+        words += ["--web-sender"] if self.web_sender else []
+        words += ["--web-receiver"] if self.web_receiver else []
+        return [*words, "--web", str(server.web)] if self.web_sender or self.web_receiver else []
+
+
+PLAIN = Sides()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +86,7 @@ class Result:
 
     seconds: float
     count: int  # bytes of bulk, or pairs
+    beside: int  # bytes of the pairs beside those
     relay_cpu: float
     own_cpu: float
     latency: Latency | None
@@ -121,15 +141,25 @@ class Load:
         result = Result(
             seconds=told["seconds"],
             count=told["bytes"] if "bytes" in told else told["pairs"],
+            beside=told.get("beside", 0),
             relay_cpu=told["relay_cpu"],
             own_cpu=told["own_cpu"],
             latency=_latency(told.get("round_trip") or told.get("met")),
         )
         return result, others / elapsed
 
-    def traffic(self, server: Server, *, pairs: int, seconds: float, ping: bool = False) -> Result:
-        """Bulk pairs that send for so long, and perhaps a pair that pings meanwhile."""
-        words = ["--pairs", str(pairs), "--seconds", str(seconds)]
+    def traffic(
+        self,
+        server: Server,
+        *,
+        pairs: int,
+        seconds: float,
+        ping: bool = False,
+        sides: Sides = PLAIN,
+        beside: int = 0,
+    ) -> Result:
+        """Bulk pairs that send for so long, so many plain ones beside them, and perhaps a pair that pings meanwhile."""
+        words = ["--pairs", str(pairs), "--seconds", str(seconds), "--beside", str(beside), *sides.words(server)]
         if server.listen:
             words += ["--listen", str(server.listen)]
         if ping:
@@ -138,16 +168,18 @@ class Load:
             words.append("--copy")
         return self._run(server, "traffic", *words, seconds=seconds, tries=self.tries)
 
-    def pairs(self, server: Server, *, seconds: float = 0, count: int = 0, concurrent: int = 16) -> Result:
+    def pairs(
+        self, server: Server, *, seconds: float = 0, count: int = 0, concurrent: int = 16, sides: Sides = PLAIN
+    ) -> Result:
         """Pairs that connect, shake hands, send 16 bytes each way and close, for so long or so many."""
         words = ["--count", str(count), "--seconds", str(seconds), "--concurrent", str(concurrent)]
-        return self._run(server, "pairs", *words, seconds=seconds)
+        return self._run(server, "pairs", *words, *sides.words(server), seconds=seconds)
 
     @contextlib.contextmanager
-    def crowd(self, server: Server) -> Iterator[Crowd]:
-        """Clients that stay until the end of the block."""
+    def crowd(self, server: Server, sides: Sides = PLAIN) -> Iterator[Crowd]:
+        """Clients that stay until the end of the block; the one that waits is the sender."""
         process = subprocess.Popen(
-            self._command(server, "hold"),
+            self._command(server, "hold", *sides.words(server)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -1,6 +1,6 @@
 """The peers of the benchmark: how each is started on a free loopback port, what it costs, and how it is ended.
 
-Our relay, the Twisted relay and the C splice loop pair two clients by their handshakes. HAProxy and the direct
+Our relay, the Twisted relay and the C loops pair two clients by their handshakes. HAProxy and the direct
 connection know no handshakes: for them the receiving side is a listening socket of the load program, `Server.listen`.
 """
 
@@ -24,6 +24,14 @@ STOP_SECONDS = 15.0
 LISTEN_STATE = "0A"  # in /proc/net/tcp
 
 
+@dataclass(frozen=True, slots=True)
+class CLoops:
+    """The compiled programs that are the limit: with pipes, and with frames."""
+
+    splice_relay: Path
+    frame_relay: Path
+
+
 class PeerError(Exception):
     """A peer could not be started or did not do its work; one line that says which and why."""
 
@@ -38,6 +46,7 @@ class Peer:
     usage_db: bool = False
     json_lines: bool = False
     workers: int = 1
+    web: bool = False  # takes WebSocket clients, too
 
     @property
     def pairs_by_token(self) -> bool:
@@ -83,12 +92,14 @@ def _from_rollup(pid: int, key: str) -> int:
 
 @dataclass(slots=True)
 class Server:
-    """A peer that runs. `listen` is the load program's own port where the peer pairs nobody, else 0."""
+    """A peer that runs. `listen` is the load program's own port where the peer pairs nobody, else 0; `web` its port for
+    WebSocket, where it has one."""
 
     peer: Peer
     folder: Path
     port: int = 0
     listen: int = 0
+    web: int = 0
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     cpus: str | None = None  # for taskset
 
@@ -265,6 +276,8 @@ def _start_relay(server: Server) -> None:
         command += ["--log-fd", "3"]
     if peer.workers > 1:
         command += ["--run-dir", str(server.folder / "run")]
+    if peer.web:
+        command += ["--websocket", f"tcp:{server.web}:interface=127.0.0.1"]
     for _ in range(peer.workers):
         server.launch(command, cwd=peer.checkout, record_to=server.json_lines if peer.json_lines else None)
 
@@ -274,7 +287,7 @@ def _is_ready(server: Server) -> bool:
     there; its log says when it is ready."""
     if server.peer.kind == "relay":
         return (server.folder / "log").read_text().count("listening on") >= server.peer.workers
-    return is_listening(server.port)
+    return is_listening(server.port) and (not server.web or is_listening(server.web))
 
 
 def _start_twisted(server: Server) -> None:
@@ -283,6 +296,8 @@ def _start_twisted(server: Server) -> None:
         command.append(f"--usage-db={server.usage_db}")
     if server.peer.json_lines:
         command.append("--log-fd=3")
+    if server.peer.web:
+        command.append(f"--websocket=tcp:{server.web}:interface=127.0.0.1")
     server.launch(command, record_to=server.json_lines if server.peer.json_lines else None)
 
 
@@ -295,23 +310,27 @@ def _start_haproxy(server: Server) -> None:
     server.launch([program, "-db", "-q", "-f", str(conf)])
 
 
-def _start_c(server: Server, splice_relay: Path) -> None:
-    server.launch([str(splice_relay), str(server.port)])
+def _start_c(server: Server, c_loops: CLoops) -> None:
+    if server.peer.web:
+        server.web = server.port  # one port for both
+        server.launch([str(c_loops.frame_relay), str(server.port)])
+    else:
+        server.launch([str(c_loops.splice_relay), str(server.port)])
 
 
 @contextlib.contextmanager
 def started(
-    peer: Peer, folder: Path, splice_relay: Path, *, cpus: str | None = None, wait: bool = True
+    peer: Peer, folder: Path, c_loops: CLoops, *, cpus: str | None = None, wait: bool = True
 ) -> Iterator[Server]:
     """A peer that listens, in a folder of its own; it is ended with the block.
 
     Args:
-        splice_relay: the compiled C splice loop.
+        c_loops: the compiled C loops.
         cpus: a CPU list for taskset, or None.
         wait: until it listens; without, the caller sees to that.
     """
     folder.mkdir(parents=True)
-    server = Server(peer, folder, port=free_port(), cpus=cpus)
+    server = Server(peer, folder, port=free_port(), web=free_port() if peer.web else 0, cpus=cpus)
     try:
         if peer.kind == "relay":
             _start_relay(server)
@@ -320,7 +339,7 @@ def started(
         elif peer.kind == "haproxy":
             _start_haproxy(server)
         elif peer.kind == "c":
-            _start_c(server, splice_relay)
+            _start_c(server, c_loops)
         else:
             server.listen = server.port
         if wait and server.processes:

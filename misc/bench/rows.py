@@ -14,7 +14,7 @@ from pathlib import Path
 
 from clients import Load, check_content, seconds_to_first_pair
 from figures import Figure, Goal
-from peers import Peer, PeerError, Server, started
+from peers import CLoops, Peer, PeerError, Server, started
 
 GIB = 1 << 30
 KIB = 1 << 10
@@ -66,10 +66,10 @@ QUICK = Scale(
 
 @dataclass(slots=True)
 class Bench:
-    """What a measurement needs: the load program, the C loop, a place for files, and the sizes."""
+    """What a measurement needs: the load program, the C loops, a place for files, and the sizes."""
 
     load: Load
-    splice_relay: Path
+    c_loops: CLoops
     folder: Path
     scale: Scale
     relay_cpus: str | None = None
@@ -78,7 +78,7 @@ class Bench:
     def start(self, peer: Peer, *, wait: bool = True) -> AbstractContextManager[Server]:
         self._starts += 1
         folder = self.folder / f"{self._starts}"
-        return started(peer, folder, self.splice_relay, cpus=self.relay_cpus, wait=wait)
+        return started(peer, folder, self.c_loops, cpus=self.relay_cpus, wait=wait)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from machine import Conditions, describe
 from page import Run, draw_plots, read_run, write_page, write_run
 from peers import Peer, PeerError, Server, why_missing
 from rows import QUICK, Bench, Case, Group, Scale, groups
+from web_rows import web_groups
 
 USAGE = """Usage:
   run.py [options] [--only NAME]... [--relay CHECKOUT]...
@@ -25,8 +26,9 @@ USAGE = """Usage:
   run.py --help
 
 All peers run on this machine's loopback, started and ended by the benchmark: our relay, the Twisted relay, HAProxy
-with splice, a splice loop in C, and a direct connection. A row gives each peer's median over the rounds and its spread,
-and the median of the ratios within each round, which is what a goal is about.
+with splice, a loop in C (that splices, or for WebSocket takes masks off and writes headers), and a direct connection. A
+row gives each peer's median over the rounds and its spread, and the median of the ratios within each round, which is
+what a goal is about.
 
 Options:
   --only NAME       Measure this group or case only; may be given again. See --list.
@@ -70,6 +72,10 @@ class Choice:
             if cases and peers:
                 chosen.append(Group(group.name, cases, peers, group.once))
         return chosen
+
+
+def every_group(checkouts: list[Path], scale: Scale) -> tuple[Group, ...]:
+    return (*groups(checkouts, scale), *web_groups(checkouts))
 
 
 def kind_of(peer: Peer) -> str:
@@ -136,12 +142,12 @@ def measure_all(choice: Choice, scale: Scale, *, copy: bool, pin: bool, patient:
     pinned = pin and len(cpus) > 1
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as name:
         folder = Path(name)
-        program, splice_relay = compile_programs(folder)
+        program, c_loops = compile_programs(folder)
         load = Load(
             program, cpus=",".join(map(str, cpus[1:])) if pinned else None, copies=copy, tries=5 if patient else 1
         )
-        bench = Bench(load, splice_relay, folder, scale, relay_cpus=str(cpus[0]) if pinned else None)
-        for group in choice.of(groups(choice.checkouts, scale)):
+        bench = Bench(load, c_loops, folder, scale, relay_cpus=str(cpus[0]) if pinned else None)
+        for group in choice.of(every_group(choice.checkouts, scale)):
             measure_group(bench, group, choice.rounds, samples)
             print("\n" + as_text(lines_of(figures_of([group]), samples)), flush=True)
     conditions = Conditions(
@@ -184,7 +190,7 @@ def choice_of(words: dict[str, str | list[str] | bool | None]) -> Choice:
     for checkout in checkouts:
         if not (checkout / "relay" / "__init__.py").exists():
             raise Mistake(f"--relay {checkout}: no relay/ in this folder")
-    known = {name for group in groups(checkouts, Scale()) for name in (group.name, *(c.name for c in group.cases))}
+    known = {name for group in every_group(checkouts, Scale()) for name in (group.name, *(c.name for c in group.cases))}
     for name in only:
         if name not in known:
             raise Mistake(f"--only {name}: nothing is called so; see --list")
@@ -208,7 +214,7 @@ def main() -> int:
     try:
         choice = choice_of(words)
         if words["--list"]:
-            for group in groups(choice.checkouts, Scale()):
+            for group in every_group(choice.checkouts, Scale()):
                 print(f"{group.name:10} {' '.join(case.name for case in group.cases)}")
             return 0
         scale = (QUICK if words["--quick"] else Scale()).within(raise_fd_limit())
@@ -216,7 +222,7 @@ def main() -> int:
             run = read_run(Path(words["--from"]))
         else:
             run = measure_all(choice, scale, copy=words["--copy"], pin=words["--pin"], patient=words["--patient"])
-        present(run, figures_of(list(groups(choice.checkouts, scale))), words)
+        present(run, figures_of(list(every_group(choice.checkouts, scale))), words)
     except (Mistake, PeerError) as problem:
         print(f"bench: error: {problem}", file=sys.stderr)
         return 2

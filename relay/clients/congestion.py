@@ -14,11 +14,10 @@ import os
 import re
 import socket
 import sys
-from pathlib import Path
 
 from relay.mistakes import Mistake
 
-SETTINGS = Path("/proc/sys/net/ipv4")
+SETTINGS = "/proc/sys/net/ipv4"
 """``tcp_congestion_control`` is the default there, ``tcp_available_congestion_control`` what is loaded, and
 ``tcp_allowed_congestion_control`` what of that anybody may choose."""
 
@@ -103,7 +102,8 @@ def _has() -> str:
 
 def _names(setting: str) -> list[str]:
     try:
-        return (SETTINGS / setting).read_text().split()
+        with open(f"{SETTINGS}/{setting}") as told:  # pathlib would be a third of a megabyte, for this one file
+            return told.read().split()
     except OSError:
         return []  # there is no /proc/sys to read, as in some sandboxes
 

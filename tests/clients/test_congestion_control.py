@@ -304,7 +304,7 @@ def test_where_there_is_no_proc_the_choice_works_and_a_wrong_one_is_still_told(
     listener: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     name = another()
-    monkeypatch.setattr(congestion, "SETTINGS", tmp_path)
+    monkeypatch.setattr(congestion, "SETTINGS", str(tmp_path))
     choose_congestion_control(listener, name)
     assert of_socket(listener) == name
     take_over(listener, None)

@@ -275,9 +275,15 @@ def test_one_port_serves_both(tmp_path: Path, count: int) -> None:
             assert read_to_end(sock) == b"bad handshake\n"
 
 
+def _stands_still(count: list[int]) -> bool:
+    before = count[0]
+    time.sleep(0.5)
+    return count[0] == before
+
+
 def test_one_frame_of_any_length_passes_and_the_memory_stays_flat(service: Service) -> None:
     one, other = lines()
-    size = 60 << 20
+    size = 300 << 20
     with dial_web(web_port(service)) as web, connect(service.port) as tcp:
         web.send(one)
         tcp.sendall(other)
@@ -286,18 +292,25 @@ def test_one_frame_of_any_length_passes_and_the_memory_stays_flat(service: Servi
         tcp.settimeout(60)
         before = max(map(own_memory, service.pids))
         grown: list[int] = []
+        mebibyte = random.Random(8).randbytes(1 << 20)
+        poured = [0]
 
         def pour() -> None:
-            web.socket.sendall(b"\x82\xff" + struct.pack("!Q", size) + bytes(4))
+            web.socket.sendall(b"\x82\xff" + struct.pack("!Q", size) + bytes(4))  # a mask that changes nothing
             for _ in range(size >> 20):
-                web.socket.sendall(bytes(1 << 20))
+                web.socket.sendall(mebibyte)
+                poured[0] += 1
 
         pouring = threading.Thread(target=pour)
         pouring.start()
-        time.sleep(1)  # the receiver does not read, so that everything rests that may
+        wait_until(lambda: _stands_still(poured), what="everything rests that may, since nobody reads")
         grown.append(max(map(own_memory, service.pids)) - before)
-        assert read_exactly(tcp, size) == bytes(size)
+        for number in range(size >> 20):
+            assert read_exactly(tcp, 1 << 20) == mebibyte, f"the {number}th"
+            if number % 50 == 0:
+                grown.append(max(map(own_memory, service.pids)) - before)
         pouring.join(30)
+        assert poured[0] == size >> 20
         assert max(grown) < 24 << 20, "1 MiB in each direction, and what is kept for all"
 
 

@@ -42,7 +42,7 @@ def quick(tmp_path: Path) -> Callable[..., dict[str, dict[str, list[float | None
 
 
 @needs_a_compiler
-@pytest.mark.parametrize("program", ["load", "splice_relay"])
+@pytest.mark.parametrize("program", ["load", "splice_relay", "frame_relay"])
 def test_the_c_programs_of_the_benchmark_compile_without_a_warning(program: str, tmp_path: Path) -> None:
     flags = ["-O2", "-std=c11", "-Wall", "-Wextra", "-Werror", "-pthread"]
     done = subprocess.run(
@@ -58,6 +58,17 @@ def test_bulk_pairs_through_the_relay_are_measured_beside_the_splice_loop(
     series = quick("bulk-1")
     assert set(series["cpu-1"]) == {"relay", "C loop"}
     assert all(value and value > 0 for peer in series["cpu-1"].values() for value in peer)
+
+
+@needs_a_compiler
+def test_websocket_clients_are_measured_beside_the_loop_that_unmasks(
+    quick: Callable[..., dict[str, dict[str, list[float | None]]]],
+) -> None:
+    series = quick("web-mixed", "web-to-web", "web-both", "web-idle")  # fails when a byte of payload is lost or doubled
+    for figure in ("web-cpu-mixed", "web-cpu-to-web", "web-both-cpu"):
+        assert set(series[figure]) == {"relay", "C loop"}
+        assert all(value and value > 0 for peer in series[figure].values() for value in peer)
+    assert set(series["web-idle"]) == {"relay", "C loop"}
 
 
 @needs_a_compiler

@@ -23,9 +23,7 @@ from relay.usage.schema import open_database
 from tests.support.harness import (
     CHECKOUT,
     Relay,
-    accepts,
     connect,
-    free_port,
     handshake,
     met,
     new_side,
@@ -37,6 +35,7 @@ from tests.support.harness import (
     wait_until,
 )
 from tests.support.supervised import ORDINARY_USER
+from tests.support.twisted import transit_relay
 
 PROGRAM = CHECKOUT / "misc" / "import-twisted-usage"
 MAPPED = {
@@ -152,14 +151,9 @@ class TwistedRelay:
 @contextlib.contextmanager
 def twisted_relay(folder: Path, *options: str) -> Iterator[TwistedRelay]:
     """Run `twist transitrelay` with a usage database in the folder."""
-    pytest.importorskip("wormhole_transit_relay", reason="pip install magic-wormhole-transit-relay")
     folder.mkdir(exist_ok=True)
-    port = free_port()
     database = folder / "usage.sqlite"
-    command = [sys.executable, "-m", "twisted", "transitrelay", "--port", f"tcp:{port}:interface=127.0.0.1"]
-    command += ["--usage-db", str(database), *options]
-    with running(command, folder / "twist.log", cwd=folder):
-        wait_until(lambda: accepts(port), 20, "the Twisted relay")
+    with transit_relay(folder, "--usage-db", str(database), *options) as port:
         relay = TwistedRelay(database, port)
         relay.wait_for(1)  # the question just asked is an "empty" one
         yield relay

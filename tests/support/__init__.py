@@ -7,6 +7,7 @@
 `hostile`        clients that mean no good, and honest ones beside them
 `load`           transfers beside what happens to the relay, and whether each was recorded once
 `web`            WebSocket clients
+`twisted`        the Twisted relay
 `ledger`         everything that was recorded, against what was done
 `current`        who has how much just now, by the `current` table and the workers' shares of it
 `relay_model`    what a relay has to answer and to record, as a model for Hypothesis
