@@ -172,6 +172,7 @@ def _serve(options: Options, log: OwnLog) -> None:
                 blur_seconds=options.blur_usage,
                 current=relay.current,
                 warn=logger.warning,
+                describe=relay.describe,
             )
         except UsageError as error:
             raise Mistake(error) from None

@@ -34,9 +34,11 @@ from relay.transfer.pairs import Pairs
 from relay.transfer.slices import in_slices
 from relay.usage.record import Current, Record
 from relay.usage.recorder import Recorder
+from relay.usage.told import Description
 from relay.workers.departure import Departure
 from relay.workers.household import Household
 from relay.workers.run_dir import RunDir
+from relay.workers.telling import Telling
 from relay.workers.terms import terms_of
 
 CURRENT_SECONDS = 300.0
@@ -90,9 +92,18 @@ class Relay:
             changed=self._changed,
             close_door=self._close_door,
         )
-        self._recorder: Recorder | None = None
         self._door: Door | None = None
-        self._told: tuple[int, int] | None = None
+        self._recorder: Recorder | None = None
+        self._telling = Telling(
+            places=self._places,
+            reception=self._reception,
+            matching=self._matching,
+            farewell=self._farewell,
+            pairs=self.pairs,
+            bounds_met=self._bounds_met,
+            kept=lambda: 0 if self._recorder is None else self._recorder.kept(),
+            refresh=self._refresh_current,
+        )
         self._tick = loop.timer(TICK_SECONDS, TICK_SECONDS)
         self._current_greenlet: gevent.Greenlet | None = None
         self._due_are_looked_after: gevent.Greenlet | None = None
@@ -122,6 +133,10 @@ class Relay:
     def current(self) -> Current:
         """This worker's share of the `current` table, at once and from any thread."""
         return Current(len(self.pairs), len(self._matching), self.pairs.partal_bytes)
+
+    def describe(self) -> Description:
+        """What else it tells of itself, as lately known; from any thread."""
+        return self._telling.described
 
     # Starting
 
@@ -290,6 +305,7 @@ class Relay:
         self._matching.cut_off()
         self._reception.cut_off()
         self._farewell.close_all()
+        self._telling.close()
         self.pairs.close()
 
     # What happens meanwhile
@@ -306,16 +322,12 @@ class Relay:
     def _record(self, record: Record) -> None:
         assert self._recorder is not None
         self._recorder.record(record)
-        if self._told is not None:
-            self._told = self._connected_and_waiting()  # with each record goes what `current` is then
-
-    def _connected_and_waiting(self) -> tuple[int, int]:
-        return len(self.pairs), len(self._matching)
+        self._telling.recorded()
 
     def _sibling_gone(self) -> None:
         """Write down at once what the relay is without it."""
         self._refresh_current()
-        self._told = None  # and once more when it is sure to be gone: a process outlives its links by a little
+        self._telling.forget()  # and once more when it is sure to be gone: a process outlives its links by a little
         self._changed.set()
 
     def _every_second(self) -> None:
@@ -331,9 +343,7 @@ class Relay:
             self._eviction.every_second()
         for line in self._bounds_met.lines(now):
             logger.warning("%s", line)
-        if self._connected_and_waiting() != self._told:
-            self._told = self._connected_and_waiting()
-            self._refresh_current()
+        self._telling.every_second(now)
 
     def _look_after_who_is_due(self) -> None:
         """End what has taken too long, and ping those to whom nothing was said."""

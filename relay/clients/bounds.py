@@ -91,6 +91,8 @@ class BoundsMet:
 
     def __init__(self, blur_seconds: int | None = None, now: float = 0.0) -> None:
         self._counts: Counter[Bound] = Counter()
+        self.ever: Counter[Bound] = Counter()
+        """How often each was met since the beginning."""
         self._fixed = blur_seconds is not None
         self._seconds = max(LOG_SECONDS, blur_seconds or 0.0)
         self._next_log = now + self._seconds if self._fixed else now
@@ -98,6 +100,7 @@ class BoundsMet:
     def note(self, bound: Bound, times: int = 1) -> None:
         """`bound` was met."""
         self._counts[bound] += times
+        self.ever[bound] += times
 
     def lines(self, now: float) -> list[str]:
         """What is to be logged at `now` (monotonic seconds): a line a bound, and nothing for a minute after."""

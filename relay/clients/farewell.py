@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from relay.clients.client import Client, EventLoop, Recorded
@@ -22,7 +23,20 @@ LINGER_BYTES = 384 << 10
 """How long the relay keeps the connection of a client it has turned away, and how many bytes it reads meanwhile.
 Whoever sends more has to wait in its own backlog until the time is over: it would only be back the sooner."""
 
+KINDS = ("bad_handshake", "left_before_handshake", "impatient", "no_partner", "left_waiting")
+"""How a connection can end without a partner: what it said was no handshake, or came too late; it left before one; it
+spoke before it was told ok; no partner came, or another of its side was matched; it left while it waited."""
+
 _scrap = bytearray(1 << 16)
+
+
+def kind_of(ending: Ending) -> str:
+    """Which of `KINDS` an ending with a record is."""
+    if ending.mood == "lonely":
+        return "left_waiting" if ending.gone else "no_partner"
+    if ending.impatient:
+        return "impatient"
+    return "left_before_handshake" if ending.gone else "bad_handshake"
 
 
 class Farewell:
@@ -38,6 +52,8 @@ class Farewell:
         self._loop = loop
         self._places = places
         self._record = record
+        self.turned_away: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
+        """Since the beginning, by kind."""
         self._lingering: Deadlines[Client] = Deadlines()
         self._on_readable = self._discard  # bound once, and not for every client
 
@@ -45,6 +61,7 @@ class Farewell:
         """End a connection in this way."""
         if ending.mood is not None:
             self.finish(client, ending.mood)
+            self.turned_away[kind_of(ending)] += 1
         if ending.bound is not None:
             self._places.bounds_met.note(ending.bound)
         if ending.gone:

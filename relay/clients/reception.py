@@ -52,6 +52,10 @@ class Reception:
         """Everybody whose handshake is awaited; they may go meanwhile."""
         return iter([*self._shaking])
 
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._shaking)
+
     def __contains__(self, client: Client) -> bool:
         return client in self._shaking
 

@@ -36,12 +36,14 @@ class Speaker(Protocol):
 class Ending:
     """How a connection ends that has no partner: the mood on record (None is no record), the last words, whether
     it has gone already, so that nobody need wait for these to arrive, and what the log is to count it as, if anything.
+    `impatient`: it spoke before it was told ok.
     """
 
     mood: Mood | None
     words: bytes = b""
     gone: bool = False
     bound: Bound | None = None
+    impatient: bool = False
 
 
 class Speech(Protocol):
@@ -102,7 +104,7 @@ class Plain:
         client.received += chunk
         verdict = read_handshake(client.received) if chunk else Refusal.BAD_HANDSHAKE
         if isinstance(verdict, Refusal):
-            return Ending("errory", verdict.value, gone=not chunk)
+            return Ending("errory", verdict.value, gone=not chunk, impatient=verdict is Refusal.IMPATIENT)
         return verdict
 
     def keeps(self, claim: Claim) -> bool:
@@ -121,7 +123,7 @@ class Plain:
 
     def refusal(self, refusal: Refusal) -> Ending:
         """See `Speech`."""
-        return Ending("errory", refusal.value)
+        return Ending("errory", refusal.value, impatient=refusal is Refusal.IMPATIENT)
 
     def lonely(self) -> Ending:
         """See `Speech`."""

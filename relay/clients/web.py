@@ -143,7 +143,8 @@ class Web:
         """See `Speech`: one message, and a Close; before the upgrade, in terms of HTTP."""
         if self.reader is None:
             return Ending("errory", _TIMED_OUT if self.head else b"")
-        return Ending("errory", frames.message(refusal.value) + frames.close(Close(NORMAL)))
+        words = frames.message(refusal.value) + frames.close(Close(NORMAL))
+        return Ending("errory", words, impatient=refusal is Refusal.IMPATIENT)
 
     def lonely(self) -> Ending:
         """See `Speech`."""

@@ -55,7 +55,7 @@ class Pair:
     long it was alone, in seconds. `limits` are the operator's, if there are any; `sources` are where the sides come
     from (see `bounds`), for whoever counts; `readers` is where the frames are of those that speak WebSocket. `on_over`
     is called with the pair, once, when it is over and its sockets are closed; then `cut_by` is the bound that ended it,
-    if one did.
+    if one did. `counted` is what of it whoever counts bytes has counted.
     """
 
     __slots__ = (
@@ -65,6 +65,7 @@ class Pair:
         "_moved_a_second_ago",
         "_moved_then",
         "arrived",
+        "counted",
         "cut_by",
         "due",
         "first",
@@ -111,6 +112,7 @@ class Pair:
         self.cut_by: Bound | None = None
         self._allowance = None if limits is None else Allowance(limits)
         self._moved_then = 0
+        self.counted = 0
         self._moved_a_second_ago = 0
         self._idle_since = 0.0
         self.pumps = _pumps(first, second, pipes, turns, readers)

@@ -19,7 +19,7 @@ from relay.transfer.pipes import PipePool
 from relay.transfer.rest import Rest
 from relay.transfer.state import PairState
 from relay.transfer.turns import Turns
-from relay.usage.record import Record
+from relay.usage.record import Record, blur_size
 
 
 class Pairs:
@@ -46,6 +46,11 @@ class Pairs:
         self._relay_pace = None if options.relay_rate is None else Pace(options.relay_rate)
         self._limits = self._limits_of_pairs()
         self._finished_bytes = 0
+        self._blurs = options.blur_usage is not None
+        self.counted = 0
+        """Bytes moved here since the beginning, as they may be told; as new as the last `count`."""
+        self.held_bytes = 0
+        """Bytes that waited in pairs for their receivers at that time."""
         self._next_idle_check = 0.0
 
     def _limits_of_pairs(self) -> Limits | None:
@@ -66,6 +71,23 @@ class Pairs:
     def partal_bytes(self) -> int:
         """Bytes that pairs which are not over have moved; read on any thread."""
         return max(0, self.turns.moved - self._finished_bytes)
+
+    def count(self) -> Iterator[None]:
+        """Bring `counted` and `held_bytes` up to date, one pair with each step."""
+        held = 0
+        for pair in self:
+            if pair in self._pairs:
+                self._count(pair)
+                held += sum(pump.untaken for pump in pair.pumps)
+            yield
+        self.held_bytes = held
+
+    def _count(self, pair: Pair) -> None:
+        """Count what `pair` has moved since it was last counted, here or where it was before. Its size is rounded as in
+        its record, and so the sum over all workers comes to the sum of what is recorded, wherever a pair has been."""
+        size = blur_size(pair.moved) if self._blurs else pair.moved
+        self.counted += size - pair.counted
+        pair.counted = size
 
     # How a pair begins
 
@@ -161,12 +183,14 @@ class Pairs:
         )
         pair.unpack(state, fds[2:])
         self.turns.moved += pair.moved
+        pair.counted = blur_size(pair.moved) if self._blurs else pair.moved
         self.begin(pair)
 
     def let_go(self, pair: Pair) -> None:
         """`pair`, which was detached, is about to be somebody else's."""
         self._pairs.discard(pair)
         pair.be_silent(self._pings)
+        self._count(pair)
         self._finished_bytes += pair.moved  # as far as this worker is concerned
 
     def take_back(self, pair: Pair) -> None:
@@ -183,6 +207,7 @@ class Pairs:
 
     def _over(self, pair: Pair) -> None:
         self._pairs.discard(pair)
+        self._count(pair)
         moved = pair.moved
         self._finished_bytes += moved
         total_time = time.monotonic() - pair.arrived

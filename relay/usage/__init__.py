@@ -10,6 +10,7 @@
 `rows`             the rows of `usage`, in order or in none
 `one_row`          the tables of one row: what is added to them, and how they are put right
 `shares`           what each worker holds, and which of them live, by `lifeline` or by `processes`
+`told`             what each tells of itself for those who look at the relay live
 `schema`           the database file: whose it is, its tables, opening and making it
 `folder`           the folder that it is in, and whether that will do
 `watched_file`     the database's file, watched from outside SQLite: still there, still whole

@@ -23,6 +23,7 @@ from relay.usage.record import Current, Record, blur, blur_size
 from relay.usage.rows import Row
 from relay.usage.shares import Shares
 from relay.usage.sqlite_trouble import damaged, trouble_of
+from relay.usage.told import Description, Histograms
 from relay.usage.trouble import LOCKED_PATIENCE, Trouble
 from relay.usage.watched_file import WatchedFile, being_replaced
 from relay.usage.write_ahead_log import StillInUse
@@ -49,16 +50,25 @@ class Database:
         path: the SQLite file.
         blur_seconds: as `--blur-usage` has it.
         current: returns this process's share of `current`.
+        describe: returns what else it tells of itself.
         warn: writes a line to the relay's own log.
     """
 
-    def __init__(self, path: str, blur_seconds: int | None, current: Callable[[], Current], warn: Warn) -> None:
+    def __init__(
+        self,
+        path: str,
+        blur_seconds: int | None,
+        current: Callable[[], Current],
+        describe: Callable[[], Description],
+        warn: Warn,
+    ) -> None:
         self.name = f"usage database {path}"
         self.option = f"--usage-db {path}"
         self._path = os.path.abspath(path)
         self._blur_seconds = blur_seconds
         self._warn = warn
-        self._shares = Shares(lambda: self._blurred(current()))
+        self._histograms = Histograms()
+        self._shares = Shares(lambda: self._blurred(current()), lambda: self._whole(describe()))
         self._file = WatchedFile(self._path)
         self._connection: sqlite3.Connection | None = None
         self._signed_on = False
@@ -282,7 +292,7 @@ class Database:
                     line = "its table usage does not take all rows; remove the trigger that keeps them out"
                     raise Trouble(line) from None
                 one_row.add(connection, new)
-            total = self._shares.tell(connection, leaving=Request.LEAVE in requests)
+            total = self._shares.tell(connection, leaving=Request.LEAVE in requests, whole=bool(requests))
             one_row.set_current(connection, self._blurred(total))
             if Request.TICK in requests:
                 one_row.set_refreshed(connection, self._ticked)
@@ -297,6 +307,7 @@ class Database:
                     self._doubt = numbered
                 raise
         self._held = (self._held or 0) + len(new)
+        self._histograms.note(new)
         if is_due:
             with contextlib.suppress(sqlite3.Error):  # the rows are safe, and it is tried again
                 connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
@@ -322,6 +333,13 @@ class Database:
     def _row(self, record: Record) -> Row:
         blurred = blur(record, self._blur_seconds)
         return (blurred.started, blurred.total_time, blurred.waiting_time, blurred.total_bytes, blurred.mood)
+
+    def _whole(self, description: Description) -> Description:
+        """With what was counted here, and blurred."""
+        gauges = dict(description.gauges)
+        if self._blur_seconds is not None and "held_bytes" in gauges:
+            gauges["held_bytes"] = blur_size(int(gauges["held_bytes"]))
+        return Description(gauges, {**description.counters, **self._histograms.counters()})
 
     def _blurred(self, current: Current) -> Current:
         if self._blur_seconds is None:

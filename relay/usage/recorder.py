@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from relay.usage.json_log import JsonLog, check_log_fd
 from relay.usage.record import Current, Record
+from relay.usage.told import Description
 from relay.usage.trouble import UsageError
 from relay.usage.unhurried import Unhurried
 from relay.usage.writer import Request, Warn, Writer
@@ -48,6 +49,10 @@ class Recorder:
         if self._database is not None:
             self._database.request(Request.TICK if tick else Request.REFRESH)
 
+    def kept(self) -> int:
+        """How many records could not be written yet, since a destination is in trouble."""
+        return max([writer.kept for writer in self._writers], default=0)
+
     def close(self, timeout: float) -> int:
         """Write all that is queued, sign this process off from the database, and end the threads.
 
@@ -72,6 +77,7 @@ def open_recorder(
     blur_seconds: int | None,
     current: Callable[[], Current],
     warn: Warn,
+    describe: Callable[[], Description] = Description,
 ) -> Recorder:
     """Check where usage is to be recorded, start the threads that write it, and sign this process on in the database.
 
@@ -83,6 +89,7 @@ def open_recorder(
         log_fd: file descriptor for JSON lines, used as it is; None for none.
         blur_seconds: round times down to a multiple of this, and sizes up; None records both exactly.
         current: returns what this process holds at the moment; called on another thread, so it must only read.
+        describe: returns what it tells of itself beside that; called like `current`.
         warn: writes one line to the relay's log; called on other threads. With `blur_seconds`, at moments that have
             nothing to do with what it is about.
 
@@ -91,7 +98,9 @@ def open_recorder(
     """
     unhurried = None if blur_seconds is None else Unhurried(warn, blur_seconds)
     try:
-        return _open(usage_db, log_fd, blur_seconds, current, warn if unhurried is None else unhurried, unhurried)
+        return _open(
+            usage_db, log_fd, blur_seconds, current, describe, warn if unhurried is None else unhurried, unhurried
+        )
     except UsageError:
         if unhurried is not None:
             unhurried.close()
@@ -103,6 +112,7 @@ def _open(
     log_fd: int | None,
     blur_seconds: int | None,
     current: Callable[[], Current],
+    describe: Callable[[], Description],
     warn: Warn,
     unhurried: Unhurried | None,
 ) -> Recorder:
@@ -113,7 +123,7 @@ def _open(
     if usage_db is not None:
         from relay.usage.database import Database  # not before: SQLite takes 1.5 MB
 
-        database = Writer(Database(usage_db, blur_seconds, current, warn), warn)
+        database = Writer(Database(usage_db, blur_seconds, current, describe, warn), warn)
         database.start()
     if log is not None:
         log.start()

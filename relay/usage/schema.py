@@ -44,10 +44,12 @@ TABLES: Final = {
     "worker_share": "pid INTEGER, process_start TEXT, connected INTEGER, waiting INTEGER, partal_bytes INTEGER, "
     "PRIMARY KEY (pid, process_start)",
     "lifeline": "pid INTEGER, process_start TEXT, byte INTEGER, PRIMARY KEY (pid, process_start)",
+    "worker_status": "pid INTEGER, process_start TEXT, gauges TEXT, counters TEXT, PRIMARY KEY (pid, process_start)",
+    "service": "id INTEGER PRIMARY KEY, began INTEGER, counters TEXT",
     "refreshed": "at INTEGER",
     "imported": "source TEXT PRIMARY KEY, rows INTEGER, digest TEXT",
 }
-_YOUNGER: Final = ("lifeline",)
+_YOUNGER: Final = ("lifeline", "worker_status", "service")
 """Tables that a database of an earlier version may lack; workers of that version go on beside them."""
 
 ONE_ROW_TABLES: Final = {

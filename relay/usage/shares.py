@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from relay.usage import lifeline
+from relay.usage import lifeline, told
 from relay.usage.processes import UNKNOWN_BOOT, is_ending, is_living, is_of_another_boot, process_start
 from relay.usage.record import Current
+from relay.usage.told import Description
 from relay.usage.trouble import Trouble
 
 _OTHERS: Final = (
@@ -42,10 +43,12 @@ class Shares:
 
     Args:
         current: returns what this worker holds; sizes are to be blurred already.
+        describe: returns what else it tells of itself, blurred as well.
     """
 
-    def __init__(self, current: Callable[[], Current]) -> None:
+    def __init__(self, current: Callable[[], Current], describe: Callable[[], Description] = Description) -> None:
         self._current = current
+        self._describe = describe
         self._pid = os.getpid()
         self._byte = lifeline.new_byte()
         self._seen_start = _own_start()
@@ -73,7 +76,10 @@ class Shares:
         if self._has_lifeline:
             self._enter_among(connection)
         others = any(self._lives(share) for share in self._others(connection))
-        return others or (self._has_lifeline and lifeline.is_any_held(self._fd))
+        others = others or (self._has_lifeline and lifeline.is_any_held(self._fd))
+        if not others:
+            told.begin_anew(connection)
+        return others
 
     def _enter_among(self, connection: sqlite3.Connection) -> None:
         for pid, start, byte in connection.execute("SELECT pid, process_start, byte FROM lifeline").fetchall():
@@ -89,20 +95,27 @@ class Shares:
                 self._start = f"{start}/{self._byte}"
         connection.execute(_ENTER, (self._pid, self._start, self._byte))
 
-    def tell(self, connection: sqlite3.Connection, *, leaving: bool) -> Current:
-        """Write this worker's share, or take it away, and drop those of workers that are gone; return the sum."""
+    def tell(self, connection: sqlite3.Connection, *, leaving: bool, whole: bool = True) -> Current:
+        """Write this worker's share, or take it away, and drop those of workers that are gone; return the sum.
+
+        With `whole`, write all that it tells of itself.
+        """
         held = []
         for share in self._others(connection):
             if self._lives(share):
                 held.append(share.held)
             else:
                 _drop(connection, share.pid, share.start)
+        if whole or leaving:
+            told.tell(connection, (self._pid, self._start), self._describe())
         if leaving:
             _drop(connection, self._pid, self._start)
         else:
             own = self._current()
             connection.execute(_TELL, (self._pid, self._start, own.connected, own.waiting, own.partal_bytes))
             held.append(own)
+        if whole:
+            told.settle_orphans(connection)
         return Current(
             sum(one.connected for one in held), sum(one.waiting for one in held), sum(one.partal_bytes for one in held)
         )
@@ -126,6 +139,7 @@ class Shares:
 def _drop(connection: sqlite3.Connection, pid: int, start: str) -> None:
     connection.execute(_DROP_SHARE, (pid, start))
     connection.execute(_DROP_LIFELINE, (pid, start))
+    told.settle(connection, (pid, start))
 
 
 def _own_start() -> str | None:

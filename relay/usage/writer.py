@@ -133,6 +133,11 @@ class Writer:
             )
         self._lost += 1
 
+    @property
+    def kept(self) -> int:
+        """Records that wait since the destination is in trouble, 0 while it is not; read on any thread."""
+        return self._taken - self._written if self._outage.reason else 0
+
     def leave(self, deadline: float) -> None:
         """Have everything written that was queued, and the thread end, by `deadline` (of the monotonic clock)."""
         self._deadline = deadline

@@ -1,0 +1,119 @@
+"""What a worker tells of itself for those who look at the relay live, beside its share of `current`.
+
+Two lots of numbers, by name: gauges, of the moment, and counters, which only grow as long as the worker lives. Each
+worker has a row of `worker_status`. When one leaves, or is found to be dead, its counters are added to those of
+`service`, in the same transaction that drops its row; so the sum over all rows never goes back until the service starts
+anew, whoever comes and goes. Workers of an earlier release know nothing of this: what they leave behind of a row, the
+next that does takes care of.
+
+Nothing in here is about one client, and sizes are blurred as everywhere. No time of a client's doing is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from relay.usage.rows import Row
+
+SIZES: Final = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000, 10_000_000_000, 100_000_000_000)
+"""Where sizes are divided, in bytes; a value counts for the least bound that it is not above."""
+
+SECONDS: Final = (0.1, 0.3, 1, 3, 10, 30, 60, 300, 900, 3600, 14_400, 86_400)
+"""Where times are."""
+
+HISTOGRAMS: Final[Mapping[str, tuple[int, Sequence[float]]]] = {
+    "size": (3, SIZES),
+    "waiting": (2, SECONDS),
+    "total": (1, SECONDS),
+}
+"""Of what in a row of `usage` there are counts by bucket: its place there, and the bounds."""
+
+_TELL: Final = "REPLACE INTO worker_status (pid, process_start, gauges, counters) VALUES (?, ?, ?, ?)"
+_ASK: Final = "SELECT counters FROM worker_status WHERE pid = ? AND process_start = ?"
+_DROP: Final = "DELETE FROM worker_status WHERE pid = ? AND process_start = ?"
+_ORPHANS: Final = (
+    "SELECT pid, process_start FROM worker_status WHERE NOT EXISTS (SELECT 1 FROM worker_share "
+    "WHERE worker_share.pid = worker_status.pid AND worker_share.process_start = worker_status.process_start)"
+)
+_SERVICE: Final = "SELECT began, counters FROM service WHERE id = 1"
+_SET_SERVICE: Final = "REPLACE INTO service (id, began, counters) VALUES (1, ?, ?)"
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a worker tells of itself."""
+
+    gauges: Mapping[str, float] = field(default_factory=dict)
+    counters: Mapping[str, int] = field(default_factory=dict)
+
+
+class Histograms:
+    """Counts transfers by what is in their rows."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        for name, (_, bounds) in HISTOGRAMS.items():
+            for bound in (*bounds, "inf"):
+                self._counts[f"{name}.{bound}"] = 0
+            self._counts[f"{name}.sum"] = 0
+
+    def note(self, rows: Sequence[Row]) -> None:
+        """Count the transfers among rows that are written."""
+        for row in rows:
+            if row[4] != "happy":
+                continue
+            for name, (place, bounds) in HISTOGRAMS.items():
+                value = row[place]
+                if isinstance(value, (int, float)):
+                    index = bisect_left(bounds, value)
+                    self._counts[f"{name}.{bounds[index] if index < len(bounds) else 'inf'}"] += 1
+                    self._counts[f"{name}.sum"] += value  # type: ignore[assignment]  # a Counter takes seconds as well
+
+    def counters(self) -> dict[str, int]:
+        """The counts, by name: of each bucket for itself, and the sum of all values."""
+        return dict(self._counts)
+
+
+def tell(connection: sqlite3.Connection, worker: tuple[int, str], told: Description) -> None:
+    """Write the row of a worker, which is known by its process id and its start."""
+    connection.execute(_TELL, (*worker, json.dumps(dict(told.gauges)), json.dumps(dict(told.counters))))
+
+
+def settle(connection: sqlite3.Connection, worker: tuple[int, str]) -> None:
+    """Drop the row of a worker that is gone, if it has one, and keep what it has counted."""
+    row = connection.execute(_ASK, worker).fetchone()
+    if row is None:
+        return
+    connection.execute(_DROP, worker)
+    began, counters = connection.execute(_SERVICE).fetchone() or (None, None)
+    total = Counter(_numbers(counters))
+    total.update(_numbers(row[0]))
+    connection.execute(_SET_SERVICE, (began, json.dumps(total)))
+
+
+def settle_orphans(connection: sqlite3.Connection) -> None:
+    """Do so for those whose share somebody has dropped who knows nothing of these rows."""
+    for pid, start in connection.execute(_ORPHANS).fetchall():
+        settle(connection, (pid, start))
+
+
+def begin_anew(connection: sqlite3.Connection) -> None:
+    """The service starts: nothing is counted yet."""
+    connection.execute("DELETE FROM worker_status")
+    connection.execute(_SET_SERVICE, (int(time.time()), "{}"))
+
+
+def _numbers(text: object) -> dict[str, int]:
+    """What is a number in the JSON of a row; somebody may have written there."""
+    try:
+        found = json.loads(text) if isinstance(text, str) else {}
+    except ValueError:
+        return {}
+    return {name: value for name, value in found.items() if type(value) in (int, float)} if type(found) is dict else {}
