@@ -32,10 +32,10 @@ figcaption span, .axis { color: var(--faint); }
 svg.plot { display: block; width: 100%; height: 6.5rem; }
 svg.bar { display: block; width: 100%; height: .7rem; }
 svg path { stroke: none; fill-opacity: .25; }
-svg path.edge { fill: none; stroke-width: 1.5; vector-effect: non-scaling-stroke; }
+svg path.edge { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke; }
 svg path.grid { fill: none; stroke: var(--line); stroke-width: 1; vector-effect: non-scaling-stroke; }
 .rate, .pairs { fill: var(--busy); } .rate.edge, .pairs.edge { stroke: var(--busy); }
-.waiting { fill: var(--wait); } .waiting.edge { stroke: var(--wait); }
+svg path.waiting { fill: none; } .waiting.edge { stroke: var(--wait); }
 .happy { fill: var(--good); } .lonely { fill: var(--lone); } .errory { fill: var(--bad); } .part { fill: var(--busy); }
 .key::before { content: ""; display: inline-block; width: .7em; height: .7em; margin-right: .4em; }
 .key.happy::before { background: var(--good); } .key.lonely::before { background: var(--lone); }
@@ -44,6 +44,7 @@ svg path.grid { fill: none; stroke: var(--line); stroke-width: 1; vector-effect:
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem .25rem 0; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
+#rates { table-layout: fixed; min-width: 34rem; }
 thead th, tr:first-child > * { border-top: 0; }
 th { font-weight: 400; color: var(--faint); font-size: .85rem; }
 th:first-child, td:first-child { text-align: left; }

@@ -23,6 +23,9 @@ MOODS = (
 )
 DAYS = 14
 
+AGO = {"10 minutes": "10 minutes ago", "hour": "an hour ago", "day": "a day ago"}
+"""Where each of `PLOTS` begins."""
+
 UNKNOWN = "–"
 
 
@@ -123,8 +126,9 @@ def _how_fast(view: View) -> str:
 
 def _rate_plot(title: str, points: list[Point]) -> str:
     top = plots.top_of(points, lambda point: point.rate)
+    known = any(point.rate is not None for point in points)
     return _figure(
-        f"last {title}", f"up to {size(top)}/s", title,
+        f"last {title}", f"up to {size(top)}/s" if known else "not seen yet", title,
         plots.area(points, top, f"bytes a second in the last {title}", rate=lambda point: point.rate),
     )  # fmt: skip
 
@@ -132,7 +136,7 @@ def _rate_plot(title: str, points: list[Point]) -> str:
 def _figure(title: str, scale: str, span: str, drawing: str) -> str:
     return (
         f"<figure><figcaption>{title}<span>{scale}</span></figcaption>{drawing}"
-        f'<div class="axis"><span>{span} ago</span><span>now</span></div></figure>'
+        f'<div class="axis"><span>{AGO[span]}</span><span>now</span></div></figure>'
     )
 
 

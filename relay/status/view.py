@@ -24,7 +24,7 @@ FRESH = 1.0
 PATIENCE = 0.5
 """Seconds for which a visitor waits for a newer one."""
 
-PLOTS: tuple[tuple[str, int, int], ...] = (("10 minutes", 600, 60), ("1 hour", HOUR, 60), ("1 day", DAY, 72))
+PLOTS: tuple[tuple[str, int, int], ...] = (("10 minutes", 600, 60), ("hour", HOUR, 60), ("day", DAY, 72))
 """Title, seconds and stretches of each plot."""
 
 

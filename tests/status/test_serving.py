@@ -199,9 +199,10 @@ def test_500_idle_connections_keep_nobody_out_and_end(idle: contextlib.AbstractC
             if number % 2:
                 sock.sendall(b"GET / HTTP/1.1\r\n")
         assert status.get("/status.json").code == 200
-        assert open_fds(status.pid) < 120
+        wait_until(lambda: open_fds(status.pid) < 120)
         sock.settimeout(20)
-        assert sock.recv(100) == b""  # the last of them, by the clock
+        with contextlib.suppress(ConnectionResetError):
+            assert sock.recv(100) == b""  # the last of them, by the clock
         wait_until(lambda: open_fds(status.pid) < 40)
 
 

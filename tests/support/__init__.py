@@ -21,6 +21,7 @@
 `told_process`   processes that do what a test says: `homes_worker`, `usage_worker`
 `usage_records`  records for the recorder, and what of them has come to be written
 `usage_disk`     a small disk that can be full
+`status`         relay-status, and what its visitors read; `chromium`, a browser for its page
 `needs`          what not every machine has
 ===============  ===================================================================================
 
