@@ -63,7 +63,6 @@ OPTIONS = (
 )
 
 
-
 @dataclass(frozen=True)
 class Course:
     """How a soak goes.
