@@ -151,7 +151,10 @@ def _serve(options: Options, log: OwnLog) -> None:
     from relay.server import Relay
     from relay.usage.recorder import UsageError, check_log_fd, open_recorder
 
-    gevent.get_hub().exception_stream = log
+    hub = gevent.get_hub()
+    if hub.loop.backend != "epoll":  # refused, and libev has taken something else, which not all of this can live with
+        raise _cannot_do_without(OSError(0, "epoll_create1"))
+    hub.exception_stream = log
     if options.log_fd is not None:
         try:
             check_log_fd(options.log_fd)  # now: soon a number that is not open may be something of our own

@@ -72,14 +72,14 @@ def open_port(
             set_option(listener, socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if address[0] == "::" else 1)
         if congestion_control is not None:
             choose_congestion_control(listener, congestion_control)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-    except Mistake:
+        try:
+            listener.bind(address)
+            listener.listen(BACKLOG)
+        except OSError as error:
+            raise _port_mistake(error, interface, port, option) from None
+    except BaseException:
         listener.close()
         raise
-    except OSError as error:
-        listener.close()
-        raise _port_mistake(error, interface, port, option) from None
     return listener
 
 
@@ -150,6 +150,7 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
         self._accepted = 0  # in this turn
         self._turn_ends = 0.0
         self._found_nobody = False  # when we last looked
+        self._is_refused = False  # and that has been said
         self._second_look = self.loop.timer(SECOND_LOOK_SECONDS)
 
     @property
@@ -216,7 +217,10 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
             return False
         queue = select.poll()
         queue.register(self.socket, select.POLLIN)
-        return bool(queue.poll(0))
+        try:
+            return bool(queue.poll(0))
+        except OSError:
+            return False  # as far as one knows
 
     def _end_turn(self) -> None:
         for door in self._both():
@@ -241,6 +245,7 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
             return None
         try:
             connection = self.socket.accept()
+            connection[0].setblocking(False)
         except BlockingIOError:
             if self.shared and self._found_nobody:
                 self._end_turn()  # twice in a row, so somebody has woken us: another worker was quicker
@@ -249,10 +254,9 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
         except ConnectionError:
             return None  # it was gone before it was accepted
         except OSError as error:
-            if error.errno not in _EXHAUSTED:
-                raise
-            self._rest()
+            self._rest(error)
             return None
+        self._is_refused = False
         if not self._accepted:
             self._turn_ends = time.monotonic() + TURN_SECONDS
         self._accepted += 1
@@ -281,9 +285,13 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
     def _rests(self) -> bool:
         return self._watcher is None and self._timer is not None
 
-    def _rest(self) -> None:
+    def _rest(self, error: OSError) -> None:
         """Stop accepting for a while: trying on would find the same again at once, and keep a core busy."""
-        self._note(Bound.EXHAUSTED)
+        if error.errno in _EXHAUSTED:
+            self._note(Bound.EXHAUSTED)
+        elif not self._is_refused:
+            self._is_refused = True
+            logger.warning("the system lets nobody in (%s); new connections wait until it does", error.strerror)
         self.stop_accepting()
         if self.shared and self._pass_on():
             self._has_turn = False

@@ -60,12 +60,11 @@ class Reception:
         return client in self._shaking
 
     def accepted(self, sock: socket.socket, address: tuple[Any, ...], speech: Speech = PLAIN) -> None:
-        """Somebody has connected from `address`, who speaks like this."""
+        """Somebody has connected from `address`, who speaks like this; `sock` is non-blocking."""
         client = self._origins.let_in(sock, address[0], speech)
         if client is None:
             sock.close()
             return
-        sock.setblocking(False)
         self.expect(client)
 
     def expect(self, client: Client) -> None:

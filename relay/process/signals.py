@@ -23,6 +23,7 @@ SIGKILL, SIGSTOP              cannot be caught
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -40,13 +41,16 @@ def be_ready_for_signals() -> None:
     put in order. To be called on the main thread."""
     ending = BY_SOMEBODY | BY_THE_SYSTEM
     for number in signal.valid_signals() - ending - FAULTS - KEPT:
-        signal.signal(number, signal.SIG_IGN)
+        with contextlib.suppress(OSError):  # a sandbox refuses it: then it is as ever
+            signal.signal(number, signal.SIG_IGN)
     for number in ending:
-        # Not by an exception: that could come out anywhere, and be swallowed or end as a traceback.
-        signal.signal(number, _leave)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ending)  # whoever started us may have had them blocked
-    if not faulthandler.is_enabled():
-        signal.pthread_sigmask(signal.SIG_BLOCK, FAULTS)  # in each thread that is started from now on, too
+        with contextlib.suppress(OSError):
+            # Not by an exception: that could come out anywhere, and be swallowed or end as a traceback.
+            signal.signal(number, _leave)
+    with contextlib.suppress(OSError):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ending)  # whoever started us may have had them blocked
+        if not faulthandler.is_enabled():
+            signal.pthread_sigmask(signal.SIG_BLOCK, FAULTS)  # in each thread that is started from now on, too
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

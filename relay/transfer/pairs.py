@@ -166,9 +166,9 @@ class Pairs:
 
     # Moving house
 
-    def take_in(self, state: PairState, fds: Sequence[int]) -> None:
-        """Go on with the pair of another worker; `fds` are its sockets, and what rests in it."""
-        first, second = (socket.socket(fileno=fd) for fd in fds[:2])
+    def take_in(self, state: PairState, sides: Sequence[socket.socket], fds: Sequence[int]) -> None:
+        """Go on with the pair of another worker, of these two `sides`; `fds` are what rests in it."""
+        first, second = sides
         sources = (state.first_source, state.second_source)
         for source in sources:
             self._places.take(source)
@@ -181,7 +181,7 @@ class Pairs:
             waiting_time=state.waiting_time,
             readers=_readers(state),
         )
-        pair.unpack(state, fds[2:])
+        pair.unpack(state, fds)
         self.turns.moved += pair.moved
         pair.counted = blur_size(pair.moved) if self._blurs else pair.moved
         self.begin(pair)

@@ -52,11 +52,11 @@ class Estate:
         True when the homes are others than before, so that everybody who waits here has to be settled anew.
         """
         if self.port is None and len(fds) > (FILES if language == LANGUAGE else 0):
-            self.port = socket.socket(fileno=fds.pop())
+            self.port = _last_as_socket(fds)
         if language != LANGUAGE or len(fds) < FILES:
             return False
         if self.web_port is None and len(fds) > FILES:
-            self.web_port = socket.socket(fileno=fds.pop())
+            self.web_port = _last_as_socket(fds)
         before = self.homes
         try:
             if before is not None and before.made <= Homes.made_when(fds):
@@ -69,3 +69,9 @@ class Estate:
             return False
         before.close()  # the giver was too slow to be heard when we joined, so that we took ourselves for the first
         return True
+
+
+def _last_as_socket(fds: list[int]) -> socket.socket:
+    sock = socket.socket(fileno=fds[-1])
+    fds.pop()
+    return sock

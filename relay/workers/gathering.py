@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import select
 import socket
 import time
@@ -61,8 +62,11 @@ class Gathering:
     def knock(self) -> list[Link]:
         """Visit everybody and hear their welcomes, without joining: nobody can visit us yet, and no lock is needed.
 
+        Raises OSError, too, where no socket can be handed from one process to another.
+
         Blocks for up to `KNOCK_SECONDS`; raises OSError. Returns the links to those who did not answer in time.
         """
+        _hand_one_on()
         return self._hear_welcomes(self._visit(patience=0, tidy=False), KNOCK_SECONDS)
 
     def join(self, known: Collection[str]) -> int:
@@ -173,3 +177,19 @@ class Gathering:
         self._stop_visits()
         if self._own_socket is not None:
             self._own_socket.close()
+
+
+def _hand_one_on() -> None:
+    """Hand a socket to ourselves; raises OSError with the system call that is refused."""
+    call = "socketpair"
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs:
+            call = "sendmsg"
+            socket.send_fds(ours, [b"."], [theirs.fileno()])
+            call = "recvmsg"
+            for fd in socket.recv_fds(theirs, 1, 1)[1]:
+                call = "getsockname or getsockopt"
+                socket.socket(fileno=fd).close()
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), call) from None

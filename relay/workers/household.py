@@ -242,9 +242,9 @@ class Household:
         else:
             self._reception.expect(client)
 
-    def take_in_pair(self, state: PairState, fds: Sequence[int]) -> None:
+    def take_in_pair(self, state: PairState, sides: Sequence[socket.socket], fds: Sequence[int]) -> None:
         """A sibling has handed on a pair in mid-transfer."""
-        self._pairs.take_in(state, fds)
+        self._pairs.take_in(state, sides, fds)
 
     def take_back_pair(self, pair: Pair) -> None:
         """A sibling could not take `pair`."""

@@ -8,6 +8,7 @@ them, whoever has the link decides (see `siblings`).
 from __future__ import annotations
 
 import array
+import errno
 import math
 import socket
 import time
@@ -46,6 +47,9 @@ MOST_UNDER_WAY = 256
 """When many move house, so many connections may be on their way to a worker at a time. It takes them in in ten
 milliseconds, and what comes behind them, a transfer perhaps, waits for that."""
 
+_PASSING = (errno.ETOOMANYREFS, errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
+"""Too many sockets are under way; or the link has ended, which reading finds out."""
+
 _ANCILLARY_BYTES = socket.CMSG_SPACE(CLIENTS_PER_PACKET * array.array("i").itemsize)
 
 _buffer = bytearray(LARGEST_PACKET)
@@ -60,6 +64,9 @@ class Correspondent(Protocol):
 
     def heard(self, link: Link, packet: bytes, fds: list[int]) -> None:
         """A packet has come over `link`, with `fds` beside it."""
+
+    def came_back(self, parcel: Parcel) -> None:
+        """What was to be handed on cannot be, and is ours again."""
 
     def lost(self, link: Link) -> None:
         """A link has ended."""
@@ -205,9 +212,19 @@ class Link:
             if not self._writes.active:
                 self._writes.start(self._send)
             return
-        except OSError:
-            return  # the link has ended, which reading finds out; or too many sockets are under way (ETOOMANYREFS)
+        except OSError as error:
+            if not isinstance(self._outbox[0], Parcel) or error.errno in _PASSING:
+                return
+            self._refuse_to_send()
+            return
         self._writes.stop()
+
+    def _refuse_to_send(self) -> None:
+        """No socket can be handed on now: those that were to be must not stand still until one can."""
+        self.refused_at = time.monotonic()
+        for parcel in self.take_back_unsent():
+            self._owner.came_back(parcel)
+        self._send()
 
     def _send_parcel(self, parcel: Parcel) -> None:
         envelope = self._owner.envelope()

@@ -13,6 +13,7 @@ What becomes of a client that was handed here, or comes back, is decided `AtHome
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -55,7 +56,7 @@ class Receiver(Protocol):
     def take_back(self, client: Client) -> None:
         """A sibling could not take this client."""
 
-    def take_in_pair(self, state: PairState, fds: Sequence[int]) -> None:
+    def take_in_pair(self, state: PairState, sides: Sequence[socket.socket], fds: Sequence[int]) -> None:
         """A sibling's pair is ours now, with its sockets and pipes in the order of `language.encode_pair`."""
 
     def take_back_pair(self, pair: Pair) -> None:
@@ -90,21 +91,26 @@ class Parcels:
         """An ``H`` has come; raises Misunderstood."""
         envelope = decode_envelope(packet)
         clients = decode_clients(packet)
-        if not self._accepts(link, envelope, len(clients), complete=len(clients) == len(fds)):
-            close_all(fds)
-            return
-        for handed, fd in zip(clients, fds, strict=True):
-            sock = socket.socket(fileno=fd)
-            self._receiver.take_in(_client_from(handed, sock))
+        with sockets_of(fds, len(clients)) as socks:
+            if not self._accepts(link, envelope, len(clients), complete=len(clients) == len(socks) and not fds):
+                close_all(fds)
+                return
+            for handed, sock in zip(clients, socks, strict=True):
+                self._receiver.take_in(_client_from(handed, sock))
+            socks.clear()
 
     def take_pair(self, link: Link, packet: bytes, fds: list[int]) -> None:
         """A ``P`` has come; raises Misunderstood."""
         envelope = decode_envelope(packet)
         state = decode_pair(packet)
-        if not self._accepts(link, envelope, CONNECTIONS_OF_A_PAIR, complete=len(fds) == state.fds):
-            close_all(fds)
-            return
-        self._receiver.take_in_pair(state, fds)
+        came = len(fds)
+        with sockets_of(fds, CONNECTIONS_OF_A_PAIR) as sides:
+            complete = came == state.fds and len(sides) == CONNECTIONS_OF_A_PAIR
+            if not self._accepts(link, envelope, CONNECTIONS_OF_A_PAIR, complete=complete):
+                close_all(fds)
+                return
+            self._receiver.take_in_pair(state, sides, fds)
+            sides.clear()
 
     def _accepts(self, link: Link, envelope: Envelope, connections: int, *, complete: bool) -> bool:
         """Confirm or refuse a parcel. Once it is confirmed it is ours, and the sender closes its copies."""
@@ -167,6 +173,24 @@ def _client_from(handed: HandedClient, sock: socket.socket) -> Client:
     client.source, client.recorded = handed.source, Recorded(handed.recorded)
     client.speech = unpack(handed.packed_speech)
     return client
+
+
+@contextlib.contextmanager
+def sockets_of(fds: list[int], most: int) -> Iterator[list[socket.socket]]:
+    """The sockets of the first of these file descriptors, `most` of them, which are taken out of `fds`.
+
+    Fewer when one cannot be looked at. Those that are still in the list in the end are closed.
+    """
+    socks: list[socket.socket] = []
+    try:
+        with contextlib.suppress(OSError):
+            while fds and len(socks) < most:
+                socks.append(socket.socket(fileno=fds[0]))
+                del fds[0]
+        yield socks
+    finally:
+        for sock in socks:
+            sock.close()
 
 
 def close_all(fds: list[int]) -> None:

@@ -61,6 +61,11 @@ class RunDir:
             raise Mistake(
                 f"--run-dir {self.path}: others may enter it; chmod 700 it, or name one that is not there yet"
             )
+        if not os.path.exists(f"/proc/self/fd/{fd}"):
+            os.close(fd)
+            raise Mistake(
+                f"--run-dir {self.path}: workers find each other with the help of /proc; mount it, or run one alone"
+            )
         return fd
 
     def lock(self) -> None:

@@ -45,7 +45,7 @@ from relay.workers.language import (
     encode_turn,
     kind_of,
 )
-from relay.workers.link import Link, readiest
+from relay.workers.link import Link, Parcel, readiest
 from relay.workers.parcels import PARCEL_LOST_SECONDS, Parcels, Receiver, close_all
 from relay.workers.run_dir import RunDir
 from relay.workers.terms import disagreement
@@ -128,15 +128,12 @@ class Siblings:
         Blocks for a few seconds, and for the lock; raises Mistake.
         """
         self.unanswering = self._gathering.join(self._met)
+        self._estate.make_homes(self._run_dir.path, first=not self._greeted())
         return self._estate.port, self._estate.web_port
 
     def announce(self, listener: socket.socket, web_listener: socket.socket | None) -> None:
-        """Take part: the relay's ports are open here, and newcomers get the listening sockets from us too.
-
-        Raises Mistake.
-        """
+        """Take part: the relay's ports are open here, and newcomers get the listening sockets from us too."""
         self._estate.port, self._estate.web_port = listener, web_listener
-        self._estate.make_homes(self._run_dir.path, first=not self._greeted())
         self._gathering.open()
         for link in self._greeted():
             link.say(READY)
@@ -253,6 +250,10 @@ class Siblings:
     def envelope(self) -> Envelope:
         """What goes on the next parcel."""
         return self._parcels.envelope()
+
+    def came_back(self, parcel: Parcel) -> None:
+        """What was to be handed on cannot be, and is ours again."""
+        self._parcels.have_back([parcel])
 
     def heard(self, link: Link, packet: bytes, fds: list[int]) -> None:
         """A packet has come over `link`, with `fds` beside it."""

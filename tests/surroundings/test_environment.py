@@ -226,6 +226,27 @@ def test_it_needs_no_folder_for_temporary_files(tmp_path: Path) -> None:
     assert told.stderr.count("\n") == 1
 
 
+NO_PROC = "mount -t tmpfs none /proc"
+
+
+def test_a_worker_that_is_alone_needs_no_proc(tmp_path: Path) -> None:
+    with Relay(tmp_path, "--websocket", "0", inside=in_mounts_of_its_own(NO_PROC), recording=True) as relay:
+        for size in (300_000, 3_000_000):
+            honest_transfer(relay.port, size)
+        assert [record["mood"] for record in relay.wait_for_records(2)] == ["happy"] * 2
+        assert len(relay.wait_for_rows("usage", 2)) == 2
+
+
+def test_without_proc_a_run_directory_is_a_mistake_that_names_it(tmp_path: Path) -> None:
+    inside = in_mounts_of_its_own(NO_PROC)
+    command = [*inside, sys.executable, "-m", "relay", "--port", "0", "--run-dir", str(tmp_path / "run")]
+    env = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    told = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)
+    assert told.returncode == 2
+    assert told.stderr.endswith("workers find each other with the help of /proc; mount it, or run one alone\n")
+    assert told.stderr.count("\n") == 1
+
+
 HIDING = "mount -t proc -o hidepid=2 proc /proc"
 
 
