@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from relay.options import Options
-from relay.workers.terms import NETWORK, PROCESSES, disagreement, terms_of
+from relay.workers.terms import CLOCKS, NETWORK, PROCESSES, disagreement, terms_of
 from tests.support.harness import Relay, Workers
 from tests.support.hostile import honest_transfer
 
@@ -21,6 +21,11 @@ TERMS = {
     "--usage-db": (["--usage-db", "one.sqlite"], ["--usage-db", "two.sqlite"]),
     "--log-fd or --log-stdout": (["--log-stdout"], []),
     "--max-per-source or --max-new-per-source": (["--max-per-source", "10"], []),
+    "--trusted-proxies": (["--trusted-proxies", "10.0.0.1"], ["--trusted-proxies", "10.0.0.2"]),
+    "--proxy-protocol": (
+        ["--trusted-proxies", "10.0.0.1"],
+        ["--trusted-proxies", "10.0.0.1", "--proxy-protocol"],
+    ),
 }
 
 
@@ -49,7 +54,7 @@ def test_a_worker_that_would_record_or_allow_something_else_is_refused(tmp_path:
         assert same.pids
 
 
-@pytest.mark.parametrize(("kind", "named"), [("--net", NETWORK), ("--pid", PROCESSES)])
+@pytest.mark.parametrize(("kind", "named"), [("--net", NETWORK), ("--pid", PROCESSES), ("--time", CLOCKS)])
 def test_a_worker_of_another_container_on_the_same_volume_is_refused(tmp_path: Path, kind: str, named: str) -> None:
     separate = ("unshare", kind, *(["--fork", "--mount-proc", "--kill-child"] if kind == "--pid" else []))
     if shutil.which("unshare") is None:
@@ -62,6 +67,23 @@ def test_a_worker_of_another_container_on_the_same_volume_is_refused(tmp_path: P
         assert f"another {named}" in line
         assert "a run directory of its own" in line
         honest_transfer(workers.port)
+
+
+def test_nor_is_one_whose_database_is_another_file_of_the_same_name(tmp_path: Path) -> None:
+    separate = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {tmp_path}/kept && exec "$@"', "sh")
+    (tmp_path / "kept").mkdir()
+    if subprocess.run([*separate, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("only root may mount, and not in every container: run the tests as root")
+    options = ("--usage-db", str(tmp_path / "kept" / "usage.sqlite"))
+    with Workers(tmp_path, *options, count=1, recording=False) as workers:
+        line = refusal(tmp_path, workers.port, *options, inside=separate)
+        assert "another file of that name" in line
+        honest_transfer(workers.port)
+
+
+def test_bounds_of_another_size_are_a_disagreement() -> None:
+    ten, twenty = (terms_of(Options(max_per_source=most, bounds_loopback=True)) for most in (10, 20))
+    assert "--max-per-source or --max-new-per-source 20" in (disagreement(ten, twenty) or "")
 
 
 def test_what_only_one_side_knows_is_no_disagreement() -> None:
