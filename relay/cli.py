@@ -43,6 +43,9 @@ What it records:
   --usage-db PATH              Keep usage in this SQLite file; it is made when missing.
   --log-fd FD                  Write a JSON line for each finished connection to this file descriptor.
   --log-stdout                 The same, to standard output.
+  --measure-paths              Count, at the end of each transfer of a megabyte or more, how good its paths were and
+                               what limited it, in coarse buckets over all of them: for relay-usage --paths and
+                               relay-status. Needs --usage-db.
   --blur-usage SECONDS         Round what is recorded: times down to a multiple of SECONDS, sizes up.
 
 Several workers:
@@ -264,6 +267,7 @@ def read_options(arguments: Sequence[str]) -> Options:
         max_pair_bytes=_whole_or(given, "--max-pair-bytes", None),
         pair_rate=_whole_or(given, "--pair-rate", None),
         relay_rate=_whole_or(given, "--relay-rate", None),
+        measure_paths=_measure_paths(given),
     )
     if given["--check"]:
         sys.exit(0)
@@ -282,6 +286,12 @@ def _what_docopt_means(arguments: Sequence[str], complaint: str) -> str:
         if names.count(name) > 1:
             return f"{name} is given more than once; give it once"
     return f"cannot make sense of {' '.join(arguments)!r}; see relay-gevent --help"
+
+
+def _measure_paths(given: dict[str, Any]) -> bool:
+    if given["--measure-paths"] and given["--usage-db"] is None:
+        raise Mistake("--measure-paths: give --usage-db, too, where the counts go")
+    return bool(given["--measure-paths"])
 
 
 def _websocket(given: dict[str, Any], interface: str) -> tuple[int, str] | None:

@@ -43,3 +43,4 @@ class Options:
     max_pair_bytes: int | None = None
     pair_rate: int | None = None
     relay_rate: int | None = None
+    measure_paths: bool = False

@@ -15,9 +15,11 @@ from typing import TextIO
 from relay import __version__
 from relay.mistakes import Mistake
 from relay.process.program import NotUnderstood, fail, get_ready, read_command_line, say
+from relay.report.counters import added, read_counters
 from relay.report.database import ReportError, Summary, add_now, opened
 from relay.report.export import as_csv, as_json
 from relay.report.layout import Screen, table
+from relay.report.paths import Paths, as_text, paths_of
 from relay.report.periods import Span, day_of, parse_span
 from relay.report.scan import Tallies, count
 from relay.report.summing_up import Report, sum_up
@@ -35,6 +37,8 @@ relay on several machines, are added up.
   --last N    Show the last N of these, up to today; "all" shows each that has a connection. Without it, 14 days,
               12 weeks or 12 months.
   --utc       Begin days at midnight UTC instead of local time.
+  --paths     Show instead how good the paths of transfers were, and what limited them, as a relay with
+              --measure-paths counts it since it was started.
   --json      Print a JSON document.
   --csv       Print comma-separated values.
   --help      Show this.
@@ -58,6 +62,7 @@ class Options:
     last: int | None
     utc: bool
     form: str
+    paths: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -69,8 +74,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if argv is None:
             get_ready()
         options = read_options(sys.argv[1:] if argv is None else argv)
-        report = read_report(options)
-        say(_text(report, options.form, sys.stdout))
+        if options.paths:
+            say(as_text(read_paths(options)))
+        else:
+            say(_text(read_report(options), options.form, sys.stdout))
     except (ReportError, Mistake) as mistake:
         fail("relay-usage", mistake)
     except KeyboardInterrupt:
@@ -95,8 +102,12 @@ def read_options(arguments: Sequence[str]) -> Options:
         raise ReportError(f"--by {given['--by']}: give day, week or month") from None
     if given["--json"] and given["--csv"]:
         raise ReportError("--json and --csv: give one of them")
+    if given["--paths"] and (given["--json"] or given["--csv"]):
+        raise ReportError("--paths: it is for people; relay-status has the same for programs")
     form = "json" if given["--json"] else "csv" if given["--csv"] else "table"
-    return Options(_databases(given["DATABASE"]), span, _last(given["--last"], span), given["--utc"], form)
+    return Options(
+        _databases(given["DATABASE"]), span, _last(given["--last"], span), given["--utc"], form, given["--paths"]
+    )
 
 
 def _databases(given: Sequence[str]) -> tuple[Path, ...]:
@@ -121,6 +132,15 @@ def _last(text: str | None, span: Span) -> int | None:
     if not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= MOST_PERIODS:
         raise ReportError(f"--last {text}: give a whole number from 1 to {MOST_PERIODS}, or all")
     return int(text)
+
+
+def read_paths(options: Options) -> Paths | None:
+    """Return what the relays have counted of their paths, None where none of them does. Raises ReportError."""
+    lots = []
+    for path in options.databases:
+        with opened(path) as database, database.connection() as connection:
+            lots.append(read_counters(connection))
+    return paths_of(added(lots))
 
 
 def read_report(options: Options) -> Report:

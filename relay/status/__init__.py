@@ -12,7 +12,6 @@ visitors do, reaches the relay; and it has something to say whatever has become 
 `health`     pure: is all well, in words
 `view`       pure: all that is shown, of one moment
 `metrics`    that for Prometheus; `document`, as JSON; `page`, for a person, with `plots` and `dress`
-`paths`      what the counts of --measure-paths say
 `routes`     what each URL answers; `server`, the bounds on whoever asks
 `cli`        the command line
 ===========  ==========================================================================================

@@ -22,6 +22,9 @@ h2 { font-size: 1.1rem; margin: 0 0 .6rem; }
 .tile dd { margin: 0; font-size: 1.5rem; font-weight: 600; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .tile small { display: block; font-size: .8rem; font-weight: 400; color: var(--faint); white-space: normal; }
 dl { margin: 0; }
+.rates { display: grid; grid-template-columns: repeat(auto-fit, minmax(5.5rem, 1fr)); gap: .4rem .8rem;
+  margin: 0 0 1rem; font-variant-numeric: tabular-nums; }
+.rates dt { color: var(--faint); font-size: .85rem; } .rates dd { margin: 0; white-space: nowrap; }
 section { margin: 0 0 1rem; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 0 1rem; }
 .three { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 16rem), 1fr)); gap: 1rem; }
@@ -44,7 +47,6 @@ svg path.waiting { fill: none; } .waiting.edge { stroke: var(--wait); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem .25rem 0; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
-#rates { table-layout: fixed; min-width: 34rem; }
 thead th, tr:first-child > * { border-top: 0; }
 th { font-weight: 400; color: var(--faint); font-size: .85rem; }
 th:first-child, td:first-child { text-align: left; }
@@ -54,8 +56,9 @@ td.words, th.words { white-space: normal; text-align: left; }
 p { margin: 0 0 .6rem; } p.faint, footer { color: var(--faint); font-size: .85rem; }
 footer { padding-bottom: 2rem; } a { color: var(--busy); }
 #silent { background: var(--bad); color: #fff; padding: .5rem 1rem; }
+@media (max-width: 42rem) { .tiles { grid-template-columns: 1fr 1fr; } }
 @media (max-width: 30rem) { body { font-size: 15px; } .state { font-size: 1.15rem; } .tile dd { font-size: 1.25rem; }
-  .tiles { grid-template-columns: 1fr 1fr; } section { padding: .7rem .8rem; } td.graph { display: none; } }
+  section { padding: .7rem .8rem; } td.graph { display: none; } }
 """
 
 SCRIPT = """

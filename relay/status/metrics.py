@@ -13,7 +13,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from relay.status.reading import Numbers, Reading
+from relay.report.counters import Numbers, below
+from relay.status.reading import Reading
 from relay.status.view import View
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -27,7 +28,15 @@ HISTOGRAMS = (
 )
 """What the counters' names begin with, and what each is called here."""
 
+PATHS = (
+    ("path_rtt", "path_round_trip_seconds", "Round trips of both sides of large transfers."),
+    ("path_resent", "path_resent_ratio", "Part of what went to the receivers of large transfers that was sent again."),
+    ("path_rate", "path_rate_bytes_per_second", "How fast large transfers were."),
+)
+"""The same, of --measure-paths; of these no sum is known."""
+
 LABELLED = (
+    ("path_limit", "path_limited", "by", "Large transfers by what limited them: sender, receiver, path, or relay."),
     ("refused", "refusals", "kind", "Connections that were turned away without a partner."),
     ("bound", "bounds_met", "bound", "How often a bound of the operator's was met."),
 )
@@ -125,34 +134,29 @@ def _counters(readings: _Readings) -> Iterator[Metric]:
     for prefix, name, label, says in LABELLED:
         family = CounterMetricFamily(_name(name), says, labels=["database", label])
         for path, reading in readings:
-            for kind, count in sorted(_below(reading.counters, prefix).items()):
+            for kind, count in sorted(below(reading.counters, prefix).items()):
                 family.add_metric([path, kind], count)
         yield family
 
 
 def _histograms(readings: _Readings) -> Iterator[Metric]:
-    for prefix, name, says in HISTOGRAMS:
+    for prefix, name, says in (*HISTOGRAMS, *PATHS):
         family = HistogramMetricFamily(_name(name), says, labels=["database"])
         for path, reading in readings:
-            counted = _below(reading.counters, prefix)
+            counted = below(reading.counters, prefix)
             if counted:
                 buckets, total = _cumulative(counted)
                 family.add_metric([path], buckets, total)
         yield family
 
 
-def _below(counters: Numbers, prefix: str) -> dict[str, float]:
-    """The counters whose names begin with that and a dot, by the rest of the name."""
-    begin = f"{prefix}."
-    return {name.removeprefix(begin): value for name, value in counters.items() if name.startswith(begin)}
-
-
-def _cumulative(counted: Numbers) -> tuple[list[tuple[str, float]], float]:
-    """The buckets of a histogram as Prometheus has them, each with all that is smaller, and the sum of all values."""
+def _cumulative(counted: Numbers) -> tuple[list[tuple[str, float]], float | None]:
+    """The buckets of a histogram as Prometheus has them, each with all that is smaller, and the sum of all values, if
+    that is known."""
     bounds = sorted((float(name), name) for name in counted if name != "sum")
     buckets = []
     so_far = 0.0
     for _, name in bounds:
         so_far += counted[name]
         buckets.append(("+Inf" if name == "inf" else name, so_far))
-    return buckets, counted.get("sum", 0.0)
+    return buckets, counted.get("sum")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from html import escape
 
+from relay.report.counters import below
+from relay.report.paths import Bucket, paths_of
 from relay.report.tally import Sums
 from relay.report.units import duration, size
 from relay.status import plots
@@ -72,6 +74,7 @@ def _sections(view: View) -> Iterable[str]:
         yield f'<div class="two">{_how_many(view)}{_moods(reading)}</div>\n'
         yield f'<div class="two">{_bounds(reading)}{_refusals(reading)}</div>\n'
         yield _workers(reading)
+        yield _paths(reading)
     yield _by_day(view)
     if len(view.seen) > 1:
         yield _databases(view)
@@ -114,14 +117,9 @@ def _rate(rate: float | None) -> str:
 
 
 def _how_fast(view: View) -> str:
-    head = "".join(f"<th>{name}</th>" for name in view.rates)
-    row = "".join(f"<td>{_rate(rate)}</td>" for rate in view.rates.values())
-    table = (
-        f'<div class="wide"><table id="rates"><thead><tr><th>over the last</th>{head}</tr></thead>'
-        f"<tbody><tr><th>on average</th>{row}</tr></tbody></table></div>"
-    )
+    rates = "".join(f"<div><dt>last {name}</dt><dd>{_rate(rate)}</dd></div>" for name, rate in view.rates.items())
     figures = "".join(_rate_plot(title, view.plots[title]) for title, _, _ in PLOTS if title in view.plots)
-    return _section("How fast", table, f'<div class="three">{figures}</div>')
+    return _section("How fast", f'<dl class="rates">{rates}</dl>', f'<div class="three">{figures}</div>')
 
 
 def _rate_plot(title: str, points: list[Point]) -> str:
@@ -191,12 +189,6 @@ def _counted(reading: Reading, prefix: str, nothing: str) -> str:
     return f"<table><tbody>{rows}</tbody></table>" if rows else f'<p class="faint">{nothing.capitalize()}.</p>'
 
 
-def below(counters: Mapping[str, float], prefix: str) -> dict[str, float]:
-    """The counters whose names begin with that and a dot, by the rest of the name."""
-    begin = f"{prefix}."
-    return {name.removeprefix(begin): value for name, value in counters.items() if name.startswith(begin)}
-
-
 def _workers(reading: Reading) -> str:
     if not reading.living:
         return _section("Workers", '<p class="faint">None lives.</p>')
@@ -223,6 +215,35 @@ def _worker(worker: Worker) -> str:
 
 def _whole(gauges: Mapping[str, float], name: str) -> str:
     return f"{gauges[name]:.0f}" if name in gauges else UNKNOWN
+
+
+def _paths(reading: Reading) -> str:
+    paths = paths_of(reading.counters)
+    if paths is None:
+        return ""
+    if not paths.transfers:
+        return _section("Paths", f"<p>{escape(paths.advice)}</p>")
+    limits = tuple(Bucket(name, count) for name, count in paths.limits.items())
+    tables = "".join(
+        _bucket_table(title, buckets)
+        for title, buckets in (
+            ("limited by", limits),
+            ("round trip up to", paths.rtt),
+            ("sent again up to", paths.resent),
+            ("rate up to", paths.rate),
+        )
+    )
+    return _section("Paths", f"<p>{escape(paths.advice)}</p>", f'<div class="three">{tables}</div>')
+
+
+def _bucket_table(title: str, buckets: Sequence[Bucket]) -> str:
+    most = max((bucket.count for bucket in buckets), default=0.0)
+    rows = "".join(
+        f"<tr><th>{escape(bucket.bound)}</th><td>{bucket.count:.0f}</td>"
+        f'<td class="graph">{plots.bar([("part", bucket.count)], most, "")}</td></tr>'
+        for bucket in buckets
+    )
+    return f'<table><thead><tr><th colspan="3">{escape(title)}</th></tr></thead><tbody>{rows}</tbody></table>'
 
 
 def _by_day(view: View) -> str:

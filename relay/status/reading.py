@@ -7,18 +7,14 @@ them) are simply not there.
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from relay.report.counters import Numbers, added
 from relay.report.tally import Sums
 
 STALE_AFTER = 600
 """Seconds; a worker that lives notes the time every 300, whatever happens."""
-
-Numbers = Mapping[str, float]
-"""By name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,30 +74,6 @@ class Reading:
         """A gauge of all living workers together; None when none of them has it."""
         values = [worker.gauges[name] for worker in self.living if name in worker.gauges]
         return sum(values) if values else None
-
-
-def numbers_of(text: object) -> dict[str, float]:
-    """The numbers in a JSON object, and nothing else that may be in there."""
-    try:
-        found = json.loads(text) if isinstance(text, str) else {}
-    except ValueError:
-        return {}
-    if not isinstance(found, dict):
-        return {}
-    return {name: value for name, value in found.items() if _is_number(value)}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
-
-
-def added(lots: Iterable[Numbers]) -> dict[str, float]:
-    """Numbers of the same names, added up."""
-    total: Counter[str] = Counter()
-    for numbers in lots:
-        for name, value in numbers.items():
-            total[name] += value  # type: ignore[assignment]  # a Counter takes fractions as well
-    return dict(total)
 
 
 def _added_sums(sums: Iterable[Sums]) -> Sums:

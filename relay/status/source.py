@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from relay.mistakes import Mistake
+from relay.report.counters import added, numbers_of
 from relay.report.database import ReportError, has_shm, looks_of, opened
 from relay.report.tally import Sums
-from relay.status.reading import Reading, Worker, added, numbers_of
+from relay.status.reading import Reading, Worker
 from relay.usage import lifeline
 from relay.usage.processes import is_living
 

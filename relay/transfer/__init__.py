@@ -10,6 +10,7 @@ In this order:
 `turns`     whose turn it is to move bytes, and how many
 `pipes`     the kernel pipes that pumps borrow
 `limits`    what the operator allows to a pair; `pace`, pure: how fast bytes may move at a rate
+`path`      how good the paths of a transfer were, and what limited it, for --measure-paths
 `slices`    long work in the event loop, a little at a time
 `eviction`  who gives way when there is no place for newcomers
 `state`     pure: what a pair packs of itself to move to another process

@@ -36,6 +36,8 @@ class Allowance:
     def __init__(self, limits: Limits) -> None:
         self._pair_bytes = limits.pair_bytes
         own = None if limits.pair_rate is None else Pace(limits.pair_rate)
+        self.held_back = 0.0
+        """Seconds for which its bytes have waited for these."""
         self._paces = [pace for pace in (own, limits.relay_pace) if pace is not None]
 
     def turn(self, pumps: Pumps, which: int, turns: Turns) -> None:
@@ -57,6 +59,7 @@ class Allowance:
         before = pump.moved + pump.held
         try:
             if delay > 0:
+                self.held_back += delay
                 gevent.sleep(delay)
             pump.turn(most)
         finally:

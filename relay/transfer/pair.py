@@ -70,6 +70,7 @@ class Pair:
         "due",
         "first",
         "greenlet",
+        "on_ending",
         "on_over",
         "pumps",
         "rest",
@@ -108,6 +109,8 @@ class Pair:
         self.watched: tuple[int, int] | None = None
         self._delivered: tuple[int, bool] | None = None
         self.on_over = on_over
+        self.on_ending: Callable[[Pair], None] | None = None
+        """Called with the pair just before, when its sockets are still open."""
         self.sources = sources
         self.cut_by: Bound | None = None
         self._allowance = None if limits is None else Allowance(limits)
@@ -208,6 +211,11 @@ class Pair:
         there.unpack(state.there, fds[: state.there.fds])
         back.unpack(state.back, fds[state.there.fds :])
 
+    @property
+    def held_back(self) -> float:
+        """Seconds for which bytes have waited for a rate of the operator's."""
+        return 0.0 if self._allowance is None else self._allowance.held_back
+
     def close(self) -> None:
         """Close both sockets and give up what is still held."""
         for pump in self.pumps:
@@ -217,6 +225,8 @@ class Pair:
 
     def _end(self) -> None:
         self.rest.forget(self)
+        if self.on_ending is not None:
+            self.on_ending(self)
         self.close()
         self.on_over(self)
 

@@ -15,6 +15,7 @@ from relay.options import Options
 from relay.transfer.limits import Limits
 from relay.transfer.pace import Pace
 from relay.transfer.pair import Pair, Readers
+from relay.transfer.path import LEAST_BYTES, PathCounts, look_at
 from relay.transfer.pipes import PipePool
 from relay.transfer.rest import Rest
 from relay.transfer.state import PairState
@@ -46,6 +47,9 @@ class Pairs:
         self._relay_pace = None if options.relay_rate is None else Pace(options.relay_rate)
         self._limits = self._limits_of_pairs()
         self._finished_bytes = 0
+        self.paths = PathCounts() if options.measure_paths else None
+        self.load: Callable[[], float] = lambda: 0.0
+        """What part of a processor the event loop has wanted lately."""
         self._blurs = options.blur_usage is not None
         self.counted = 0
         """Bytes moved here since the beginning, as they may be told; as new as the last `count`."""
@@ -153,6 +157,8 @@ class Pairs:
     def begin(self, pair: Pair) -> None:
         """Let `pair` pump, or go on, unless it is about to move house."""
         self._pairs.add(pair)
+        if self.paths is not None:
+            pair.on_ending = self._measure
         if pair.speaks_websocket:
             pair.be_pinged(self._pings)
         if not self.moves_on():
@@ -216,11 +222,24 @@ class Pairs:
             self._places.bounds_met.note(pair.cut_by)
         self._places.give_back(*pair.sources)
 
+    def _measure(self, pair: Pair) -> None:
+        """Count how good the paths of a pair were that is about to end."""
+        if self.paths is None or pair.moved < LEAST_BYTES:
+            return
+        busiest = max(pair.pumps, key=lambda pump: pump.moved)
+        sender, receiver = look_at(busiest.source), look_at(busiest.sink)
+        if sender is not None and receiver is not None:
+            seconds = time.monotonic() - pair.arrived - pair.waiting_time
+            self.paths.note(
+                sender, receiver, size=pair.moved, seconds=seconds, held_back=pair.held_back, load=self.load()
+            )
+
     def cut_off(self) -> None:
         """End all pairs at once."""
         for pair in self:
             pair.detach()
             if pair in self._pairs:  # and has not ended by itself while another one was detached
+                self._measure(pair)
                 pair.close()
                 self._over(pair)
 

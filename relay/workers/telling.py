@@ -7,6 +7,7 @@ last is how it stays. Whoever looks at the relay live (`relay.status`) reads it 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -24,6 +25,10 @@ from relay.workers.load import Load
 
 EVERY_SECONDS: Final = 4.5
 """Asked once a second, so this is every five."""
+
+
+LEAST_LOAD_SECONDS: Final = 0.5
+"""Over less than this, a load says little."""
 
 
 class Telling:
@@ -55,13 +60,16 @@ class Telling:
         self._bounds_met = bounds_met
         self._kept = kept
         self._refresh = refresh
-        self._load = Load()
+        self._load: Load | None = None
+        """From the first second on: what it takes to start is no load."""
+        self._load_at = self._load_lately = 0.0
         self._records = 0
         self._told: tuple[int, int] | None = None
         self._state: tuple[int, ...] = ()
         self._settled = False
         self._told_at = float("-inf")
         self._greenlet: gevent.Greenlet | None = None
+        pairs.load = lambda: self.described.gauges["load"]
         self.described = self._describe()
         """Replaced as a whole; read on any thread."""
 
@@ -78,6 +86,9 @@ class Telling:
     def every_second(self, now: float) -> None:
         """Tell what is to be told; `now` in monotonic seconds."""
         state = self._state_now()
+        if self._load is None:
+            self._load = Load()
+            self._load_at = now
         if self._counts() == self._told and (
             now - self._told_at < EVERY_SECONDS or (state == self._state and self._settled)
         ):
@@ -120,10 +131,13 @@ class Telling:
         )
 
     def _describe(self) -> Description:
+        now = time.monotonic()
+        if self._load is not None and now - self._load_at >= LEAST_LOAD_SECONDS:
+            self._load_lately, self._load_at = self._load.lately(), now
         gauges = {
             "connections": self._places.taken,
             "connections_limit": self._places.most,
-            "load": round(self._load.lately(), 3),
+            "load": round(self._load_lately, 3),
             "handshakes": len(self._reception),
             "held_bytes": self._pairs.held_bytes,
             "kept_records": self._kept(),
@@ -131,4 +145,6 @@ class Telling:
         counters = {"bytes": self._pairs.counted}
         counters |= {f"refused.{kind}": count for kind, count in self._farewell.turned_away.items()}
         counters |= {f"bound.{bound.name.lower()}": self._bounds_met.ever[bound] for bound in Bound}
+        if self._pairs.paths is not None:
+            counters |= self._pairs.paths.counters()
         return Description(gauges, counters)

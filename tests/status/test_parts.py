@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from relay.report.counters import numbers_of
+from relay.report.paths import NOT_MEASURED, as_text, paths_of
 from relay.report.tally import Sums
 from relay.status.health import MISSING_FOR, REMEMBERED, Health, Staff, judge
 from relay.status.observer import Seen
 from relay.status.plots import nice_top
 from relay.status.rates import DAY, HOUR, Rates
-from relay.status.reading import Reading, Worker, numbers_of, together
+from relay.status.reading import Reading, Worker, together
+from relay.transfer.path import PathCounts, Side, limit_of
 
 NOTHING = Sums(0, 0, 0, 0, 0)
 WORKER = Worker(pid=1, lives=True, connected=0, waiting=0, partial_bytes=0)
@@ -116,6 +119,37 @@ def test_readings_of_several_machines_add_up() -> None:
     assert (both.connected, both.bytes, both.began, len(both.living)) == (3, 15, 800_000, 4)
     assert both.counters == {"bytes": 15, "refused.x": 1}
     assert together([]) is None
+
+
+def test_the_counts_of_paths_end_in_what_to_do() -> None:
+    assert paths_of({"bytes": 1}) is None
+    assert as_text(None) == f"{NOT_MEASURED}\n"
+    counts = PathCounts()
+    assert as_text(paths_of(counts.counters())) == f"{NOT_MEASURED}\n"
+    near = Side(rtt=0.002, busy=0.1, window_shut=0.0, resent=0.0, out_of_order=0.0)
+    busy = Side(rtt=0.2, busy=9.0, window_shut=0.0, resent=0.02, out_of_order=0.0)
+    for _ in range(3):
+        counts.note(near, busy, size=10_000_000, seconds=10, held_back=0, load=0.1)
+    counts.note(busy, near, size=10_000_000, seconds=10, held_back=0, load=0.1)
+    text = as_text(paths_of(counts.counters()))
+    assert "75% of 4 transfers were limited by the path" in text
+    assert "--congestion-control bbr" in text
+    for line in ("path 3", "sender 1", "receiver 0", "3 ms 4", "300 ms 4", "3 % 3", "0 % 1", "1 MB/s 4"):
+        assert line in [" ".join(each.split()) for each in text.splitlines()], line
+
+
+def test_what_limited_a_transfer_follows_from_what_the_kernel_saw() -> None:
+    def limit(held_back: float = 0, load: float = 0.1, **sides: float) -> str:
+        quiet = Side(rtt=None, busy=0, window_shut=0, resent=0, out_of_order=sides.get("out_of_order", 0))
+        receiver = Side(None, sides.get("busy", 0), sides.get("window_shut", 0), 0, 0)
+        return limit_of(quiet, receiver, seconds=10, held_back=held_back, load=load)
+
+    assert limit() == "sender"
+    assert limit(out_of_order=0.02) == "path"
+    assert limit(busy=9) == "path"
+    assert limit(busy=9, window_shut=8) == "receiver"
+    assert limit(busy=9, window_shut=8, held_back=6) == "relay"
+    assert limit(load=0.95) == "relay"
 
 
 # Rates.
