@@ -32,9 +32,9 @@ Where it listens:
                                is otherwise that of --interface. The endpoint of --port makes one port serve both.
   -u, --websocket-url URL      What clients are told elsewhere to connect to; it is checked, and changes nothing here.
   --ping-interval SECONDS      Ping a WebSocket client that was told nothing for so long; 0 is never [default: 30]
-  --upstream HOST:PORT         Be a gateway: each WebSocket client becomes a TCP client of the relay or proxy there.
-                               There is no port for TCP then, and nothing is recorded. Several, separated by commas,
-                               take turns, and one that cannot be reached is passed over.
+  --upstream TARGETS           Be a gateway: each WebSocket client becomes a TCP client of the relay or proxy there, at
+                               HOST:PORT. There is no port for TCP then, and nothing is recorded. Several, separated by
+                               commas, take turns, and one that cannot be reached is passed over.
   --send-proxy                 Tell the upstream who each client is, in a PROXY header of version 2.
   --congestion-control NAME    How TCP sends to the clients, such as bbr, which is faster on paths that are long and
                                lose packets. Without it, as this machine does by default.

@@ -314,9 +314,9 @@ def hosts(folder: Path, **constants: float) -> Iterator[tuple[Hosts, Relay]]:
 
 
 KEEPALIVE = {
-    "clients__door__KEEPALIVE_IDLE_SECONDS": 1,
-    "clients__door__KEEPALIVE_PROBES": 2,
-    "clients__door__KEEPALIVE_PROBE_SECONDS": 1,
+    "clients__listening__KEEPALIVE_IDLE_SECONDS": 1,
+    "clients__listening__KEEPALIVE_PROBES": 2,
+    "clients__listening__KEEPALIVE_PROBE_SECONDS": 1,
 }
 DEAD = {"transfer__ending__DEAD_SECONDS": 3}
 
