@@ -41,6 +41,9 @@ class EventLoop(Protocol):
     def io(self, fd: int, events: int) -> Watcher:
         """A watcher of `fd`: 1 is readable, 2 is writable."""
 
+    def now(self) -> float:
+        """When its present iteration began; its callbacks all read the same."""
+
 
 class Client:
     """A connection and what has to be known of it. There are thousands of these: no dict, nothing that is not needed.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 from relay.clients.client import Client, EventLoop, Recorded
 from relay.clients.deadlines import Deadlines
+from relay.clients.iteration import Iteration
 from relay.clients.places import Places
 from relay.clients.speech import Ending
 from relay.usage.record import Mood, Record
@@ -55,6 +56,7 @@ class Farewell:
         self.turned_away: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
         """Since the beginning, by kind."""
         self._lingering: Deadlines[Client] = Deadlines()
+        self._iteration = Iteration(loop)
         self._on_readable = self._discard  # bound once, and not for every client
 
     def end(self, client: Client, ending: Ending) -> None:
@@ -115,6 +117,8 @@ class Farewell:
 
     def _discard(self, client: Client) -> None:
         """A client that lingers says something, or has ended its stream."""
+        if self._iteration.is_over():
+            return
         try:
             count = client.sock.recv_into(_scrap)
         except BlockingIOError:

@@ -14,6 +14,7 @@ from relay.clients.bounds import Bound
 from relay.clients.client import Client, EventLoop
 from relay.clients.deadlines import Deadlines
 from relay.clients.farewell import Farewell
+from relay.clients.iteration import Iteration
 from relay.clients.pings import Pings
 from relay.clients.places import Places
 from relay.clients.waiting_room import WaitingRoom
@@ -62,7 +63,7 @@ class Matching:
     Args:
         loop: the event loop.
         options: the operator's bounds and patience.
-        places: where bounds that were met are noted.
+        places: where bounds that were met are noted, and guests of other workers counted.
         farewell: takes those who go without a partner.
         pings: pings those who speak WebSocket.
         on_match: takes two that have met, the one that waited first; their watchers are as they were.
@@ -80,6 +81,7 @@ class Matching:
         self.elsewhere: Elsewhere = Nowhere()
         self._loop = loop
         self._options = options
+        self._places = places
         self._note = places.bounds_met.note
         self._farewell = farewell
         self._on_match = on_match
@@ -87,7 +89,8 @@ class Matching:
         self._deadlines: Deadlines[Client] = Deadlines()
         self._closed = False
         self._pings = pings
-        self._on_readable = self._interrupted  # bound once, and not for every client
+        self._iteration = Iteration(loop)
+        self._on_readable = self._heard  # bound once, and not for every client
 
     def __len__(self) -> int:
         """How many wait."""
@@ -155,7 +158,7 @@ class Matching:
         client.listen(self._loop, self._on_readable)
         if client.speech.reader is not None:
             client.speech.be_pinged(self._pings, client.sock)
-        if len(self._room) > self._options.max_waiting:
+        if len(self._room) > self._options.max_waiting + self._places.guests:
             # The oldest gives way. Were newcomers turned away instead, whoever fills the room once would own it for as
             # long as clients may wait; like this it takes more newcomers all the time, and those are bounded, too.
             self._note(Bound.WAITING)
@@ -186,6 +189,10 @@ class Matching:
         """Be home to `token` no longer if nobody waits for it here."""
         if not self._room.waiting_for(token):
             self.elsewhere.give_up(token)
+
+    def _heard(self, client: Client) -> None:
+        if not self._iteration.is_over():
+            self._interrupted(client)
 
     def _interrupted(self, client: Client) -> None:
         """A waiting client has left, or has said something before it was told ``ok``."""

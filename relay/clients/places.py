@@ -6,11 +6,16 @@ Both who waits and who is in a transfer takes a place, from accept until the soc
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable
 
 from relay.clients.bounds import Bound, BoundsMet, Sources
 from relay.clients.sources import is_loopback, is_same, source_of
 from relay.options import Options
+
+GUESTS_SECONDS = 30.0
+"""How long those that a leaving worker has handed on do not count when it is about places for newcomers: by then
+another worker has started in its place, or is not to come."""
 
 
 class Places:
@@ -28,6 +33,9 @@ class Places:
         """Has somebody give way to a newcomer from that source, when all places are taken; False if nobody need."""
         self.most = options.max_connections
         self._most_held = options.most_held
+        self.guests = 0
+        """How many, that a worker which has left handed on, take no places of newcomers."""
+        self._guests_until = 0.0  # monotonic seconds
         self.bounds_met = bounds_met
         self._counts_own = options.bounds_loopback
         self._sources = Sources(options.max_per_source, options.max_new_per_source)
@@ -37,12 +45,12 @@ class Places:
 
     def is_full(self) -> bool:
         """Whether all places are taken."""
-        return self.taken >= self.most
+        return self.taken - self.guests >= self.most
 
     @property
     def free(self) -> int:
         """For how many newcomers there are places."""
-        return max(0, self.most - self.taken)
+        return max(0, self.most + self.guests - self.taken)
 
     @property
     def room(self) -> int:
@@ -80,6 +88,12 @@ class Places:
         if source is not None:
             self._sources.add(source)
 
+    def welcome_guests(self, number: int) -> None:
+        """So many connections of a worker that leaves are about to be here: for a while they take none of the places
+        that there are for newcomers, nor does anybody give way because of them."""
+        self.guests = min(self.guests + number, max(0, self._most_held - self.most))
+        self._guests_until = time.monotonic() + GUESTS_SECONDS
+
     def has_too_many(self, source: bytes | None) -> bool:
         """Whether more connections from `source` are here than may be; siblings may have handed them on."""
         if source is None or not self._sources.has_too_many(source):
@@ -98,6 +112,8 @@ class Places:
     def next_second(self) -> None:
         """Forget who has come; to be called every second."""
         self._sources.next_second()
+        if time.monotonic() > self._guests_until:
+            self.guests = 0
 
 
 def is_own(host: str, sock: socket.socket) -> bool:

@@ -17,6 +17,7 @@ from relay.clients.client import Client, EventLoop
 from relay.clients.deadlines import Deadlines
 from relay.clients.farewell import Farewell
 from relay.clients.handshake import Handshake, Refusal
+from relay.clients.iteration import Iteration
 from relay.clients.origins import Origins
 from relay.clients.places import Places
 from relay.clients.speech import PLAIN, Speech
@@ -46,7 +47,8 @@ class Reception:
         self._shaking: dict[Client, None] = {}  # in the order in which they came
         self._deadlines: Deadlines[Client] = Deadlines()
         self._closed = False
-        self._on_readable = self._shake_hands  # bound once, and not for every client
+        self._iteration = Iteration(loop)
+        self._on_readable = self._heard  # bound once, and not for every client
 
     def __iter__(self) -> Iterator[Client]:
         """Everybody whose handshake is awaited; they may go meanwhile."""
@@ -74,6 +76,10 @@ class Reception:
             return
         self._deadlines.set(client, client.arrived + self._options.handshake_timeout)
         self._shake_hands(client)
+
+    def _heard(self, client: Client) -> None:
+        if not self._iteration.is_over():
+            self._shake_hands(client)
 
     def _shake_hands(self, client: Client) -> None:
         try:

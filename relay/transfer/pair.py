@@ -55,7 +55,8 @@ class Pair:
     long it was alone, in seconds. `limits` are the operator's, if there are any; `sources` are where the sides come
     from (see `bounds`), for whoever counts; `readers` is where the frames are of those that speak WebSocket. `on_over`
     is called with the pair, once, when it is over and its sockets are closed; then `cut_by` is the bound that ended it,
-    if one did. `counted` is what of it whoever counts bytes has counted.
+    if one did. `counted` is what of it whoever counts bytes has counted; `stays` is whether it cannot move to another
+    process.
     """
 
     __slots__ = (
@@ -77,6 +78,7 @@ class Pair:
         "second",
         "sources",
         "started",
+        "stays",
         "turns",
         "waiting_time",
         "watched",
@@ -113,6 +115,7 @@ class Pair:
         """Called with the pair just before, when its sockets are still open."""
         self.sources = sources
         self.cut_by: Bound | None = None
+        self.stays = False
         self._allowance = None if limits is None else Allowance(limits)
         self._moved_then = 0
         self.counted = 0

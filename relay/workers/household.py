@@ -169,11 +169,13 @@ class Household:
         """Give everybody who is here to the siblings, as far as these have room; to be called from a greenlet. Returns
         whether they had it for all; whoever found none stays, and a pair among them has to begin again."""
         found_room = [self._hand_on_all_pairs(), self._hand_on_newcomers(), self._hand_on_those_who_wait()]
-        return all(found_room)
+        return all(found_room) and not any(pair.stays for pair in self._pairs)
 
     def _hand_on_all_pairs(self) -> bool:
         self._pairs_came = False
         for pair in in_slices(self._pairs):
+            if pair.stays:
+                continue
             link = _once_ready(partial(self.siblings.any_with_room, CONNECTIONS_OF_A_PAIR))
             if link is None:
                 return False
@@ -203,7 +205,7 @@ class Household:
 
     def _hand_on_pairs(self, pairs: list[Pair], link: Link) -> None:
         for pair in in_slices(pairs):
-            if link.has_room(CONNECTIONS_OF_A_PAIR):
+            if link.has_room(CONNECTIONS_OF_A_PAIR) and not pair.stays:
                 self._hand_on_pair(pair, link)
 
     def _stop_watching(self, sock: socket.socket) -> None:
@@ -216,10 +218,13 @@ class Household:
 
     # Taking in
 
-    def take_in(self, client: Client) -> None:
+    def take_in(self, client: Client, *, is_guest: bool) -> None:
         """A sibling has handed `client` on."""
+        if is_guest:
+            self._places.welcome_guests(1)
         self._places.take(client.source)
-        if self._places.has_too_many(client.source):  # a source can choose tokens that all live with us
+        # A source can choose tokens that all live with us. It cannot choose where workers leave.
+        if not is_guest and self._places.has_too_many(client.source):
             self._farewell.end(client, client.speech.lonely() if client.token else Ending("errory"))
         else:
             self.take_back(client)
@@ -242,8 +247,16 @@ class Household:
         else:
             self._reception.expect(client)
 
-    def take_in_pair(self, state: PairState, sides: Sequence[socket.socket], fds: Sequence[int]) -> None:
+    def dismiss(self, client: Client) -> None:
+        """`client` belongs elsewhere and cannot be handed on: nobody can come to it here."""
+        self._farewell.end(client, client.speech.lonely() if client.token else Ending("errory"))
+
+    def take_in_pair(
+        self, state: PairState, sides: Sequence[socket.socket], fds: Sequence[int], *, is_guest: bool
+    ) -> None:
         """A sibling has handed on a pair in mid-transfer."""
+        if is_guest:
+            self._places.welcome_guests(CONNECTIONS_OF_A_PAIR)
         self._pairs.take_in(state, sides, fds)
 
     def take_back_pair(self, pair: Pair) -> None:

@@ -11,6 +11,7 @@ import array
 import errno
 import math
 import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -47,8 +48,14 @@ MOST_UNDER_WAY = 256
 """When many move house, so many connections may be on their way to a worker at a time. It takes them in in ten
 milliseconds, and what comes behind them, a transfer perhaps, waits for that."""
 
+LEAST_UNDER_WAY = 8
+"""The same for a worker that is so slow that parcels are too old when it opens them."""
+
 _PASSING = (errno.ETOOMANYREFS, errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
 """Too many sockets are under way; or the link has ended, which reading finds out."""
+
+_LASTING = (errno.EBADF, errno.EMSGSIZE)
+"""The parcel itself is to blame: it would be the same the next time."""
 
 _ANCILLARY_BYTES = socket.CMSG_SPACE(CLIENTS_PER_PACKET * array.array("i").itemsize)
 
@@ -67,6 +74,9 @@ class Correspondent(Protocol):
 
     def came_back(self, parcel: Parcel) -> None:
         """What was to be handed on cannot be, and is ours again."""
+
+    def is_unfit(self, link: Link, parcel: Parcel, error: Exception) -> None:
+        """A parcel can never be sent over a link, and is ours again."""
 
     def lost(self, link: Link) -> None:
         """A link has ended."""
@@ -107,6 +117,7 @@ class Link:
         self.unconfirmed: dict[int, Parcel] = {}
         self.under_way = 0
         """How many connections we have handed to it that it has not confirmed."""
+        self._most_under_way = MOST_UNDER_WAY
         self.pairs = 0
         self.load = FULL_LOAD
         self.room = 0
@@ -162,7 +173,15 @@ class Link:
     @property
     def laden(self) -> bool:
         """Whether so much is under way to this sibling that what can wait should."""
-        return self.under_way >= MOST_UNDER_WAY
+        return self.under_way >= self._most_under_way
+
+    def be_gentle(self) -> None:
+        """Have only half as much under way to this sibling."""
+        self._most_under_way = max(LEAST_UNDER_WAY, self._most_under_way // 2)
+
+    def be_less_gentle(self) -> None:
+        """Have a little more under way again, up to `MOST_UNDER_WAY`."""
+        self._most_under_way = min(MOST_UNDER_WAY, self._most_under_way + 1)
 
     # Saying
 
@@ -173,6 +192,11 @@ class Link:
         if not self._next_clients:
             self._run_callback(self._send_clients)
         self._next_clients.append(client)
+
+    def hand_alone(self, client: Client) -> None:
+        """Hand on `client`, which could not be sent together with others."""
+        self.under_way += 1
+        self.say(Parcel([client]))
 
     def hand_pair(self, pair: Pair) -> None:
         """Hand `pair` on, which has let go of its sockets."""
@@ -227,14 +251,18 @@ class Link:
         self._send()
 
     def _send_parcel(self, parcel: Parcel) -> None:
+        """Send it; or give it back if it can never be sent, since whoever is in it, and behind it, is served nowhere
+        meanwhile. Raises OSError when another one would fare no better."""
         envelope = self._owner.envelope()
-        if parcel.pair is None:
-            packet = encode_clients(envelope, parcel.clients)
-            fds = [client.sock.fileno() for client in parcel.clients]
-        else:
-            state, fds = parcel.pair.pack()
-            packet = encode_pair(envelope, state)
-        self._sock.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+        try:
+            packet, fds = _packed(envelope, parcel)
+            self._sock.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+        except (OSError, ValueError, struct.error) as error:
+            if isinstance(error, OSError) and (error.errno not in _LASTING or self.closed):
+                raise
+            self.under_way -= parcel.connections
+            self._owner.is_unfit(self, parcel, error)
+            return
         parcel.sent = envelope.sent
         self.unconfirmed[envelope.serial] = parcel
 
@@ -320,6 +348,14 @@ class Link:
             watcher.stop()
             watcher.close()
         self._sock.close()
+
+
+def _packed(envelope: Envelope, parcel: Parcel) -> tuple[bytes, list[int]]:
+    """A parcel as a packet, and the file descriptors beside it; raises OSError, ValueError or struct.error."""
+    if parcel.pair is None:
+        return encode_clients(envelope, parcel.clients), [client.sock.fileno() for client in parcel.clients]
+    state, fds = parcel.pair.pack()
+    return encode_pair(envelope, state), fds
 
 
 def readiest(links: Iterable[Link], connections: int) -> Link | None:

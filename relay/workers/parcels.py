@@ -50,14 +50,20 @@ PARCEL_LOST_SECONDS = 2.0
 class Receiver(Protocol):
     """What this worker does with what comes to it."""
 
-    def take_in(self, client: Client) -> None:
-        """A sibling has handed this client on; it is ours now."""
+    def take_in(self, client: Client, *, is_guest: bool) -> None:
+        """A sibling has handed this client on; it is ours now. `is_guest` is whether that is because the sibling
+        leaves."""
 
     def take_back(self, client: Client) -> None:
         """A sibling could not take this client."""
 
-    def take_in_pair(self, state: PairState, sides: Sequence[socket.socket], fds: Sequence[int]) -> None:
-        """A sibling's pair is ours now, with its sockets and pipes in the order of `language.encode_pair`."""
+    def dismiss(self, client: Client) -> None:
+        """This client cannot be handed on, to nobody."""
+
+    def take_in_pair(
+        self, state: PairState, sides: Sequence[socket.socket], fds: Sequence[int], *, is_guest: bool
+    ) -> None:
+        """The same for a pair, with its sockets and pipes in the order of `language.encode_pair`."""
 
     def take_back_pair(self, pair: Pair) -> None:
         """A sibling could not take this pair."""
@@ -96,7 +102,7 @@ class Parcels:
                 close_all(fds)
                 return
             for handed, sock in zip(clients, socks, strict=True):
-                self._receiver.take_in(_client_from(handed, sock))
+                self._receiver.take_in(_client_from(handed, sock), is_guest=link.leaving)
             socks.clear()
 
     def take_pair(self, link: Link, packet: bytes, fds: list[int]) -> None:
@@ -109,7 +115,7 @@ class Parcels:
             if not self._accepts(link, envelope, CONNECTIONS_OF_A_PAIR, complete=complete):
                 close_all(fds)
                 return
-            self._receiver.take_in_pair(state, sides, fds)
+            self._receiver.take_in_pair(state, sides, fds, is_guest=link.leaving)
             sides.clear()
 
     def _accepts(self, link: Link, envelope: Envelope, connections: int, *, complete: bool) -> bool:
@@ -126,6 +132,8 @@ class Parcels:
         parcel = link.no_longer_under_way(serial)
         if parcel is None:
             return
+        if time.monotonic() - parcel.sent < PARCEL_GOOD_SECONDS / 4:
+            link.be_less_gentle()
         if parcel.pair is not None:
             link.handed_pairs += 1
             self._receiver.handed_on_pair(parcel.pair)
@@ -136,9 +144,25 @@ class Parcels:
     def refused(self, link: Link, serial: int) -> None:
         """A sibling could not take a parcel: it is ours again."""
         parcel = link.no_longer_under_way(serial)
-        if parcel is not None:
+        if parcel is None:
+            return
+        if time.monotonic() - parcel.sent > PARCEL_GOOD_SECONDS:
+            link.be_gentle()  # it may have room, but was late to open it
+        else:
             link.refused_at = time.monotonic()
+        self.have_back([parcel])
+
+    def is_unfit(self, link: Link, parcel: Parcel) -> None:
+        """A parcel can never be sent. Who is to blame for it is found by sending each alone, and not handed on any
+        more."""
+        if parcel.pair is not None:
+            parcel.pair.stays = True
             self.have_back([parcel])
+        elif len(parcel.clients) > 1:
+            for client in parcel.clients:
+                link.hand_alone(client)
+        else:
+            self._receiver.dismiss(parcel.clients[0])
 
     def have_back(self, parcels: list[Parcel]) -> None:
         """These are ours again, soon; the transfers before the clients, who have no partner."""

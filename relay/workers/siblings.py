@@ -359,6 +359,11 @@ class Siblings:
         self._parcels.have_back(parcels)
         self._at_home.sibling_gone()
 
+    def is_unfit(self, link: Link, parcel: Parcel, error: Exception) -> None:
+        """A parcel can never be sent over a link, and is ours again."""
+        self._warn("somebody cannot be handed on, and stays with this worker: %s", error)
+        self._parcels.is_unfit(link, parcel)
+
     # By the clock
 
     def every_second(self, standing: Standing) -> None:

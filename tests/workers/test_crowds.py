@@ -166,3 +166,27 @@ def test_a_relay_that_stops_sends_its_crowd_away_a_few_at_a_time(tmp_path: Path)
         assert waiting.most_at_once() < AT_ONCE
         left.sendall(b"still here")
         assert read_exactly(right, 10) == b"still here"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("says_something", [False, True], ids=["leave", "speak"])
+def test_a_crowd_that_leaves_or_speaks_in_one_moment_is_seen_off_a_few_at_a_time(
+    tmp_path: Path, count: int, says_something: bool
+) -> None:
+    with crowd(tmp_path, count) as (waiting, stack):
+        left, right = (stack.enter_context(sock) for sock in met(waiting.workers.port))
+        waiting.begin_anew()
+        with ExitStack() as all_stopped:
+            for worker in waiting.workers.workers:
+                all_stopped.enter_context(stopped(worker))
+            for sock in waiting.clients.values():
+                if says_something:
+                    sock.sendall(b"anybody here?")
+                else:
+                    sock.close()
+        left.sendall(b"still here")
+        assert read_exactly(right, 10) == b"still here"
+        wait_until(lambda: current(waiting.workers) == (1, 0), 20, "nobody waits any more")
+        assert waiting.most_at_once() < AT_ONCE
+        if says_something:
+            assert {read_exactly(sock, 10) for sock in waiting.clients.values()} == {b"impatient\n"}

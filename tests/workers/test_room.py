@@ -7,6 +7,7 @@ only when that comes.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import signal
@@ -20,8 +21,19 @@ import pytest
 from relay.cli import RESERVED_FDS
 from tests.support.command_line import powerless
 from tests.support.crowd import Crowd
-from tests.support.harness import Relay, Workers, connect, handshake, met, new_side, new_token, wait_until
-from tests.support.hostile import answer
+from tests.support.current import share
+from tests.support.harness import (
+    CHECKOUT,
+    Relay,
+    Workers,
+    connect,
+    handshake,
+    met,
+    new_side,
+    new_token,
+    wait_until,
+)
+from tests.support.hostile import answer, dial
 from tests.support.kernel_view import holder
 
 NOFILE = 200
@@ -119,6 +131,63 @@ def test_those_without_a_partner_who_find_no_room_wait_for_the_grace_and_are_sen
     assert second.recv(10) == b"still here"
 
 
+MARK = 4321
+UNFIT = "f" * 16
+UNPACKABLE = f"""
+from relay.workers import link
+
+def refusing(encode, is_unfit):
+    def encode_or_refuse(envelope, what):
+        if is_unfit(what):
+            raise OSError({errno.EMSGSIZE}, "Message too long")
+        return encode(envelope, what)
+    return encode_or_refuse
+
+link.encode_pair = refusing(link.encode_pair, lambda pair: pair.there.moved + pair.back.moved == {MARK})
+link.encode_clients = refusing(
+    link.encode_clients, lambda clients: any(client.side == b"{UNFIT}" for client in clients)
+)
+"""
+"""Makes a worker one that cannot hand on transfers which have moved so much, nor clients of that side."""
+
+
+def test_who_cannot_be_handed_on_is_served_where_it_is_and_holds_up_nobody(
+    tmp_path: Path, stack: contextlib.ExitStack
+) -> None:
+    (tmp_path / "unfit").mkdir()
+    (tmp_path / "unfit" / "sitecustomize.py").write_text(UNPACKABLE)
+    workers = stack.enter_context(
+        Workers(tmp_path, "--grace", str(GRACE), count=1, env={"PYTHONPATH": f"{tmp_path / 'unfit'}:{CHECKOUT}"})
+    )
+    pairs = [met(workers.port, stack=stack) for _ in range(30)]
+    pairs[3][0].sendall(bytes(MARK))
+    received = 0
+    while received < MARK:
+        received += len(pairs[3][1].recv(MARK))
+    waiting = {number: (new_token(), stack.enter_context(connect(workers.port))) for number in range(30)}
+    for number, (token, sock) in waiting.items():
+        sock.sendall(handshake(token, UNFIT if number == 7 else "1" * 16))
+    wait_until(lambda: workers.rows("current")[0]["waiting"] == len(waiting), what="all wait")
+    workers.start_one()
+    leaving = workers.workers[0]
+    began = time.monotonic()
+    leaving.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: "somebody cannot be handed on" in leaving.log_text(), what="one transfer has stayed")
+    _, unfit = waiting.pop(7)
+    assert answer(unfit) == b"", "nobody could have come to it"
+    for token, sock in waiting.values():
+        partner = stack.enter_context(connect(workers.port))
+        partner.sendall(handshake(token, "2" * 16))
+        assert sock.recv(3) == partner.recv(3) == b"ok\n"
+    assert leaving.wait(20) == 0
+    assert GRACE <= time.monotonic() - began < LONGEST
+    assert [number for number, pair in enumerate(pairs) if _is_over(pair[1])] == [3]
+    assert leaving.log_text().count("somebody cannot be handed on") == 1
+    assert "cutting off 1 transfers" in leaving.log_text()
+    moods = [record["mood"] for record in workers.wait_for_records(2)]
+    assert sorted(moods) == ["happy", "lonely"]
+
+
 def _is_over(sock: socket.socket) -> bool:
     sock.setblocking(False)
     try:
@@ -146,6 +215,38 @@ def test_a_restarted_worker_has_places_again_and_nobody_gives_way_for_want_of_th
         first.sendall(b"still here")
         assert second.recv(10) == b"still here"
     assert "ended what had been idle longest" not in workers.log_text()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_those_who_wait_at_full_workers_still_do_when_one_leaves_and_newcomers_are_served_meanwhile(
+    tmp_path: Path, count: int, stack: contextlib.ExitStack
+) -> None:
+    most = (NOFILE - RESERVED_FDS) * 7 // 8 // 2
+    bounds = ("--max-connections", "--max-waiting", "--max-per-source")
+    options = [word for bound in bounds for word in (bound, str(most))]
+    workers = stack.enter_context(
+        Workers(tmp_path, *options, "--max-new-per-source", "1000000", count=count, nofile=NOFILE)
+    )
+    waiting = [stack.enter_context(dial(workers.port, "127.1.0.1")) for _ in range((most - 8) * count)]
+    tokens = [new_token() for _ in waiting]
+    for token, sock in zip(tokens, waiting, strict=True):
+        sock.sendall(handshake(token, "1" * 16))
+    wait_until(lambda: workers.rows("current")[0]["waiting"] == len(waiting), what="all wait")
+    fullest = max(range(count), key=lambda number: share(workers, workers.workers[number])[1])
+    assert workers.stop_one(fullest) == 0
+    until = time.monotonic() + 7  # longer than it takes until they are idle, and others would get their places
+    while time.monotonic() < until:
+        for sock in met(workers.port):
+            sock.close()
+    assert not any(_is_over(sock) for sock in waiting)
+    workers.start_one()
+    assert workers.stop_one((fullest + 1) % count) == 0
+    for token, sock in zip(tokens, waiting, strict=True):
+        with dial(workers.port, "127.2.0.1") as partner, sock:
+            partner.sendall(handshake(token, "2" * 16))
+            assert sock.recv(3) == partner.recv(3) == b"ok\n"
+    for bound in ("--max-waiting:", "--max-per-source:", "ended what had been idle longest"):
+        assert bound not in workers.log_text()
 
 
 @pytest.mark.parametrize(("count", "is_root"), [(2, True), (2, False), (3, False), (4, True)])
