@@ -9,18 +9,22 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from relay.clients.door import TURN_SECONDS
+from relay.transfer.pipes import PIPE_BYTES
 from tests.support.harness import (
     CHECKOUT,
     LISTENING,
     Relay,
     Workers,
     connect,
+    fill_the_way,
     handshake,
     met,
     new_side,
@@ -137,7 +141,10 @@ sys.stdin.read()
 """
 
 
-def test_with_the_pipe_memory_of_its_user_used_up_it_still_relays(tmp_path: Path, stack: contextlib.ExitStack) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_with_the_pipe_memory_of_its_user_used_up_it_still_relays_and_as_before_when_there_is_some_again(
+    count: int, stack: contextlib.ExitStack
+) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root may run a relay as another user, who alone is limited; run the tests as root")
     importing = [*AS_NOBODY, sys.executable, "-c", "import relay.cli"]
@@ -152,14 +159,19 @@ def test_with_the_pipe_memory_of_its_user_used_up_it_still_relays(tmp_path: Path
     stack.callback(hog.kill)
     assert hog.stdout is not None
     assert hog.stdout.readline() == "used up\n"
-    with Relay(tmp_path, "--grace", "0", inside=AS_NOBODY) as relay:
-        stalled = [stack.enter_context(sock) for sock in met(relay.port)]
-        stalled[0].settimeout(0.3)
-        with contextlib.suppress(TimeoutError):
-            while True:
-                stalled[0].sendall(bytes(1 << 16))
-        assert largest_pipe(relay.pid) == 0, "a pipe that is not large is worse than a copy"
-        honest_transfer(relay.port, 20_000_000)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    folder.chmod(0o777)  # below one that everybody may enter
+    workers = stack.enter_context(Workers(folder, "--grace", "0", count=count, inside=AS_NOBODY, recording=False))
+    for _ in range(4):
+        fill_the_way(met(workers.port, stack=stack)[0])
+    honest_transfer(workers.port, 20_000_000)
+    assert not any(map(largest_pipe, workers.pids)), "a pipe that is not large is worse than a copy"
+    hog.kill()
+    hog.wait()
+    for _ in range(10 * count):  # so that each worker has one
+        honest_transfer(workers.port, 3_000_000)
+        time.sleep(TURN_SECONDS / 2)
+    assert [largest_pipe(pid) for pid in workers.pids] == [PIPE_BYTES] * count
 
 
 def test_a_log_on_a_full_disk_stops_nothing(small_disk: Path, stack: contextlib.ExitStack) -> None:

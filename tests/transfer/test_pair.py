@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -70,8 +71,13 @@ def meet(service: Service) -> Iterator[Meet]:
 def shortened(**constants: float) -> list[str]:
     """What to put before the relay's command so that it runs with other constants; `transfer__ending__X` is X of
     relay.transfer.ending."""
-    changes = [f"relay.{name.replace('__', '.')} = {value}" for name, value in constants.items()]
-    imports = "import sys, relay.cli, relay.clients.door, relay.transfer.ending"
+    paths = [f"relay.{name.replace('__', '.')}" for name in constants]
+    modules = {path.rpartition(".")[0] for path in paths}
+    for path in paths:
+        module, _, constant = path.rpartition(".")
+        assert hasattr(import_module(module), constant), f"there is no {path} to make shorter"
+    changes = [f"{path} = {value}" for path, value in zip(paths, constants.values(), strict=True)]
+    imports = f"import {', '.join(['sys', 'relay.cli', *sorted(modules)])}"
     program = "; ".join([imports, *changes, "relay.cli.main(sys.argv[4:])"])
     return [sys.executable, "-c", program]
 

@@ -77,6 +77,16 @@ def fill(crowd: Crowd, workers: Workers, number: int, queued: int = 0) -> list[C
     return callers
 
 
+def patient(folder: Path) -> dict[str, str]:
+    """The environment for workers where who waits does not give way, after some seconds, to those in the queue."""
+    first = folder / "patient"
+    first.mkdir()
+    (first / "sitecustomize.py").write_text(
+        "from relay.transfer import eviction\neviction.IDLE_SECONDS = eviction.BRIEF_SECONDS = 3600.0\n"
+    )
+    return {"PYTHONPATH": f"{first}:{CHECKOUT}"}
+
+
 def test_a_single_worker_is_woken_by_a_new_connection_and_that_is_another_one_each_time(tmp_path: Path) -> None:
     with Workers(tmp_path, count=4) as workers:
         wait_until(lambda: at_the_door(workers) == workers.workers, what="all are at the door: nobody can know yet")
@@ -149,13 +159,7 @@ def test_whoever_comes_is_served_as_long_as_any_worker_has_room(tmp_path: Path) 
 
 def test_when_all_workers_are_full_the_rest_waits_in_the_listen_queue_and_keeps_nobody_busy(tmp_path: Path) -> None:
     options = ("--max-connections", "10", "--max-waiting", "10")
-    (tmp_path / "patient").mkdir()
-    # Who waits is idle, and gives way to those in the queue after some seconds: here, not.
-    (tmp_path / "patient" / "sitecustomize.py").write_text(
-        "from relay.transfer import eviction\neviction.IDLE_SECONDS = 3600.0\n"
-    )
-    env = {"PYTHONPATH": f"{tmp_path / 'patient'}:{CHECKOUT}"}
-    with Workers(tmp_path, *options, count=4, env=env) as workers, Crowd(workers.port) as crowd:
+    with Workers(tmp_path, *options, count=4, env=patient(tmp_path)) as workers, Crowd(workers.port) as crowd:
         callers = fill(crowd, workers, 48, queued=8)
         for _ in range(2):
             before = sum(map(cpu_seconds, workers.pids))
@@ -177,7 +181,7 @@ def test_when_all_workers_are_full_the_rest_waits_in_the_listen_queue_and_keeps_
 
 def test_those_without_room_do_not_keep_the_door_from_the_only_one_that_has_some(tmp_path: Path) -> None:
     options = ("--max-connections", "10", "--max-waiting", "10")
-    with Workers(tmp_path, *options, count=3) as workers, Crowd(workers.port) as crowd:
+    with Workers(tmp_path, *options, count=3, env=patient(tmp_path)) as workers, Crowd(workers.port) as crowd:
         fill(crowd, workers, 29)
         waits = []
         for _ in range(12):
