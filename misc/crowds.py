@@ -329,26 +329,34 @@ def rows(siege: Siege) -> Iterator[dict[str, object]]:
     }
 
 
+def measure(count: int, waiting: int) -> list[dict[str, object]]:
+    """So many workers, and so many who wait there: print a row for each that happens, and return them."""
+    fds, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    options = ("--max-connections", str(int(fds * 0.875)), "--max-waiting", str(fds))
+    told = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Workers(Path(folder), *options, count=count, env=counting(Path(folder))) as workers,
+        contextlib.ExitStack() as stack,
+    ):
+        for row in rows(Siege(workers, stack, waiting)):
+            told.append(row)
+            print(json.dumps(row), flush=True)
+        said = workers.log_text()
+        counts = {what: said.count(what) for what in ("does not answer", "answers again")}
+        bounds = sorted({line.partition("] ")[2] for line in said.splitlines() if "] --" in line})
+        told.append({"in the log": counts, "bounds met": bounds})
+        print(json.dumps(told[-1]))
+    return told
+
+
 def main() -> None:
     """Read the command line, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--waiting", type=int, default=60_000)
     arguments = parser.parse_args()
-    fds, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    options = ("--max-connections", str(int(fds * 0.875)), "--max-waiting", str(fds))
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Workers(Path(folder), *options, count=arguments.workers, env=counting(Path(folder))) as workers,
-        contextlib.ExitStack() as stack,
-    ):
-        siege = Siege(workers, stack, arguments.waiting)
-        for row in rows(siege):
-            print(json.dumps(row), flush=True)
-        said = workers.log_text()
-        counts = {what: said.count(what) for what in ("does not answer", "answers again")}
-        bounds = sorted({line.partition("] ")[2] for line in said.splitlines() if "] --" in line})
-        print(json.dumps({"in the log": counts, "bounds met": bounds}))
+    measure(arguments.workers, arguments.waiting)
 
 
 if __name__ == "__main__":

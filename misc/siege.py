@@ -4,8 +4,9 @@
     misc/siege.py --workers 2
     misc/siege.py --workers 2 --case places
 
-The first is a siege by strangers; the others take what all share, and are in `misc/shares.py`: `descriptors`, `places`,
-and a sibling's `room`.
+The first is a siege by strangers; the others take what all share. `misc/moving.py` has the `time` of the event loop,
+the cost of `messages`, the memory of `pipes`, and what it costs to stand `still`; `misc/shares.py` has `descriptors`,
+`places`, and a sibling's `room`; `crowds` is `misc/crowds.py`, with 15 000 who wait for each worker.
 
 Two thousand connections from one address dribble their handshake, a byte a second each, and are made again when they
 are cut off; five hundred from another address send noise, as fast as it is taken, and come back at once. Meanwhile a
@@ -29,17 +30,26 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from shares import CASES
+import crowds
+import moving
+import shares
 
 from tests.support.harness import Workers, handshake, met, new_side, new_token
 from tests.support.hostile import NOISE, honest_transfer
 
 SLOW = 2000
 GARBAGE = 500
+
+CASES: dict[str, Callable[[int], object]] = {
+    **moving.CASES,
+    **shares.CASES,
+    "crowds": lambda workers: crowds.measure(workers, crowds.CLIENTS_PER_PROCESS * workers),
+}
 
 
 def dial(port: int, source: str) -> socket.socket:
@@ -147,7 +157,9 @@ def main() -> None:
     parser.add_argument("--bounds-for-loopback", action="store_true", help="count loopback addresses like all others")
     arguments = parser.parse_args()
     if arguments.case != "strangers":
-        print(json.dumps(CASES[arguments.case](arguments.workers), indent=2))
+        figures = CASES[arguments.case](arguments.workers)
+        if isinstance(figures, dict):  # else each row was printed when it was there
+            print(json.dumps(figures, indent=2))
         return
     # Spared by default, like all of this machine's own addresses; an attacker from elsewhere is not.
     options = ("--max-new-per-source", "200") if arguments.bounds_for_loopback else ()
