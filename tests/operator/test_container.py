@@ -17,7 +17,6 @@ import pytest
 
 from tests.support import container as containers
 from tests.support.container import Image, container
-from tests.support.debian import debian
 from tests.support.harness import wait_until
 
 pytestmark = [containers.skipped, pytest.mark.timeout(900)]  # the first one makes a Debian and an image
@@ -46,9 +45,8 @@ KUBERNETES = {
 @pytest.fixture(scope="module")
 def image(pytestconfig: pytest.Config) -> Iterator[Image]:
     """The image, on a Debian of this machine's release."""
-    base = debian(pytestconfig)
     folder = Path(tempfile.mkdtemp(prefix="rg-image-", dir="/var/tmp"))
-    with containers.built(base, folder) as made:
+    with containers.built(pytestconfig, folder) as made:
         yield made
 
 
@@ -82,6 +80,7 @@ def test_it_relays_is_healthy_and_ends_within_ten_seconds_with_every_record(
         assert b"supervisord" in Path(f"/proc/{first.first_pid}/cmdline").read_bytes()
         first.transfer(b"x" * 100_000)
         assert first.answer(4002).startswith("HTTP/1.1 200 ")
+        first.wait_until_it_is_well()
         under_way = [first.met() for _ in range(20)]
         for sender, receiver in under_way:
             sender.sendall(b"cut short")
@@ -113,6 +112,7 @@ def test_another_user_goes_on_with_the_volume_in_kubernetes_environment_and_with
         other.wait_until_it_serves()
         other.transfer(b"x" * 200_000)
         assert other.answer(4002).startswith("HTTP/1.1 200 ")
+        other.wait_until_it_is_well()
         assert other.stop(10) == 0
         wait_until(lambda: '"total_bytes": 200000' in other.output[0].read_text(), 5, "the JSON line")
         assert complaints(other.text()) == []

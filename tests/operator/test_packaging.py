@@ -130,6 +130,7 @@ def test_the_sdist_holds_what_a_checkout_holds(distribution: Distribution) -> No
         "pyproject.toml",
         "ruff.toml",
         ".ci/run",
+        ".dockerignore",
     }
     for tree in ("relay", "etc", "tests", "docs", "misc"):
         files = [

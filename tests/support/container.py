@@ -15,13 +15,13 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from tests.support.debian import debian, wheels
 from tests.support.harness import CHECKOUT, connect, read_to_end, shake_hands, wait_until
 from tests.support.namespaces import Host
 from tests.support.namespaces import not_allowed as no_namespaces
@@ -85,7 +85,7 @@ def not_allowed() -> str:
     return no_namespaces()
 
 
-def gather(context: Path) -> None:
+def gather(context: Path, config: pytest.Config) -> None:
     """Copy what an image is built from, and wheels of what the relay needs, so that the build reaches for nothing."""
     context.mkdir()
     unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
@@ -94,22 +94,14 @@ def gather(context: Path) -> None:
         (shutil.copytree(source, context / name, ignore=unwanted) if source.is_dir() else shutil.copy(source, context))
     (context / "var").mkdir()
     shutil.copy(CHECKOUT / "var" / "README", context / "var")
-    # The Python of the image is that of this machine's Debian.
-    with tempfile.TemporaryDirectory() as folder:
-        for command in (
-            ["/usr/bin/python3", "-m", "venv", folder],
-            [f"{folder}/bin/pip", "wheel", "--quiet", "--wheel-dir", "wheels", "setuptools", "wheel", ".[all]"],
-        ):
-            done = subprocess.run(command, cwd=context, capture_output=True, text=True, timeout=300, check=False)
-            assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-    for wheel in (context / "wheels").glob("relay_gevent-*"):
-        wheel.unlink()
+    shutil.copytree(wheels(config), context / "wheels")
 
 
 @contextlib.contextmanager
-def built(base: Path, folder: Path) -> Iterator[Image]:
-    """Build the image on the system in the archive `base`; all that buildah keeps is in `folder`, which is removed."""
-    gather(folder / "context")
+def built(config: pytest.Config, folder: Path) -> Iterator[Image]:
+    """Build the image; all that buildah keeps is in `folder`, which is removed."""
+    base = debian(config)
+    gather(folder / "context", config)
     driver = "overlay"
 
     def buildah(*words: str, check: bool = True) -> str:
@@ -212,6 +204,10 @@ class Container:
         asking = self.connect(port)
         asking.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         return read_to_end(asking).decode()
+
+    def wait_until_it_is_well(self) -> None:
+        """Return when /healthz says so."""
+        wait_until(lambda: self.serves(4080) and "200 OK" in self.answer(4080, "/healthz"), 30, "/healthz says 200")
 
     def stop(self, seconds: float) -> int:
         """Send SIGTERM to process 1, as a platform does, and return the exit status; AssertionError after `seconds`."""

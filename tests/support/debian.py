@@ -5,14 +5,19 @@ Making it takes most of a minute, so it is made once and kept in pytest's cache.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-PACKAGES = "ca-certificates,python3-venv"
+from tests.support.harness import CHECKOUT
+
+PACKAGES = "ca-certificates,curl,python3-venv"
 """What it has besides the least. Documentation and translations are left out."""
 
 _LEFT_OUT = ("doc", "info", "locale", "man")
@@ -57,7 +62,7 @@ def debian(config: pytest.Config) -> Path:
     if reason:
         pytest.skip(reason)
     assert config.cache is not None
-    archive = config.cache.mkdir("debian") / f"{codename()}.tar"
+    archive = config.cache.mkdir("debian") / f"{codename()}-{_digest(PACKAGES)}.tar"
     if not archive.exists():
         being_made = archive.with_suffix(f".{os.getpid()}.tar")
         left_out = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in _LEFT_OUT]
@@ -71,3 +76,42 @@ def debian(config: pytest.Config) -> Path:
             pytest.skip(f"mmdebstrap cannot make a Debian here: {done.stderr.strip()[-500:]}")
         being_made.rename(archive)
     return archive
+
+
+def wheels(config: pytest.Config) -> Path:
+    """Return a folder of wheels of all that the relay needs, and of what builds it, for that system's Python, which is
+    of this machine's release; not of the relay itself. Kept in pytest's cache while setup.cfg asks for the same."""
+    assert config.cache is not None
+    wanted = f"{sys.version_info}{(CHECKOUT / 'setup.cfg').read_text().partition('[options.extras_require]')}"
+    folder = config.cache.mkdir("debian") / f"wheels-{_digest(wanted)}"
+    if not folder.exists():
+        with tempfile.TemporaryDirectory() as above:
+            source, made = Path(above) / "source", Path(above) / "wheels"
+            unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*", "docs", "tests", "var", "dist")
+            shutil.copytree(CHECKOUT, source, ignore=unwanted)
+            (source / "var").mkdir()
+            for command in (
+                ["/usr/bin/python3", "-m", "venv", f"{above}/venv"],
+                [
+                    f"{above}/venv/bin/pip",
+                    "wheel",
+                    "--quiet",
+                    "--wheel-dir",
+                    str(made),
+                    "setuptools",
+                    "wheel",
+                    ".[all]",
+                ],
+            ):
+                done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=300, check=False)
+                assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+            for wheel in made.glob("relay_gevent-*"):
+                wheel.unlink()
+            being_copied = folder.with_suffix(f".{os.getpid()}")
+            shutil.copytree(made, being_copied)
+            being_copied.rename(folder)
+    return folder
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

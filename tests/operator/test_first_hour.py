@@ -1,0 +1,58 @@
+"""docs/first-hour.md, its commands run in order on a Debian made for that.
+
+Without those that need further packages of Debian's, which `misc/first_hour.py` runs as well when it is told to.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import namespaces
+from tests.support.debian import debian, wheels
+from tests.support.harness import CHECKOUT
+
+PAGE = CHECKOUT / "docs" / "first-hour.md"
+PROGRAM = CHECKOUT / "misc" / "first_hour.py"
+
+pytestmark = [
+    pytest.mark.skipif(bool(namespaces.not_allowed()), reason=namespaces.not_allowed()),
+    pytest.mark.timeout(900),  # it may have to make a Debian first
+]
+
+
+def follow(page: Path, base: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the short form of a page's commands; whatever the exit status."""
+    command = [sys.executable, str(PROGRAM), "--short", "--base", str(base), "--wheels", str(folder), str(page)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+
+
+@pytest.fixture(scope="module")
+def all_wheels(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wheels of the relay and of all that it needs."""
+    folder = tmp_path_factory.mktemp("first-hour") / "wheels"
+    shutil.copytree(wheels(pytestconfig), folder)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", str(folder), str(CHECKOUT)], check=True, timeout=200)
+    return folder
+
+
+def test_the_first_hour_s_commands_do_what_the_page_says(pytestconfig: pytest.Config, all_wheels: Path) -> None:
+    done = follow(PAGE, debian(pytestconfig), all_wheels)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}{done.stderr[-5000:]}"
+    assert "blocks of commands held" in done.stdout
+    assert "relay-gevent usage" in done.stdout
+
+
+def test_a_command_that_fails_is_named(pytestconfig: pytest.Config, all_wheels: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A page\n\n```sh\ntrue\n```\n\n```sh long\nfalse\n```\n\n```sh\ncurl --silent http://127.0.0.1:1/\n```\n"
+    )
+    done = follow(page, debian(pytestconfig), all_wheels)
+    assert done.returncode != 0
+    assert "the commands from line 12 on failed with status 7" in done.stderr
