@@ -28,18 +28,21 @@ $(VENV)/.test: $(DISTRIBUTION) | $(BIN)/python
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@ $(VENV)/.relay
 
-# Returns when the relay accepts connections; supervisord goes on in the background. The ports are those that the first
-# worker's log tells: supervisord may have been running already, or been told of others by its file.
+# Returns when the relay accepts connections; supervisord goes on in the background. The addresses are those that the logs
+# tell: supervisord may have been running already, or been told of others by its file.
 run: $(VENV)/.relay
 	@$(BIN)/supervisorctl -c $(CONF) pid >/dev/null 2>&1 || $(BIN)/supervisord -c $(CONF)
-	@for try in 1 2 3 4 5 6 7 8 9 10; do \
-	    sleep 0.5; $(BIN)/supervisorctl -c $(CONF) status 'relay:*' | awk '$$2 != "RUNNING" {bad = 1} END {exit bad || !NR}' && exit 0; \
-	done; $(BIN)/supervisorctl -c $(CONF) status; tail -n 5 var/*.log; exit 1
-	@pid=$$($(BIN)/supervisorctl -c $(CONF) pid relay:relay-0); \
-	sed -n "s/.*relay-gevent\[$$pid\] \(listening on .*\)/The relay runs, \1/p; s/.*relay-gevent\[$$pid\] \(WebSocket on .*\)/    \1/p" \
-	    var/relay-0.log
+	@for try in $$(seq 60); do \
+	    sleep 0.5; $(BIN)/supervisorctl -c $(CONF) status 'relay:*' >var/.status; \
+	    grep -q FATAL var/.status && break; \
+	    pid=$$(sed -n 's/^relay:relay-0 *RUNNING *pid \([0-9]*\),.*/\1/p' var/.status); \
+	    if grep -qv RUNNING var/.status || ! grep -qs "relay-gevent\[$$pid\] listening on " var/relay-0.log; then continue; fi; \
+	    sleep 0.2; rm var/.status; \
+	    sed -n "s/.*relay-gevent\[$$pid\] \(listening on .*\)/The relay runs, \1/p; s/.*relay-gevent\[$$pid\] \(WebSocket on .*\)/    \1/p" \
+	        var/relay-0.log; exit 0; \
+	done; rm -f var/.status; $(BIN)/supervisorctl -c $(CONF) status; tail -n 5 var/*.log; exit 1
 	@if $(BIN)/supervisorctl -c $(CONF) status status | grep -q RUNNING; \
-	    then echo "Seen live: http://127.0.0.1:$(RELAY_STATUS_LISTEN)/"; \
+	    then sed -n 's/.*the status page is at \(.*\)/Seen live: \1/p' var/status.log | tail -n 1; \
 	    else echo "The status page does not run: $$(tail -n 1 var/status.log)"; fi
 	@echo "What it does: var/*.log; its usage: var/relay/usage.jsonl, var/relay/usage.sqlite. Next: make status, make stop"
 
