@@ -170,16 +170,9 @@ def prepare(root: Path, base: Path | None, wheels: Path, wanted: list[Block]) ->
         shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
         env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive"}
         for words in (["update"], ["install", "-y", "--no-install-recommends", *packages(wanted)]):
-            inside = [
-                "unshare",
-                "--mount",
-                "chroot",
-                str(root),
-                "sh",
-                "-c",
-                'mount -t proc proc /proc; exec apt-get -qq "$@"',
-            ]
-            subprocess.run([*inside, "apt-get", *words], env=env, check=True, stdout=subprocess.DEVNULL)
+            there = 'mount --rbind /dev "$0/dev"; mount -t proc proc "$0/proc"; exec chroot "$0" apt-get -qq "$@"'
+            inside = ["unshare", "--mount", "--propagation", "private", "sh", "-e", "-c", there, str(root)]
+            subprocess.run([*inside, *words], env=env, check=True, stdout=subprocess.DEVNULL)
     for name, text in (("systemctl", SYSTEMCTL), ("apt-get", APT_GET), ("certbot", CERTBOT)):
         path = root / "played" / name
         path.parent.mkdir(exist_ok=True)
@@ -227,7 +220,9 @@ def run_all(root: Path, wanted: list[Block]) -> None:
     mailbox = None
     if any("wormhole " in block.text for block in wanted):
         options = ["--port", "tcp:4000:interface=127.0.0.1", "--channel-db", ":memory:", "--usage-db", ":memory:"]
-        mailbox = subprocess.Popen([sys.executable, "-m", "twisted", "wormhole-mailbox", *options], cwd=root / "tmp")
+        mailbox = subprocess.Popen(
+            [sys.executable, "-m", "twisted", "wormhole-mailbox", *options], cwd=root / "tmp", stdout=subprocess.DEVNULL
+        )
     for block in wanted:
         print(f"first_hour.py: line {block.line}", flush=True)
         run(block, root)

@@ -140,7 +140,7 @@ def test_two_over_one_volume_both_serve_whoever_ends_first(image: Image, volume:
 
 def test_a_relay_that_cannot_start_ends_its_container_and_says_why(image: Image, volume: Path, tmp_path: Path) -> None:
     with container(image, volume, tmp_path / "wrong", environment={"RELAY_OPTIONS": "--grace soon"}) as wrong:
-        wrong.process.wait(60)
+        wrong.process.wait(120)
         assert "relay-gevent: error: --grace soon" in wrong.text()
         assert "no worker can be started" in wrong.text()
     volume.chmod(0o755)
