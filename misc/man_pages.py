@@ -19,7 +19,7 @@ from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
 
-_OPTION = re.compile(r"  (?P<name>(?:-\w, )?--[\w-]+(?: [A-Z]+)?)(?:  +(?P<text>\S.*))?$")
+_OPTION = re.compile(r"  (?P<name>(?:-\w, )?--[\w-]+(?: [A-Z]\S*)?)(?:  +(?P<text>\S.*))?$")
 _HEADING = re.compile(r"(?P<title>\S.*):$")
 
 # What a help text has no room for, by the name of the program.
