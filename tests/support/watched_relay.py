@@ -49,19 +49,23 @@ _FIRST, _LAST = 2, -2
 class Standstill:
     """A time in which the event loop looked at no socket.
 
-    `seconds` in all, of which it was ready to run for `unprocessed` but had no processor: the machine was busy, and the
-    relay could do nothing about it. `seen` is where it stood, and `by_gevent` the greenlet that gevent found to blame.
+    For `waiting` seconds it waited for another thread to let go of the interpreter, and for `running` it had it. While
+    it ran, it was ready for `unprocessed` but had no processor, and so were all threads, one of which had the
+    interpreter, for `all_unprocessed` while it waited: the machine was busy, and the relay could do nothing about it.
+    `seen` is where it stood, and `by_gevent` the greenlet that gevent found to blame.
     """
 
-    seconds: float
+    waiting: float
+    running: float
     unprocessed: float
+    all_unprocessed: float
     seen: str
     by_gevent: str
 
     @property
     def own(self) -> float:
         """Seconds that the relay took itself or waited for something."""
-        return self.seconds - self.unprocessed
+        return max(0.0, self.waiting - self.all_unprocessed) + max(0.0, self.running - self.unprocessed)
 
 
 def standstills(folder: Path) -> list[Standstill]:
@@ -80,10 +84,11 @@ class LoopWatch:
     def __init__(self, folder: Path) -> None:
         self._told = (folder / f"standstills-{os.getpid()}").open("a", buffering=1)
         self._thread_id = threading.get_ident()
-        self._schedstat = os.open(f"/proc/self/task/{threading.get_native_id()}/schedstat", os.O_RDONLY)
+        self._own_schedstat = os.open(f"/proc/self/task/{threading.get_native_id()}/schedstat", os.O_RDONLY)
+        self._schedstats: list[int] = []
         self._hub = gevent.get_hub()
         self._back: float | None = None  # when the loop last came back from its sockets; None: it is there, or not yet
-        self._unprocessed = 0.0
+        self._waiting = self._unprocessed = self._all_unprocessed = 0.0
         self._seen = self._by_gevent = ""
         loop = self._hub.loop
         self._watchers = [loop.check(), loop.prepare()]
@@ -96,6 +101,8 @@ class LoopWatch:
         prepare.start(self._goes)
         tracer = GreenletTracer()
         threading.Thread(target=self._look, args=[tracer], name="looks at the loop", daemon=True).start()
+        tasks = os.listdir("/proc/self/task")
+        self._schedstats = [os.open(f"/proc/self/task/{task}/schedstat", os.O_RDONLY) for task in tasks]
 
     def stop(self) -> None:
         """The rest of the process is no event loop's business."""
@@ -105,20 +112,21 @@ class LoopWatch:
 
     def _comes_back(self) -> None:
         # The loop takes the time as soon as it is back, and then waits for the interpreter.
-        late = max(0.0, time.time() - self._hub.loop.now())
-        self._unprocessed = self._waited_for_a_processor()
+        self._waiting = max(0.0, time.time() - self._hub.loop.now())
+        self._unprocessed = _waited_for_a_processor(self._own_schedstat)
         self._seen = self._by_gevent = ""
-        self._back = time.monotonic() - late
+        self._back = time.monotonic()
 
     def _goes(self) -> None:
         back, self._back = self._back, None
-        if back is None or (seconds := time.monotonic() - back) <= LONGEST_SECONDS:
+        running = 0.0 if back is None else time.monotonic() - back
+        before, self._all_unprocessed = self._all_unprocessed, sum(map(_waited_for_a_processor, self._schedstats))
+        if back is None or self._waiting + running <= LONGEST_SECONDS:
             return
-        unprocessed = self._waited_for_a_processor() - self._unprocessed
-        self._told.write(json.dumps(asdict(Standstill(seconds, unprocessed, self._seen, self._by_gevent))) + "\n")
-
-    def _waited_for_a_processor(self) -> float:
-        return int(os.pread(self._schedstat, 100, 0).split()[1]) / 1e9
+        unprocessed = _waited_for_a_processor(self._own_schedstat) - self._unprocessed
+        all_unprocessed = self._all_unprocessed - before
+        one = Standstill(self._waiting, running, unprocessed, all_unprocessed, self._seen, self._by_gevent)
+        self._told.write(json.dumps(asdict(one)) + "\n")
 
     def _look(self, tracer: GreenletTracer) -> None:
         while True:
@@ -130,6 +138,14 @@ class LoopWatch:
                     self._seen = "".join(traceback.format_stack(frame)) if frame is not None else ""
             if found := tracer.did_block_hub(self._hub):
                 self._by_gevent = str(found[1])
+
+
+def _waited_for_a_processor(schedstat: int) -> float:
+    """Seconds since a thread was started; sched-stats in the kernel's documentation."""
+    try:
+        return int(os.pread(schedstat, 100, 0).split()[1]) / 1e9
+    except ProcessLookupError:
+        return 0.0  # it has ended
 
 
 def _tell_what_is_inside(folder: Path) -> None:
