@@ -43,7 +43,8 @@ def main() -> None:
                     suppress_health_check=list(HealthCheck),
                 ),
             )
-            print(f"{books.runs} runs, {books.clients} clients, {books.restarts} workers replaced", flush=True)
+            came = f"{books.clients} clients, {books.web_clients} of them over WebSocket"
+            print(f"{books.runs} runs, {came}, {books.restarts} workers replaced", flush=True)
     finally:
         books.close()
 

@@ -21,9 +21,7 @@ import json
 import math
 import random
 import signal
-import socket
 import sqlite3
-import struct
 import sys
 import tempfile
 import time
@@ -34,9 +32,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.support.crowd import Crowd, Transfer
-from tests.support.harness import Workers, handshake, new_side, new_token, open_fds, own_memory, wait_until
+from tests.support.crowd import Caller, Crowd, Transfer
+from tests.support.harness import Workers, new_side, new_token, open_fds, own_memory, wait_until
+from tests.support.intentions import Hostile, new_hostile
 from tests.support.watched_relay import Standstill, standstills
+from tests.support.web import web_options, web_port
 
 WORKERS = 4
 WARM_UP_SECONDS = 45.0
@@ -60,6 +60,7 @@ OPTIONS = (
     *("--max-waiting-per-token", "8"),
     *("--max-per-source", "300"),
     *("--max-new-per-source", "100"),
+    *("--ping-interval", "1"),
 )
 
 
@@ -79,231 +80,6 @@ class Course:
 WHOLE = Course(True, (8.0, 25.0), 6.3)
 SHORT = Course(False, (2.0, 4.0), 5.3)
 
-_GARBAGE = random.Random(6).randbytes(1 << 16)
-
-
-# Hostile clients
-
-
-class Hostile:
-    """One or several connections of one intention; `step` is called often, until `over`.
-
-    `records` are how many connections it has made that have to be on record, `pairs` how many of its transfers. Who
-    ends without a byte is on none: it comes from an address of this machine, as health checks do.
-    """
-
-    def __init__(self, port: int, source: str) -> None:
-        self.port = port
-        self.source = source
-        self.began = time.monotonic()
-        self.over = False
-        self.records = 0
-        self.pairs = 0
-        self.socks: list[socket.socket] = []
-
-    def dial(self) -> socket.socket:
-        """Connect from this client's address."""
-        sock = socket.socket()
-        sock.bind((self.source, 0))
-        sock.settimeout(5)
-        sock.connect(("127.0.0.1", self.port))
-        sock.setblocking(False)
-        self.socks.append(sock)
-        self.records += 1
-        return sock
-
-    @property
-    def age(self) -> float:
-        """Seconds since it began."""
-        return time.monotonic() - self.began
-
-    def step(self) -> None:
-        """Do what is to be done now."""
-        raise NotImplementedError
-
-    def hang_up(self, *, reset: bool = False) -> None:
-        """Close everything."""
-        for sock in self.socks:
-            if reset:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            sock.close()
-        self.socks = []
-        self.over = True
-
-
-def heard(sock: socket.socket) -> bytes | None:
-    """What has come: None for nothing, empty for an end of any kind."""
-    try:
-        return sock.recv(1 << 16)
-    except BlockingIOError:
-        return None
-    except OSError:
-        return b""
-
-
-def say(sock: socket.socket, words: bytes) -> bool:
-    """Send what fits; False when the connection is over."""
-    try:
-        sock.send(words)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return True
-
-
-class Dribbler(Hostile):
-    """Says a good handshake, too slowly; or nothing at all."""
-
-    def __init__(self, port: int, source: str, *, silent: bool) -> None:
-        super().__init__(port, source)
-        self.sock = self.dial()
-        self.line = b"" if silent else handshake(new_token(), new_side())
-        self.said = 0
-        self.records = 0 if silent else 1
-
-    def step(self) -> None:
-        if heard(self.sock) == b"":
-            self.hang_up()
-        elif self.age > 0.3 * self.said and self.said < len(self.line):
-            say(self.sock, self.line[self.said : self.said + 1])
-            self.said += 1
-
-
-class GarbageSender(Hostile):
-    """Sends noise as fast as it is taken, until it is cut off."""
-
-    def __init__(self, port: int, source: str) -> None:
-        super().__init__(port, source)
-        self.sock = self.dial()
-
-    def step(self) -> None:
-        if not say(self.sock, _GARBAGE) or self.age > 10:
-            self.hang_up()
-
-
-class Impatient(Hostile):
-    """Speaks before it was told ok."""
-
-    def __init__(self, port: int, source: str) -> None:
-        super().__init__(port, source)
-        self.sock = self.dial()
-        say(self.sock, handshake(new_token(), new_side()) + b"hello?")
-
-    def step(self) -> None:
-        if heard(self.sock) == b"":
-            self.hang_up()
-
-
-class Quitter(Hostile):
-    """Leaves, at any stage before it has met anybody, with an end of stream, a half-closed stream or a reset."""
-
-    def __init__(self, port: int, source: str) -> None:
-        super().__init__(port, source)
-        self.sock = self.dial()
-        line = handshake(new_token(), new_side())
-        said = line[: random.randint(0, len(line))]
-        self.records = 1 if said else 0
-        say(self.sock, said)
-        self.leaves_at = random.uniform(0, 1)
-        self.way = random.choice(["close", "reset", "half"])
-        self.half = False
-
-    def step(self) -> None:
-        if self.half:
-            if heard(self.sock) == b"":
-                self.hang_up()
-        elif self.age > self.leaves_at:
-            if self.way == "half":
-                self.half = True
-                try:
-                    self.sock.shutdown(socket.SHUT_WR)
-                except OSError:
-                    self.hang_up()
-            else:
-                self.hang_up(reset=self.way == "reset")
-
-
-class TokenFlood(Hostile):
-    """More connections with one token and one side than may wait."""
-
-    def __init__(self, port: int, source: str) -> None:
-        super().__init__(port, source)
-        line = handshake(new_token(), new_side())
-        for _ in range(12):
-            say(self.dial(), line)
-
-    def step(self) -> None:
-        if self.age > 2:
-            self.hang_up(reset=random.random() < 0.5)
-
-
-class Burst(Hostile):
-    """More new connections at once than one address may make, all silent."""
-
-    def __init__(self, port: int, source: str) -> None:
-        super().__init__(port, source)
-        self.left = [self.dial() for _ in range(150)]
-        self.records = 0
-
-    def step(self) -> None:
-        for sock in list(self.left):
-            if heard(sock) is not None:
-                self.left.remove(sock)
-        if not self.left or self.age > 15:
-            self.hang_up()
-
-
-class BadPartner(Hostile):
-    """Two that meet, and of whom one never reads, or sends urgent data; and then both are gone."""
-
-    def __init__(self, port: int, source: str) -> None:
-        super().__init__(port, source)
-        token = new_token()
-        self.left, self.right = self.dial(), self.dial()
-        for sock in (self.left, self.right):
-            say(sock, handshake(token, new_side()))
-        self.answers = {self.left: b"", self.right: b""}
-        self.met = False
-        self.urgent = random.random() < 0.3
-
-    def step(self) -> None:
-        if not self.met:
-            for sock, answer in self.answers.items():
-                if len(answer) < 3:
-                    self.answers[sock] += heard(sock) or b""
-            self.met = all(answer == b"ok\n" for answer in self.answers.values())
-            if self.met:
-                self.records, self.pairs = 0, 1
-        elif self.urgent:
-            try:
-                self.left.send(b"!", socket.MSG_OOB)
-            except OSError:
-                self.hang_up()
-        else:
-            say(self.left, _GARBAGE)
-        if not self.over and self.age > 4:
-            self.hang_up(reset=random.random() < 0.7)
-
-
-def new_hostile(port: int) -> Hostile:
-    """One of the above, from an address that is not that of the honest ones."""
-    source = f"127.1.0.{random.randint(1, 4)}"
-    kind = random.random()
-    if kind < 0.35:
-        return Dribbler(port, source, silent=kind < 0.1)
-    if kind < 0.5:
-        return GarbageSender(port, source)
-    if kind < 0.65:
-        return Impatient(port, source)
-    if kind < 0.85:
-        return Quitter(port, source)
-    if kind < 0.92:
-        return BadPartner(port, source)
-    if kind < 0.99:
-        return TokenFlood(port, source)
-    return Burst(port, source)
-
 
 # Honest clients
 
@@ -315,6 +91,7 @@ class Honest:
     left: int
     right: int
     token: str
+    web: str
     second_at: float
     transfer: Transfer
     began: float = field(default_factory=time.monotonic)
@@ -352,6 +129,7 @@ class Soak:
         self.workers = Workers(
             folder,
             *OPTIONS,
+            *web_options(),
             count=WORKERS,
             program="tests.support.watched_relay",
             env={"WATCH_FOLDER": str(folder), "MALLOC_ARENA_MAX": "2"},
@@ -359,7 +137,7 @@ class Soak:
         self.honest: list[Honest] = []
         self.hostile: list[Hostile] = []
         self.whole: dict[int, float] = {}  # by the bytes they moved, which no two share: when each ended
-        self.cut = 0
+        self.cut = self.with_web = 0
         self._lately: list[tuple[float, Hostile]] = []
         self.wrong: list[str] = []
         self.kills: list[float] = []
@@ -381,8 +159,10 @@ class Soak:
 
     def run(self) -> bool:
         """Do it all; returns whether all was well."""
-        with self.workers, Crowd(self.workers.port) as crowd:
-            self.crowd = crowd
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.workers)
+            self.web_port = web_port(self.workers)
+            self.crowd = crowd = stack.enter_context(Crowd(self.workers.port, self.web_port))
             crowd.every_tick = self._tick_hostile
             before = self._warm_up() if self.course.warm_up else None
             self._load(self.seconds, restarting=True)
@@ -427,29 +207,52 @@ class Soak:
             self._restarting.result()
 
     def _tick_honest(self, now: float, *, more: bool) -> None:
-        while more and len(self.honest) < HONEST_AT_A_TIME:
-            self.honest.append(self._new_honest())
+        while more and len(self.honest) < HONEST_AT_A_TIME and (new := self._new_honest()) is not None:
+            self.honest.append(new)
         for one in list(self.honest):
             transfer = one.transfer
             if not one.called and now > one.second_at and not transfer.left.closed:
-                one.called = True
-                rate = random.uniform(20_000, 500_000)
-                transfer.right = self.crowd.call(one.token, new_side(), rate=rate, quota=one.right)
+                self._call_the_second(one)
             if transfer.left.closed and (transfer.right.closed or not one.called):
                 self._honest_over(one, now)
             elif now - one.began > 90:
                 self.wrong.append(f"a transfer hangs: {transfer.left.answer!r} {transfer.right.answer!r}")
                 self._let_go(one)
 
-    def _new_honest(self) -> Honest:
+    def _new_honest(self) -> Honest | None:
         left = int(10 ** random.uniform(0, self.course.largest))
         right = int(10 ** random.uniform(0, 5)) if random.random() < 0.5 else 0
         while left + right in self._sizes:
             left += 1
         self._sizes.add(left + right)
-        token = new_token()
-        caller = self.crowd.call(token, new_side(), rate=random.uniform(50_000, 1_500_000), quota=left)
-        return Honest(left, right, token, time.monotonic() + random.choice([0, 0, 0.5, 3]), Transfer(caller, caller))
+        token, web = new_token(), random.choice(["", "", "left", "right", "both"])
+        caller = self._call(token, random.uniform(50_000, 1_500_000), left, right, web, "left")
+        if caller is None:
+            return None
+        wait = random.choice([0, 0, 0.5, 3])
+        return Honest(left, right, token, web, time.monotonic() + wait, Transfer(caller, caller))
+
+    def _call_the_second(self, one: Honest) -> None:
+        caller = self._call(one.token, random.uniform(20_000, 500_000), one.right, one.left, one.web, "right")
+        if caller is not None:
+            one.called = True
+            one.transfer.right = caller
+
+    def _call(self, token: str, rate: float, quota: int, other: int, web: str, which: str) -> Caller | None:
+        """Call as one side; None when a worker was killed in the middle of it.
+
+        A Close is the end of both directions, so where one speaks WebSocket both end only when they have everything.
+        """
+        expects = other if web else None
+        try:
+            return self.crowd.call(
+                token, new_side(), rate=rate, quota=quota, expects=expects, web=web in (which, "both")
+            )
+        except OSError as error:
+            self.doubtful_records += 1
+            if not self._was_killed(time.monotonic(), time.monotonic()):
+                self.wrong.append(f"an honest client could not connect: {error}")
+            return None
 
     def _honest_over(self, one: Honest, now: float) -> None:
         transfer = one.transfer
@@ -465,6 +268,7 @@ class Soak:
                 self.wrong.append(f"no worker was killed, but: {answers} {error}")
         else:
             self.whole[one.size] = now
+            self.with_web += bool(one.web)
         self._let_go(one)
 
     def _let_go(self, one: Honest) -> None:
@@ -477,7 +281,7 @@ class Soak:
         if now > self._next_hostile:
             self._next_hostile = now + random.expovariate(HOSTILE_A_SECOND)
             try:
-                one = new_hostile(self.workers.port)
+                one = new_hostile(self.workers.port, self.web_port)
             except OSError as error:
                 self.wrong.append(f"a hostile client could not connect: {error}")
                 return
@@ -631,6 +435,7 @@ class Soak:
                     "restarts": self.restarts - len(self.kills),
                     "kills": len(self.kills),
                     "honest transfers whole": len(self.whole),
+                    "of these with a WebSocket client": self.with_web,
                     "their bytes": sum(self.whole),
                     "cut by a kill": self.cut,
                     "hostile": dict(self.intentions),

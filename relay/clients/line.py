@@ -12,6 +12,10 @@ from __future__ import annotations
 from relay.clients.frames import FrameReader, Taken
 from relay.clients.handshake import LONGEST, Handshake, read_handshake
 
+MOST_IDLE_FRAMES = 64
+"""How many frames without payload a client may send at a time before its ``ok``. It has nothing to say but its line, and
+a ping now and then; and a frame of six bytes costs more to read than to send."""
+
 
 class Line:
     """What a client has said before its ``ok``.
@@ -33,17 +37,19 @@ class Line:
         self.split = split
 
     def hear(self, frames: FrameReader, sent: bytes) -> Taken:
-        """Read everything that the client has sent since, and take in its payload.
+        """Read everything that the client has sent since, and take in its payload; where more than `MOST_IDLE_FRAMES`
+        carry none, no further.
 
         Returns what else there was, that is, the latest ping, and the Close or the fault after which nothing was read.
         What is in `received` then came before those. A client that waits for its ``ok`` says nothing: when `received`
         has grown beyond a whole line, `read_handshake` says what that is.
         """
         heard = Taken()
-        at = 0
-        while at < len(sent) and heard.closed is None and heard.fault is None:
+        at = idle = 0
+        while at < len(sent) and heard.closed is None and heard.fault is None and idle <= MOST_IDLE_FRAMES:
             taken = frames.read(sent, at, len(sent), most=1)
             at = taken.consumed
+            idle += not taken.payload
             for piece in taken.payload:
                 self.received += piece[: LONGEST + 1 - len(self.received)]
             if taken.message_over:

@@ -12,15 +12,12 @@ from relay.clients import frames
 from relay.clients.claim import Claim, pack_claim, split_claim
 from relay.clients.frames import NORMAL, Close, FrameReader, FrameState, Taken
 from relay.clients.handshake import OK, Handshake, Refusal, read_handshake
-from relay.clients.line import Line
+from relay.clients.line import MOST_IDLE_FRAMES, Line
 from relay.clients.speech import UNDECIDED, Either, Ending, Speaker, Speech
 from relay.clients.websocket import LONGEST_HEAD, Answer, Outcome, read_request
 
 if TYPE_CHECKING:
     from relay.clients.pings import Pings
-
-MOST_WAITING_FRAMES = 64
-"""How many frames a client that waits may send at a time: it has nothing to say but a ping now and then."""
 
 READ_BYTES = 4096
 """What is read at a time before there is a partner: whoever says more than a handshake is turned away anyway."""
@@ -102,6 +99,8 @@ class Web:
         if isinstance(verdict, Refusal):
             return self.refusal(verdict)
         over = self._over(heard)
+        if over is None and heard.consumed < len(sent):  # more frames than anybody needs to say nothing
+            over = self.refusal(Refusal.IMPATIENT if isinstance(verdict, Handshake) else Refusal.BAD_HANDSHAKE)
         if over is None or not isinstance(verdict, Handshake):
             return verdict if over is None else Ending("errory", over.words, gone=over.gone)
         self._interrupted = over  # it has said what it wants, and left or broken the protocol in the same breath
@@ -132,7 +131,7 @@ class Web:
             if not chunk:
                 self._interrupted = Ending("lonely", gone=True)
                 return self._interrupted
-            taken = self.reader.read(chunk, 0, len(chunk), MOST_WAITING_FRAMES)
+            taken = self.reader.read(chunk, 0, len(chunk), MOST_IDLE_FRAMES)
             self._answer_ping(sock, taken)
             self._interrupted = self.refusal(Refusal.IMPATIENT) if taken.payload else self._over(taken)
             if taken.consumed < len(chunk) and self._interrupted is None:

@@ -489,6 +489,16 @@ def test_who_waits_and_only_pings_does_not_take_the_worker_from_others(service: 
         wait_until(lambda: service.rows("current")[0]["waiting"] == 0, what="it is turned away")
 
 
+@pytest.mark.parametrize(("said", "answer"), [(b"please", b"bad handshake\n"), (None, b"impatient\n")])
+def test_who_says_nothing_in_many_frames_is_turned_away(service: Service, said: bytes | None, answer: bytes) -> None:
+    begun = Frame(Opcode.BINARY, said or lines()[0], fin=False).serialize(mask=True)
+    nothing = Frame(Opcode.CONT, b"", fin=False).serialize(mask=True)
+    with dial_raw(web_port(service)) as raw:
+        raw.sendall(begun + nothing * 500)
+        assert read_to_end(raw) == bytes((0x82, len(answer))) + answer + b"\x88\x02\x03\xe8"
+    assert service.wait_for_records(1)[0]["mood"] == "errory"
+
+
 def test_who_says_its_line_and_leaves_in_one_breath_has_left(service: Service) -> None:
     one, other = lines()
     with dial_raw(web_port(service)) as raw, connect(service.port) as tcp:

@@ -4,13 +4,14 @@
 `harness`        relays as real processes, clients as plain blocking sockets, and waiting for conditions
 `crowd`          many clients at once, and whether every byte of theirs arrives
 `client_frames`  WebSocket frames as a client sends them, good or not
-`hostile`        clients that mean no good, and honest ones beside them
+`hostile`        clients that mean no good, and honest ones beside them; `intentions`: those of a soak
 `load`           transfers beside what happens to the relay, and whether each was recorded once
 `web`            WebSocket clients
 `twisted`        the Twisted relay
 `ledger`         everything that was recorded, against what was done
 `current`        who has how much just now, by the `current` table and the workers' shares of it
 `relay_model`    what a relay has to answer and to record, as a model for Hypothesis
+                 (`model_clients`: those it drives)
 `kernel_view`    the relay's own sockets, pipes and locks, as the kernel knows them
 `command_line`   relay-gevent run to its end, and what it complained of
 `namespaces`     hosts of the test's own; `wan`: long paths between them

@@ -26,7 +26,8 @@ from types import TracebackType
 from typing import Any, TypeAlias, TypeVar
 
 from websockets.client import ClientProtocol
-from websockets.frames import Frame, Opcode
+from websockets.frames import CloseCode, Frame, Opcode
+from websockets.protocol import State
 from websockets.uri import parse_uri
 
 from tests.support.harness import Patience, connect, handshake, new_side, new_token
@@ -66,7 +67,16 @@ class Caller:
     `answer` is what it read up to ok, or all of it when no ok came; `first_words` the first bytes of its partner.
     """
 
-    def __init__(self, crowd: Crowd, token: str, side: str | None, head: bytes, rate: float, quota: int | None) -> None:
+    def __init__(
+        self,
+        crowd: Crowd,
+        token: str,
+        side: str | None,
+        head: bytes,
+        rate: float,
+        quota: int | None,
+        expects: int | None = None,
+    ) -> None:
         self.token = token
         self.side = side
         self.answer = b""
@@ -76,6 +86,7 @@ class Caller:
         self.reads = True
         self.rate = rate
         self.quota = quota
+        self.expects = expects
         self.met = False
         self.ended = False
         self.closed = False
@@ -132,6 +143,8 @@ class Caller:
             self._close_if_over()
         elif self.met:
             self.heard.add(chunk)
+            if self.expects is not None and self.heard.size >= self.expects:
+                self._crowd.senders.add(self)
             if len(self.first_words) < 64:
                 self.first_words += chunk[: 64 - len(self.first_words)]
         else:
@@ -164,11 +177,12 @@ class Caller:
             self._fail(error)
             return
         if self.quota is not None and self.said.size >= self.quota:
-            self._finishing = True
+            self._finishing |= self.expects is None or self.heard.size >= self.expects
         if self._finishing:
             self._end_stream()
-            self._crowd.senders.discard(self)
-            self._close_if_over()
+            if self.finished:
+                self._crowd.senders.discard(self)
+                self._close_if_over()
         elif not self.rate:
             self._crowd.senders.discard(self)
 
@@ -208,7 +222,10 @@ class WebSock:
         self._protocol.send_request(self._protocol.connect())
         self._sock.sendall(b"".join(self._protocol.data_to_send()))
         while not self._protocol.events_received():
-            self._protocol.receive_data(self._sock.recv(1024))
+            chunk = self._sock.recv(1024)
+            if not chunk:
+                raise ConnectionResetError("no answer to an opening handshake")
+            self._protocol.receive_data(chunk)
         self._out = b""
         self._in_frame = 0
         self._heard = bytearray()
@@ -263,6 +280,14 @@ class WebSock:
         """Payload of the frame that is on its way."""
         return self._in_frame if self._out else 0
 
+    def finish(self) -> None:
+        """Say a Close, after what is on its way; to be called until that does not block."""
+        self._flush()
+        if self._protocol.state is State.OPEN:
+            self._protocol.send_close(CloseCode.NORMAL_CLOSURE)
+            self._out = b"".join(self._protocol.data_to_send())
+        self._flush()
+
     def shutdown(self, how: int) -> None:
         """Answer the Close that has come, after what is on its way; to be called until that does not block."""
         self._flush()
@@ -271,7 +296,8 @@ class WebSock:
 
 
 class WebCaller(Caller):
-    """A client over WebSocket: it ends its stream when its partner has, since a Close is the end of both."""
+    """A client over WebSocket: it ends its stream when its partner has, since a Close is the end of both; or by itself,
+    when it has a quota and has heard what it expects."""
 
     def _connect(self) -> Sock:
         assert self._crowd.web_port is not None
@@ -279,6 +305,17 @@ class WebCaller(Caller):
 
     def finish(self) -> None:
         """Nothing: the partner does."""
+
+    def _end_stream(self) -> None:
+        assert isinstance(self.sock, WebSock)
+        try:
+            self.sock.finish()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._fail(error)
+            return
+        self.finished = True
 
     def hear(self) -> None:
         """The socket is readable."""
@@ -372,6 +409,7 @@ class Crowd:
         head: bytes = b"",
         rate: float = 0,
         quota: int | None = None,
+        expects: int | None = None,
         line: bytes | None = None,
         web: bool = False,
     ) -> Caller:
@@ -382,11 +420,12 @@ class Crowd:
             side: None for a client of the older kind.
             head: what to send first, once told ok.
             rate: bytes a second to send after that, until `finish`.
-            quota: end the stream by itself after so many bytes.
+            quota: end the stream by itself after so many bytes;
+            expects: and not before so many have come.
             line: send this instead of the handshake.
             web: over WebSocket.
         """
-        caller = (WebCaller if web else Caller)(self, token, side, head, rate, quota)
+        caller = (WebCaller if web else Caller)(self, token, side, head, rate, quota, expects)
         caller.shake_hands(handshake(token, side) if line is None else line)
         self.callers.append(caller)
         self._by_fd[caller.sock.fileno()] = caller

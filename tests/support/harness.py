@@ -194,6 +194,9 @@ def read_to_end(sock: socket.socket, seconds: float = 10) -> bytes:
             received += chunk
 
 
+_chance = random.SystemRandom()  # not the chance that Hypothesis repeats: another program has that port by then
+
+
 def free_port(host: str = "127.0.0.1") -> int:
     """Return a TCP port that was free a moment ago, for programs that cannot choose one themselves.
 
@@ -203,7 +206,7 @@ def free_port(host: str = "127.0.0.1") -> int:
     first_of_connections = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for _ in range(100):
-        port = random.randrange(first_of_connections // 2, first_of_connections)
+        port = _chance.randrange(first_of_connections // 2, first_of_connections)
         with socket.socket(family) as sock, contextlib.suppress(OSError):
             sock.bind((host, port))
             return port

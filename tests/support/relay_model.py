@@ -8,65 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import random
-import select
-import socket
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.support.harness import Workers, connect, handshake, new_side, new_token, read_exactly, reset
+from tests.support.harness import Patience, Workers, connect, new_side, new_token, reset
+from tests.support.model_clients import REQUEST, SETTLED_SECONDS, Client, WebClient
+from tests.support.web import web_options, web_port
 
-SETTLED_SECONDS = 20.0
 BARRIER_SECONDS = 0.05
 """What has been sent has arrived by then, nearly always."""
 
 SOME_BYTES = st.integers(1, 6).flatmap(lambda digits: st.integers(1, 10**digits))
-WAYS_TO_LEAVE = st.sampled_from(["close", "reset", "half-close"])
+WAYS_TO_LEAVE = st.sampled_from(["close", "reset", "cut off"])
+WEB = st.sampled_from(["with a newline", "", "without a newline"])
 _NOISE = random.Random(3).randbytes(3_000_017)
-
-
-@dataclass(eq=False)
-class Client:
-    """One connection: `said` bytes of its line are sent; `owed` is what its partner has sent and it has not read."""
-
-    sock: socket.socket
-    line: bytes
-    token: str
-    side: str | None
-    said: int = 0
-    owed: bytearray = field(default_factory=bytearray)
-
-    def leave(self, way: str) -> None:
-        """End the connection, or only its own stream."""
-        if way == "half-close":
-            self.sock.shutdown(socket.SHUT_WR)
-            return
-        if way == "reset":
-            reset(self.sock)
-        else:
-            self.sock.close()
-
-    def reads(self, expected: bytes) -> None:
-        """The next that comes is this."""
-        found = read_exactly(self.sock, len(expected))
-        assert found == expected, f"{len(expected)} bytes, and others than were sent"
-
-    def reads_end(self) -> None:
-        """Nothing more comes, and the connection ends."""
-        with contextlib.suppress(ConnectionResetError):
-            rest = self.sock.recv(1000)
-            assert rest == b"", rest
-        self.sock.close()
-
-    def can_read(self, seconds: float = 0) -> bool:
-        """Whether anything has come, or comes within so long."""
-        return bool(select.select([self.sock], [], [], seconds)[0])
 
 
 @dataclass(eq=False)
@@ -78,22 +40,33 @@ class Transfer:
 
     def send(self, frm: int, size: int) -> None:
         """One side sends, and the other does not read yet; only what fits on the way is sent."""
-        sender, receiver = self.sides[frm], self.sides[1 - frm]
         at = random.randrange(len(_NOISE) - size)
-        sender.sock.setblocking(False)
-        sent = 0
-        with contextlib.suppress(BlockingIOError):
-            while sent < size:
-                sent += sender.sock.send(_NOISE[at + sent : at + size])
-        sender.sock.settimeout(SETTLED_SECONDS)
-        receiver.owed += _NOISE[at : at + sent]
-        self.moved += sent
+        self._went(frm, self.sides[frm].send(_NOISE[at : at + size]))
+
+    def _went(self, frm: int, content: bytes) -> None:
+        self.sides[1 - frm].owed += content
+        self.moved += len(content)
+
+    def come_between_frames(self, frm: int) -> None:
+        """One side sends what is left of a frame, of which the other reads as much as it has to for that."""
+        sender, receiver = self.sides[frm], self.sides[1 - frm]
+        patience = Patience(SETTLED_SECONDS)
+        while not sender.is_between_frames:
+            assert not patience.is_over(), f"{sender} cannot end a frame"
+            assert isinstance(sender, WebClient)
+            receiver.reads(bytes(receiver.owed))
+            receiver.owed.clear()
+            self._went(frm, sender.flush())
 
     def read(self) -> None:
         """Both sides read all that they are owed."""
         for client in self.sides:
             client.reads(bytes(client.owed))
             client.owed.clear()
+
+
+def _leave(client: Client, way: str) -> None:
+    {"close": client.hang_up, "reset": client.reset, "cut off": client.cut_off}[way]()
 
 
 class Books:
@@ -103,15 +76,18 @@ class Books:
     def __init__(self) -> None:
         self._opened: contextlib.ExitStack | None = None
         self.expected: Counter[tuple[str, int]] = Counter()
-        self.runs = self.restarts = self.clients = 0
+        self.runs = self.restarts = self.clients = self.web_clients = 0
 
     def open(self) -> None:
         """Have a relay with clean books."""
         if self._opened is None:
-            self._opened = contextlib.ExitStack()
-            folder = Path(self._opened.enter_context(tempfile.TemporaryDirectory()))
+            stack = contextlib.ExitStack()
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             patient = ("--handshake-timeout", "600", "--max-waiting-per-token", "1000")
-            self.workers = self._opened.enter_context(Workers(folder, *patient, count=2))
+            web = (*web_options(), "--ping-interval", "1")
+            self.workers = stack.enter_context(Workers(folder, *patient, *web, count=2))
+            self._opened = stack
+            self.web_port = web_port(self.workers)
             self.expected.clear()
         self.runs += 1
 
@@ -166,15 +142,18 @@ class RelayModel(RuleBasedStateMachine):
 
     # Coming
 
-    @rule(token=st.integers(0, 2), side=st.integers(0, 2), part=st.floats(0, 1), whole=st.booleans())
-    def call(self, token: int, side: int, part: float, whole: bool) -> None:
+    @rule(token=st.integers(0, 2), side=st.integers(0, 2), part=st.floats(0, 1), whole=st.booleans(), web=WEB)
+    def call(self, token: int, side: int, part: float, whole: bool, web: str) -> None:
         """Connect, and say part of the line or all of it."""
-        line = handshake(self.tokens[token], self.sides[side])
-        client = Client(connect(self.books.workers.port), line, self.tokens[token], self.sides[side])
-        client.sock.settimeout(SETTLED_SECONDS)
+        who = self.tokens[token], self.sides[side]
+        if web:
+            client: Client = WebClient(self.books.web_port, *who, newline=web == "with a newline")
+        else:
+            client = Client(self.books.workers.port, *who)
         self.books.clients += 1
+        self.books.web_clients += client.is_web
         self.new.append(client)
-        self._say(client, len(line) if whole else int(part * (len(line) - 1)))
+        self._say(client, len(client.line) if whole else int(part * (len(client.line) - 1)))
 
     @precondition(lambda self: self.new)
     @rule(which=st.integers(0, 99), more=st.integers(1, 120))
@@ -183,9 +162,7 @@ class RelayModel(RuleBasedStateMachine):
         self._say(self.new[which % len(self.new)], more)
 
     def _say(self, client: Client, count: int) -> None:
-        words = client.line[client.said : client.said + count]
-        client.sock.sendall(words)
-        client.said += len(words)
+        client.say_more(count)
         if client.said == len(client.line):
             self.new.remove(client)
             self._meet(client)
@@ -202,12 +179,12 @@ class RelayModel(RuleBasedStateMachine):
         for other in rivals:
             self.waiting.remove(other)
             assert other.can_read(SETTLED_SECONDS), "neither matched nor sent away"
-            if other.sock.recv(1, socket.MSG_PEEK):
-                other.reads(b"ok\n")
-                partners.append(other)
-            else:
+            if other.is_at_its_end():
                 other.reads_end()
                 self.over("lonely")
+            else:
+                other.reads(b"ok\n")
+                partners.append(other)
         assert len(partners) == 1, f"{len(partners)} of {len(rivals)} were matched"
         self.transfers.append(Transfer((partners[0], client)))
 
@@ -219,7 +196,7 @@ class RelayModel(RuleBasedStateMachine):
         """Say what can no longer become a line."""
         client = self.new.pop(which % len(self.new))
         with contextlib.suppress(ConnectionError):
-            client.sock.sendall(words)
+            client.say(words)
         client.reads(b"bad handshake\n")
         client.reads_end()
         self.over("errory")
@@ -229,11 +206,11 @@ class RelayModel(RuleBasedStateMachine):
     def leave_early(self, which: int, way: str) -> None:
         """Go before the line is whole."""
         client = self.new.pop(which % len(self.new))
-        client.leave(way)
-        if way == "half-close":
+        _leave(client, way)
+        if way == "cut off":
             client.reads(b"bad handshake\n")
             client.reads_end()
-        if client.said:
+        if client.said or client.is_web:
             self.over("errory")
         # Else it was a health check: of this machine's own, and without a byte.
 
@@ -242,7 +219,7 @@ class RelayModel(RuleBasedStateMachine):
     def speak_too_early(self, which: int) -> None:
         """Say something while waiting."""
         client = self.waiting.pop(which % len(self.waiting))
-        client.sock.sendall(b"hello")
+        client.say(b"hello")
         client.reads(b"impatient\n")
         client.reads_end()
         self.over("errory")
@@ -252,11 +229,61 @@ class RelayModel(RuleBasedStateMachine):
     def give_up(self, which: int, way: str) -> None:
         """Go while waiting."""
         client = self.waiting.pop(which % len(self.waiting))
-        client.leave(way)
-        if way == "half-close":
-            client.reads_end()
+        _leave(client, way)
+        if way == "cut off":
+            client.reads_end(None)
         self.over("lonely")
         time.sleep(BARRIER_SECONDS)
+
+    # What only clients over WebSocket can do
+
+    @precondition(lambda self: any(client.is_web for client in [*self.new, *self.waiting]))
+    @rule(which=st.integers(0, 99))
+    def break_the_protocol(self, which: int) -> None:
+        """Send a frame that no client may send, before it has met anybody."""
+        clients = [client for client in [*self.new, *self.waiting] if isinstance(client, WebClient)]
+        client = clients[which % len(clients)]
+        (self.new if client in self.new else self.waiting).remove(client)
+        client.reads_end(client.break_the_protocol())
+        self.over("errory")
+        time.sleep(BARRIER_SECONDS)
+
+    @precondition(lambda self: any(client.is_web for client in [*self.new, *self.waiting]))
+    @rule(which=st.integers(0, 99))
+    def ping(self, which: int) -> None:
+        """Ask the relay whether it is there."""
+        clients = [client for client in [*self.new, *self.waiting] if isinstance(client, WebClient)]
+        clients[which % len(clients)].ping()
+
+    @rule(part=st.integers(1, len(REQUEST) - 1), way=st.sampled_from(["close", "reset"]))
+    def leave_in_the_request(self, part: int, way: str) -> None:
+        """Ask for an upgrade, but not to the end."""
+        sock = connect(self.books.web_port)
+        sock.sendall(REQUEST[:part])
+        time.sleep(BARRIER_SECONDS)
+        reset(sock) if way == "reset" else sock.close()
+        self.books.clients += 1
+        self.over("errory")
+
+    @precondition(lambda self: any(client.is_web for one in self.transfers for client in one.sides))
+    @rule(which=st.integers(0, 99), wrong=st.booleans())
+    def ping_or_break_the_protocol_in_a_transfer(self, which: int, wrong: bool) -> None:
+        """Between two frames; what is on its way arrives all the same."""
+        found = [(one, place) for one in self.transfers for place in (0, 1) if one.sides[place].is_web]
+        transfer, place = found[which % len(found)]
+        client = transfer.sides[place]
+        assert isinstance(client, WebClient)
+        for frm in (0, 1):
+            transfer.come_between_frames(frm)
+        transfer.read()
+        if not wrong:
+            client.ping()
+            return
+        self.transfers.remove(transfer)
+        code = client.break_the_protocol()
+        transfer.sides[1 - place].reads_end()
+        client.reads_end(code)
+        self.over("happy", transfer.moved)
 
     # Transfers
 
@@ -276,11 +303,17 @@ class RelayModel(RuleBasedStateMachine):
         transfer = self.transfers.pop(which % len(self.transfers))
         first, second = transfer.sides[frm], transfer.sides[1 - frm]
         transfer.send(frm, sizes[0])
-        first.leave("half-close")
+        transfer.come_between_frames(frm)
+        if first.is_web:  # its Close is the end of both directions: what it has not read by then it never reads
+            transfer.come_between_frames(1 - frm)
+            transfer.read()
+        first.finish()
         transfer.read()
-        assert second.sock.recv(1) == b""
-        transfer.send(1 - frm, sizes[1])
-        second.leave("half-close")
+        second.reads_end_of_stream()
+        if not first.is_web:
+            transfer.send(1 - frm, sizes[1])
+            transfer.come_between_frames(1 - frm)
+        second.finish()
         transfer.read()
         first.reads_end()
         second.sock.close()
@@ -291,9 +324,12 @@ class RelayModel(RuleBasedStateMachine):
     def break_off(self, which: int, frm: int, way: str) -> None:
         """One side is gone altogether, having read and delivered everything."""
         transfer = self.transfers.pop(which % len(self.transfers))
+        for place in (0, 1):
+            transfer.come_between_frames(place)
         transfer.read()
-        transfer.sides[frm].leave(way)
-        transfer.sides[1 - frm].reads_end()
+        first, second = transfer.sides[frm], transfer.sides[1 - frm]
+        _leave(first, way)
+        second.reads_end(None if way == "reset" or first.is_web else 1000)
         self.over("happy", transfer.moved)
 
     # The relay
@@ -311,19 +347,19 @@ class RelayModel(RuleBasedStateMachine):
         quiet += [client for transfer in self.transfers for client in transfer.sides if not client.owed]
         for client in quiet:
             if client.can_read():
-                raise AssertionError(f"{client} reads {client.sock.recv(100)!r}")
+                raise AssertionError(f"{client} is told something")
 
     def teardown(self) -> None:
         """Everybody leaves, and the books are right."""
         for client in [*self.new, *self.waiting, *(client for one in self.transfers for client in one.sides)]:
-            note(f"{client.said} of {len(client.line)} said, is owed {len(client.owed)}")
+            note(repr(client))
         try:
             while self.transfers:
                 self.break_off(which=0, frm=0, way="close")
             while self.waiting:
-                self.give_up(which=0, way="half-close")
+                self.give_up(which=0, way="cut off")
             while self.new:
-                self.leave_early(which=0, way="half-close")
+                self.leave_early(which=0, way="cut off")
             if self.books._opened is not None:
                 self.books.settle()
         except BaseException:
