@@ -216,7 +216,8 @@ class Soak:
             if transfer.left.closed and (transfer.right.closed or not one.called):
                 self._honest_over(one, now)
             elif now - one.began > 90:
-                self.wrong.append(f"a transfer hangs: {transfer.left.answer!r} {transfer.right.answer!r}")
+                where = one.web or "nowhere"
+                self.wrong.append(f"a transfer hangs: WebSocket {where}, {transfer.left}, {transfer.right}")
                 self._let_go(one)
 
     def _new_honest(self) -> Honest | None:

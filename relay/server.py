@@ -214,7 +214,9 @@ class Relay:
             self._door = self._make_door(ports.plain)
         else:
             from relay.clients.web import Web, either  # not before: most relays have no WebSocket
+            from relay.transfer import framed
 
+            framed.get_ready()
             speech = Web if upstream is not None else either if ports.shared else None
             self._door = self._make_door(ports.plain, speech)
             if ports.web is not None:

@@ -13,8 +13,8 @@ from relay.clients.frames import FrameReader, Taken
 from relay.clients.handshake import LONGEST, Handshake, read_handshake
 
 MOST_IDLE_FRAMES = 64
-"""How many frames without payload a client may send at a time before its ``ok``. It has nothing to say but its line, and
-a ping now and then; and a frame of six bytes costs more to read than to send."""
+"""How many frames without payload a client may send at a time before its ``ok``. It has nothing to say but its line,
+and a ping now and then; and a frame of six bytes costs more to read than to send."""
 
 
 class Line:

@@ -112,8 +112,11 @@ class Reception:
         client.listen(self._loop, self._on_readable)
         self._shaking[client] = None
         if len(self._shaking) > self._options.max_handshakes:
-            self._places.bounds_met.note(Bound.HANDSHAKES)
-            self._turn_away(next(iter(self._shaking)))
+            oldest = next(iter(self._shaking))
+            self._shake_hands(oldest)  # what has come counts, however late we are to look
+            if oldest in self._shaking:
+                self._places.bounds_met.note(Bound.HANDSHAKES)
+                self._turn_away(oldest)
 
     def let_go(self, client: Client) -> None:
         """`client` is somebody else's from now on; its watcher is as it was."""

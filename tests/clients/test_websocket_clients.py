@@ -23,6 +23,7 @@ from tests.support.harness import (
     Relay,
     Service,
     Workers,
+    accepts,
     connect,
     free_port,
     handshake,
@@ -452,6 +453,38 @@ def test_without_the_option_nothing_of_it_is_imported(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
     )
     assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_the_first_client_finds_everything_loaded(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom relay.server import Relay\nstart = Relay.start\n"
+        "def start_and_note(*given):\n start(*given)\n sys.modules_then = {*sys.modules}\n"
+        "Relay.start = start_and_note\nfrom relay.cli import main\n"
+        "try:\n main()\nfinally:\n print(sorted({*sys.modules} - sys.modules_then))\n"
+    )
+    port, web = free_port(), free_port()
+    options = ["--port", f"tcp:{port}:interface=127.0.0.1", "--websocket", f"tcp:{web}:interface=127.0.0.1"]
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *options],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+    ) as process:
+        try:
+            wait_until(lambda: accepts(web), what="it takes WebSocket clients")
+            one, other = lines()
+            with dial_web(web) as client, connect(port) as tcp:
+                client.send(one)
+                tcp.sendall(other)
+                assert client.recv(10) == b"ok\n"
+                client.send(NOISE)
+                assert read_exactly(tcp, 3 + len(NOISE))[3:] == NOISE
+        finally:
+            process.terminate()
+        assert process.stdout is not None
+        loaded = process.stdout.read()
+    assert loaded == "[]\n"
 
 
 def dial_raw(port: int) -> socket.socket:

@@ -31,10 +31,11 @@ from tests.support.harness import (
     new_token,
     read_exactly,
     reset,
+    stopped,
     wait_until,
 )
 from tests.support.hostile import ATTACKER, NOISE, answer, dial, honest_transfer, is_open
-from tests.support.kernel_view import relays_end, unread
+from tests.support.kernel_view import relays_end, unread, wait_until_read
 
 RelayFactory = Callable[..., Relay]
 
@@ -82,6 +83,24 @@ def test_of_too_many_pending_handshakes_the_oldest_give_way(
     assert all(is_open(sock) for sock in again)
     # An honest client may be pending for a moment, too, and take the place of one of the slow ones.
     assert 40 <= times_said(relay, "--max-handshakes") <= 44
+
+
+def test_whoever_has_said_all_does_not_give_way_though_nobody_has_looked_yet(
+    relay_factory: RelayFactory, stack: contextlib.ExitStack
+) -> None:
+    relay = relay_factory("--max-handshakes", "5")
+    token = new_token()
+    line = handshake(token, new_side())
+    client = stack.enter_context(connect(relay.port))
+    client.sendall(line[:1])
+    wait_until_read(relay, client)
+    with stopped(relay):  # libev looks first at what has come last: at the door
+        client.sendall(line[1:])
+        silent = [stack.enter_context(dial(relay.port)) for _ in range(5)]
+    assert all(is_open(sock) for sock in silent)
+    partner = stack.enter_context(connect(relay.port))
+    partner.sendall(handshake(token, new_side()))
+    assert read_exactly(client, 3) == read_exactly(partner, 3) == b"ok\n"
 
 
 def test_connections_above_the_most_wait_in_the_listen_queue(

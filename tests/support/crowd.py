@@ -105,6 +105,10 @@ class Caller:
         self.sock: Sock = self._connect()
         self.sock.setblocking(False)
 
+    def __repr__(self) -> str:
+        parts = (f"{name} " for name in ("finished", "ended", "closed") if getattr(self, name))
+        return f"{self.answer!r} said {self.said.size}, heard {self.heard.size} {''.join(parts)}{self.error or ''}"
+
     def _connect(self) -> Sock:
         return connect(self._crowd.port)
 
@@ -140,6 +144,8 @@ class Caller:
         if not chunk:
             self.ended = True
             self._crowd.epoll.modify(self.sock.fileno(), 0)
+            if self.met and not self.finished:
+                self._crowd.senders.add(self)  # nothing that it expects will come any more
             self._close_if_over()
         elif self.met:
             self.heard.add(chunk)
@@ -177,7 +183,7 @@ class Caller:
             self._fail(error)
             return
         if self.quota is not None and self.said.size >= self.quota:
-            self._finishing |= self.expects is None or self.heard.size >= self.expects
+            self._finishing |= self.ended or self.expects is None or self.heard.size >= self.expects
         if self._finishing:
             self._end_stream()
             if self.finished:
@@ -267,6 +273,7 @@ class WebSock:
         if not chunk:
             return False
         self._protocol.receive_data(chunk)
+        assert self._protocol.parser_exc is None, self._protocol.parser_exc
         for frame in self._protocol.events_received():
             assert isinstance(frame, Frame)
             if frame.opcode is Opcode.CLOSE:
@@ -421,7 +428,7 @@ class Crowd:
             head: what to send first, once told ok.
             rate: bytes a second to send after that, until `finish`.
             quota: end the stream by itself after so many bytes;
-            expects: and not before so many have come.
+            expects: and not before so many have come, as long as any may.
             line: send this instead of the handshake.
             web: over WebSocket.
         """
