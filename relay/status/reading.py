@@ -62,9 +62,12 @@ class Reading:
 
     @property
     def bytes(self) -> float:
-        """Bytes relayed since the service began; never less than in an earlier reading of the same service, if the
-        workers count them so."""
-        return self.counters.get("bytes", self.since_start.bytes + self.partial_bytes)
+        """Bytes relayed since the service began; never less than in an earlier reading of the same service.
+
+        Workers count them as they move. But those of an earlier release do not, and one that is killed takes its last
+        seconds with it; what is on record counts anyway. Neither of the two ever goes back, so the larger does not.
+        """
+        return max(self.counters.get("bytes", 0), self.since_start.bytes)
 
     def is_stale(self) -> bool:
         """Whether workers have missed two of their times to write."""

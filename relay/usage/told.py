@@ -51,34 +51,36 @@ class Description:
     """What a worker tells of itself."""
 
     gauges: Mapping[str, float] = field(default_factory=dict)
-    counters: Mapping[str, int] = field(default_factory=dict)
+    counters: Mapping[str, float] = field(default_factory=dict)
 
 
 class Histograms:
-    """Counts transfers by what is in their rows."""
+    """Counts transfers by what is in their rows: a microsecond for each."""
 
     def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        for name, (_, bounds) in HISTOGRAMS.items():
-            for bound in (*bounds, "inf"):
-                self._counts[f"{name}.{bound}"] = 0
-            self._counts[f"{name}.sum"] = 0
+        self._counts = {name: [0] * (len(bounds) + 1) for name, (_, bounds) in HISTOGRAMS.items()}
+        self._sums: dict[str, float] = dict.fromkeys(HISTOGRAMS, 0)
 
     def note(self, rows: Sequence[Row]) -> None:
         """Count the transfers among rows that are written."""
-        for row in rows:
-            if row[4] != "happy":
-                continue
-            for name, (place, bounds) in HISTOGRAMS.items():
+        happy = [row for row in rows if row[4] == "happy"]
+        for name, (place, bounds) in HISTOGRAMS.items():
+            counts = self._counts[name]
+            total: float = 0
+            for row in happy:
                 value = row[place]
-                if isinstance(value, (int, float)):
-                    index = bisect_left(bounds, value)
-                    self._counts[f"{name}.{bounds[index] if index < len(bounds) else 'inf'}"] += 1
-                    self._counts[f"{name}.sum"] += value  # type: ignore[assignment]  # a Counter takes seconds as well
+                if value is not None:
+                    counts[bisect_left(bounds, value)] += 1
+                    total += value  # type: ignore[operator]
+            self._sums[name] += total
 
-    def counters(self) -> dict[str, int]:
+    def counters(self) -> dict[str, float]:
         """The counts, by name: of each bucket for itself, and the sum of all values."""
-        return dict(self._counts)
+        counters: dict[str, float] = {}
+        for name, (_, bounds) in HISTOGRAMS.items():
+            counters |= {f"{name}.{bound}": n for bound, n in zip((*bounds, "inf"), self._counts[name], strict=True)}
+            counters[f"{name}.sum"] = self._sums[name]
+        return counters
 
 
 def tell(connection: sqlite3.Connection, worker: tuple[int, str], told: Description) -> None:

@@ -152,6 +152,14 @@ def test_what_limited_a_transfer_follows_from_what_the_kernel_saw() -> None:
     assert limit(load=0.95) == "relay"
 
 
+def test_bytes_relayed_never_go_back_when_workers_begin_to_count_them() -> None:
+    seen = []
+    for counters, recorded in (({}, 100), ({"bytes": 0}, 100), ({"bytes": 50}, 120), ({"bytes": 500}, 130)):
+        reading = dataclasses.replace(READING, counters=counters, since_start=Sums(1, recorded, 1, 0, 0))
+        seen.append(reading.bytes)
+    assert seen == [100, 100, 120, 500]
+
+
 # Rates.
 
 
