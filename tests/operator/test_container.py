@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from relay.cli import RECORDS_SECONDS, read_options
 from tests.support import container as containers
 from tests.support.container import Image, container
-from tests.support.harness import wait_until
+from tests.support.harness import CHECKOUT, wait_until
 
 pytestmark = [containers.skipped, pytest.mark.timeout(900)]  # the first one makes a Debian and an image
 
@@ -27,7 +28,7 @@ KUBERNETES = {
     "KUBERNETES_PORT": "tcp://10.96.0.1:443",
     **{
         f"{service}{end}": value
-        for service in ("RELAY", "RELAY_GEVENT", "RELAY_STATUS", "RELAY_WEBSOCKET_PORT", "RELAY_USAGE")
+        for service in ("RELAY", "RELAY_GEVENT", "RELAY_STATUS", "RELAY_WEBSOCKET", "RELAY_USAGE")
         for end, value in (
             ("_SERVICE_HOST", "10.96.0.12"),
             ("_SERVICE_PORT", "4001"),
@@ -147,3 +148,21 @@ def test_a_relay_that_cannot_start_ends_its_container_and_says_why(image: Image,
     with container(image, volume, tmp_path / "shut") as shut:
         assert shut.process.wait(30) == 2
         assert "relay-gevent: error: /relay/var may not be written by the user of this container" in shut.text()
+
+
+def test_the_examples_ask_for_what_the_relay_needs() -> None:
+    folder = CHECKOUT / "misc" / "container"
+    kubernetes, compose = (folder / "kubernetes.yaml").read_text(), (folder / "compose.yaml").read_text()
+    usual = read_options([])
+    for name, text in (("terminationGracePeriodSeconds", kubernetes), ("stop_grace_period", compose)):
+        (seconds,) = re.findall(rf"{name}: (\d+)", text)
+        assert int(seconds) > usual.grace + RECORDS_SECONDS
+    assert "readOnlyRootFilesystem: true" in kubernetes
+    assert "read_only: true" in compose
+    assert "enableServiceLinks: false" in kubernetes
+    for text in (kubernetes, compose):
+        assert "/relay/var" in text
+    ports = {int(port) for port in re.findall(r"containerPort: (\d+)", kubernetes)}
+    exposed = re.search(r"^EXPOSE (.+)$", (folder / "Containerfile").read_text(), re.MULTILINE)
+    assert exposed is not None
+    assert ports == {int(port) for port in exposed[1].split()} == {usual.port, 4002, 4080}
