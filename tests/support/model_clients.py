@@ -142,10 +142,10 @@ class WebClient(Client):
         return Sent(opcode, payload, final, mask=random.randbytes(4)).wire
 
     def say(self, words: bytes) -> None:
-        """In one frame, and the end of a message where the line has no newline; else perhaps, if that means nothing."""
+        """In one frame. A line without a newline is one message, whose end is its own; another may be several."""
         whole = self.said == len(self.line)
         harmless = whole or self.said not in (WITHOUT_SIDE, len(self.line) - 1)
-        final = (whole and not self._newline) or (harmless and random.random() < 0.5)
+        final = (harmless and random.random() < 0.5) if self._newline else whole
         self.sock.sendall(self._frame(words, final=final))
 
     def send(self, content: bytes) -> bytes:
