@@ -142,6 +142,7 @@ def _how_many(view: View) -> str:
     title = PLOTS[1][0]
     points = view.plots.get(title, [])
     top = plots.top_of(points, lambda point: point.pairs, lambda point: point.waiting)
+    known = any(point.pairs is not None for point in points)
     drawing = plots.area(
         points,
         top,
@@ -150,7 +151,11 @@ def _how_many(view: View) -> str:
         pairs=lambda point: point.pairs,
     )
     keys = '<p><span class="key pairs">transfers</span> &nbsp; <span class="key waiting">clients waiting</span></p>'
-    return _section("Transfers and who waits", keys, _figure(f"last {title}", f"up to {top:g}", title, drawing))
+    return _section(
+        "Transfers and who waits",
+        keys,
+        _figure(f"last {title}", f"up to {top:g}" if known else "not seen yet", title, drawing),
+    )
 
 
 def _moods(reading: Reading) -> str:
@@ -233,7 +238,7 @@ def _paths(reading: Reading) -> str:
             ("rate up to", paths.rate),
         )
     )
-    return _section("Paths", f"<p>{escape(paths.advice)}</p>", f'<div class="three">{tables}</div>')
+    return _section("Paths", f"<p>{escape(paths.advice)}</p>", f'<div class="four">{tables}</div>')
 
 
 def _bucket_table(title: str, buckets: Sequence[Bucket]) -> str:
