@@ -49,33 +49,35 @@ _FIRST, _LAST = 2, -2
 class Standstill:
     """A time in which the event loop looked at no socket.
 
-    For `waiting` seconds it waited for another thread to let go of the interpreter, and for `running` it had it. While
-    it ran, it was ready for `unprocessed` but had no processor, and so were all threads, one of which had the
-    interpreter, for `all_unprocessed` while it waited: the machine was busy, and the relay could do nothing about it.
-    `seen` is where it stood, and `by_gevent` the greenlet that gevent found to blame.
+    `seconds` in all. In that time, and while it was there last, its threads were ready to run for `unprocessed` but had
+    no processor: the machine was busy, and the relay could do nothing about it. That is of all threads, since one that
+    has the interpreter and no processor keeps the loop from running, too. `seen` is where it stood, and `by_gevent` the
+    greenlet that gevent found to blame.
     """
 
-    waiting: float
-    running: float
+    seconds: float
     unprocessed: float
-    all_unprocessed: float
     seen: str
     by_gevent: str
 
     @property
     def own(self) -> float:
         """Seconds that the relay took itself or waited for something."""
-        return max(0.0, self.waiting - self.all_unprocessed) + max(0.0, self.running - self.unprocessed)
+        return self.seconds - self.unprocessed
 
 
 def standstills(folder: Path) -> list[Standstill]:
     """What all the watched relays of a folder have told so far, of those that were not for want of a processor."""
-    told = [
+    return [one for one in all_told(folder) if one.own > LONGEST_SECONDS]
+
+
+def all_told(folder: Path) -> list[Standstill]:
+    """The same, whatever they were for."""
+    return [
         Standstill(**json.loads(line))
         for path in sorted(folder.glob("standstills-*"))
         for line in path.read_text().splitlines()
     ]
-    return [one for one in told if one.own > LONGEST_SECONDS]
 
 
 class LoopWatch:
@@ -84,11 +86,10 @@ class LoopWatch:
     def __init__(self, folder: Path) -> None:
         self._told = (folder / f"standstills-{os.getpid()}").open("a", buffering=1)
         self._thread_id = threading.get_ident()
-        self._own_schedstat = os.open(f"/proc/self/task/{threading.get_native_id()}/schedstat", os.O_RDONLY)
         self._schedstats: list[int] = []
         self._hub = gevent.get_hub()
         self._back: float | None = None  # when the loop last came back from its sockets; None: it is there, or not yet
-        self._waiting = self._unprocessed = self._all_unprocessed = 0.0
+        self._unprocessed = 0.0  # since each thread was started
         self._seen = self._by_gevent = ""
         loop = self._hub.loop
         self._watchers = [loop.check(), loop.prepare()]
@@ -112,21 +113,17 @@ class LoopWatch:
 
     def _comes_back(self) -> None:
         # The loop takes the time as soon as it is back, and then waits for the interpreter.
-        self._waiting = max(0.0, time.time() - self._hub.loop.now())
-        self._unprocessed = _waited_for_a_processor(self._own_schedstat)
+        late = max(0.0, time.time() - self._hub.loop.now())
         self._seen = self._by_gevent = ""
-        self._back = time.monotonic()
+        self._back = time.monotonic() - late
 
     def _goes(self) -> None:
         back, self._back = self._back, None
-        running = 0.0 if back is None else time.monotonic() - back
-        before, self._all_unprocessed = self._all_unprocessed, sum(map(_waited_for_a_processor, self._schedstats))
-        if back is None or self._waiting + running <= LONGEST_SECONDS:
-            return
-        unprocessed = _waited_for_a_processor(self._own_schedstat) - self._unprocessed
-        all_unprocessed = self._all_unprocessed - before
-        one = Standstill(self._waiting, running, unprocessed, all_unprocessed, self._seen, self._by_gevent)
-        self._told.write(json.dumps(asdict(one)) + "\n")
+        seconds = 0.0 if back is None else time.monotonic() - back
+        before, self._unprocessed = self._unprocessed, sum(map(_waited_for_a_processor, self._schedstats))
+        if seconds > LONGEST_SECONDS:
+            one = Standstill(seconds, self._unprocessed - before, self._seen, self._by_gevent)
+            self._told.write(json.dumps(asdict(one)) + "\n")
 
     def _look(self, tracer: GreenletTracer) -> None:
         while True:

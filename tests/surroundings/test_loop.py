@@ -20,19 +20,19 @@ import pytest
 
 from tests.support.harness import CHECKOUT, Relay, Workers, met, stopped, wait_until
 from tests.support.hostile import honest_transfer
-from tests.support.watched_relay import standstills
+from tests.support.watched_relay import all_told, standstills
 
 WATCHED = "tests.support.watched_relay"
 
 STANDING_STILL = {
-    "a greenlet that sleeps": "gevent.spawn(lambda: time.sleep(0.3)).join()",
-    "a greenlet that computes": "gevent.spawn(lambda: [time.monotonic() for _ in range(4_000_000)]).join()",
+    "a greenlet that sleeps": "gevent.spawn(lambda: time.sleep(1)).join()",
+    "a greenlet that computes": "gevent.spawn(lambda: [time.monotonic() for _ in range(12_000_000)]).join()",
     "a callback of the loop that waits for a lock": (
         "threading.Thread(target=hold).start(); held.wait(); timer = hub.loop.timer(0.01); "
         "timer.start(lambda: fcntl.flock(open('lock', 'w'), fcntl.LOCK_EX)); gevent.sleep(0.1)"
     ),
     "a thread that keeps the interpreter": (
-        "threading.Thread(target=ctypes.PyDLL(None).usleep, args=[300_000]).start(); gevent.sleep(0.01)"
+        "threading.Thread(target=ctypes.PyDLL(None).usleep, args=[1_000_000]).start(); gevent.sleep(0.01)"
     ),
 }
 
@@ -48,7 +48,7 @@ def hold():
     with open("lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         held.set()
-        time.sleep(0.4)
+        time.sleep(1)
 
 hub = gevent.get_hub()
 watch = LoopWatch(Path("."))
@@ -64,8 +64,8 @@ def test_a_loop_that_stands_still_is_found(tmp_path: Path, how: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
     program = PROGRAM.format(STANDING_STILL[how])
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, timeout=30)
-    worst = max(standstills(tmp_path), key=lambda one: one.own)
-    assert worst.own > 0.1
+    worst = max(all_told(tmp_path), key=lambda one: one.seconds)  # on a busy machine, too
+    assert worst.seconds > 0.5
     if "greenlet" in how:
         assert "Greenlet" in worst.by_gevent
     if "lock" in how:
