@@ -28,7 +28,7 @@ from distutils.command.install_data import install_data  # noqa: E402
 import man_pages  # noqa: E402
 
 SHARE = "share/relay-gevent"
-SHARED = ("etc", "var", "misc/munin", "misc/rolling-restart", "misc/import-twisted-usage")
+SHARED = ("etc", "var", "misc/munin", "misc/rolling-restart", "misc/central-log", "misc/import-twisted-usage")
 # A checkout that is in use keeps its logs and its database in var/: only the file that explains them is shipped.
 SHIPPED_FROM_VAR = {"README"}
 

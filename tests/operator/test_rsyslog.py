@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -228,13 +227,15 @@ class Writers:
         for _ in range(count):
             self.logs.append(FollowedFile(os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)))
         self.written = 0
+        self.first = 0
+        """What the first line counts as."""
 
     def write(self, lines: int) -> None:
         """Write so many lines, by turns."""
         for _ in range(lines):
             log = self.logs[self.written % len(self.logs)]
             log.follow()
-            times = f'"started": 1795176000, "total_time": {self.written}.0, "waiting_time": 0.5'
+            times = f'"started": 1795176000, "total_time": {self.first + self.written}.0, "waiting_time": 0.5'
             os.write(log.fd, f'{{{times}, "total_bytes": 1000, "mood": "happy"}}\n'.encode())
             self.written += 1
 
@@ -400,77 +401,86 @@ def test_lines_wait_while_the_output_cannot_be_opened(tmp_path: Path, writers: W
         assert_all_arrived(rsyslog, writers)
 
 
-UNCOMMENTED = re.compile(r"^#(action\(type=\"omfwd\".*?)^#\)", re.MULTILINE | re.DOTALL)
+UNCOMMENTED = re.compile(r"^#module\(load=\"omrelp\"\)$|^#action\(.*?^#\)", re.MULTILINE | re.DOTALL)
+CENTRAL = CHECKOUT / "etc" / "rsyslog.d" / "relay-gevent-central.conf"
+RELP = [Path(f"/usr/lib/{machine}-linux-gnu/rsyslog/imrelp.so") for machine in ("x86_64", "aarch64")]
+needs_relp = pytest.mark.skipif(not any(map(Path.exists, RELP)), reason="apt-get install rsyslog-relp")
 
 
 def with_forwarding(port: int) -> dict[str, str]:
-    """Return what to change in the configuration: the commented block's first signs, and the host."""
-    text = CONFIGURATION.read_text()
-    match = UNCOMMENTED.search(text)
-    assert match is not None
-    block = match.group(0)
-    uncommented = "\n".join(line.removeprefix("#") for line in block.splitlines())
-    return {block: uncommented.replace('"loghost.example.org" port="514"', f'"127.0.0.1" port="{port}"')}
+    """Return what to change in the configuration: the commented blocks' first signs, and the host."""
+    changes = {}
+    for match in UNCOMMENTED.finditer(CONFIGURATION.read_text()):
+        uncommented = "\n".join(line.removeprefix("#") for line in match[0].splitlines())
+        uncommented = uncommented.replace('"loghost.example.org" port="2514"', f'"127.0.0.1" port="{port}"')
+        changes[match[0]] = uncommented.replace('resumeInterval="5"', 'resumeInterval="1"')
+    assert len(changes) == 2
+    return changes
 
 
-class CentralHost:
-    """A host that takes syslog over TCP, on as many connections as come."""
+class CentralHost(Rsyslog):
+    """rsyslogd of a central host, with the shipped configuration."""
 
-    def __init__(self, port: int) -> None:
-        self._received: list[bytearray] = []
-        self._listener = socket.create_server(("127.0.0.1", port))
-        threading.Thread(target=self._serve, daemon=True).start()
+    def __init__(self, folder: Path, port: int) -> None:
+        folder.mkdir()
+        super().__init__(folder)
+        self.output = folder / "relay-gevent-central.log"
+        text = CENTRAL.read_text().replace('port="2514"', f'port="{port}"').replace("/var/log/", f"{folder}/")
+        text = text.replace("/opt/relay-gevent/share/relay-gevent/", f"{CHECKOUT}/")
+        (folder / "relay-gevent.conf").write_text(text)
 
-    def _serve(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:  # closed
-                return
-            threading.Thread(target=self._take, args=[client], daemon=True).start()
-
-    def _take(self, client: socket.socket) -> None:
-        taken = bytearray()
-        self._received.append(taken)
-        with client:
-            while chunk := client.recv(65536):
-                taken += chunk
-
-    def messages(self) -> list[str]:
-        """Return the messages so far, one a line."""
-        return [line for taken in self._received for line in whole_lines(taken.decode())]
-
-    def close(self) -> None:
-        """Take no further connection."""
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+    def totals(self) -> list[float]:
+        """What tells the lines apart, of all that have come."""
+        return sorted(json.loads(line.split(" ", 2)[2])["total_time"] for line in self.lines())
 
 
-RFC5424 = re.compile(r"<134>1 (\S+) (\S+) relay-gevent - usage - (\{.*\})")
-
-
-def test_the_forward_works_when_uncommented_and_waits_for_its_host(tmp_path: Path, writers: Writers) -> None:
+@needs_relp
+def test_a_central_host_gets_every_line_of_both_machines_once_through_its_restarts_and_while_it_is_away(
+    tmp_path: Path,
+) -> None:
     port = free_port()
-    with running(Rsyslog(tmp_path, with_forwarding(port))) as rsyslog:
-        writers.write(200)
-        assert_all_arrived(rsyslog, writers)  # the local file does not wait for the host
-        rsyslog.stop()
-        assert list((tmp_path / "spool").glob("relay-gevent-forward*"))
-        rsyslog.start()
-        host = CentralHost(port)
-        writers.write(200)
-        # A host that was away is tried again, at first every ten seconds.
-        wait_until(lambda: len(host.messages()) >= writers.written, 50, "all records at the central host")
-        host.close()
-    found = [RFC5424.fullmatch(message) for message in host.messages()]
-    assert all(found)
-    times = sorted(json.loads(match[3])["total_time"] for match in found if match)
-    assert times == [float(number) for number in range(writers.written)]
-    assert {match[1] for match in found if match} == {"2026-11-20T12:00:00Z"}
+    with contextlib.ExitStack() as stack:
+        machines = []
+        for number in range(2):
+            folder = tmp_path / f"machine{number}"
+            folder.mkdir()
+            writers = Writers(folder)
+            stack.callback(writers.close)
+            writers.first = number * 1_000_000
+            machines.append((stack.enter_context(running(Rsyslog(folder, with_forwarding(port)))), writers))
+
+        def write(count: int) -> None:
+            for _, writers in machines:
+                writers.write(count)
+
+        def assert_all_came_once() -> None:
+            wanted = sorted(float(w.first + number) for _, w in machines for number in range(w.written))
+            wait_until(lambda: len(central.totals()) >= len(wanted), PATIENCE, "all lines at the central host")
+            assert central.totals() == wanted
+
+        write(500)  # nobody is there yet, and the local files do not wait for it
+        for rsyslog, writers in machines:
+            assert_all_arrived(rsyslog, writers)
+        central = CentralHost(tmp_path / "central", port)
+        with running(central):
+            assert_all_came_once()
+            for _ in range(2):
+                write(2000)  # it ends while they come
+                central.stop()
+                write(500)
+                time.sleep(2)
+                central.start()
+                assert_all_came_once()
+            central.send(signal.SIGSTOP)  # as behind a line that is broken
+            write(500)
+            time.sleep(8)  # longer than a session waits
+            central.send(signal.SIGCONT)
+            assert_all_came_once()
 
 
+@needs_relp
 def test_rsyslogd_finds_nothing_wrong_in_the_configuration(tmp_path: Path) -> None:
-    for change in (None, with_forwarding(514)):
+    for change in (None, with_forwarding(2514)):
         folder = tmp_path / str(bool(change))
         folder.mkdir()
         rsyslog = Rsyslog(folder, change)
