@@ -221,13 +221,13 @@ def test_a_restarted_worker_has_places_again_and_nobody_gives_way_for_want_of_th
 def test_those_who_wait_at_full_workers_still_do_when_one_leaves_and_newcomers_are_served_meanwhile(
     tmp_path: Path, count: int, stack: contextlib.ExitStack
 ) -> None:
-    most = (NOFILE - RESERVED_FDS) * 7 // 8 // 2
+    most = (LARGER_NOFILE - RESERVED_FDS) * 7 // 8 // 2
     bounds = ("--max-connections", "--max-waiting", "--max-per-source")
     options = [word for bound in bounds for word in (bound, str(most))]
     workers = stack.enter_context(
-        Workers(tmp_path, *options, "--max-new-per-source", "1000000", count=count, nofile=NOFILE)
+        Workers(tmp_path, *options, "--max-new-per-source", "1000000", count=count, nofile=LARGER_NOFILE)
     )
-    waiting = [stack.enter_context(dial(workers.port, "127.1.0.1")) for _ in range((most - 8) * count)]
+    waiting = [stack.enter_context(dial(workers.port, "127.1.0.1")) for _ in range((most - 24) * count)]
     tokens = [new_token() for _ in waiting]
     for token, sock in zip(tokens, waiting, strict=True):
         sock.sendall(handshake(token, "1" * 16))
