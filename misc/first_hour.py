@@ -13,7 +13,8 @@ pip finds the relay, and what it needs, in a folder of wheels.
 Usage: first_hour.py [--short] [--base ARCHIVE] --wheels FOLDER [PAGE]
 
   --short         Leave out what is marked `long`: what needs further packages of Debian's.
-  --base ARCHIVE  A Debian, as a tar archive with python3-venv and curl; otherwise mmdebstrap makes one.
+  --base ARCHIVE  A Debian, as a tar archive with python3-venv and curl; otherwise mmdebstrap makes one, of the release
+                  that this machine has.
   --wheels FOLDER Wheels, for the python3 of that Debian: of relay-gevent and of all that its extra `all` needs.
 """
 
@@ -158,9 +159,9 @@ def prepare(root: Path, base: Path | None, wheels: Path, wanted: list[Block]) ->
     """Lay the Debian into the folder `root`, while there is a network."""
     if base is None:
         base = root.parent / "base.tar"
-        subprocess.run(
-            ["mmdebstrap", "--variant=minbase", "--include=curl,python3-venv", "stable", str(base)], check=True
-        )
+        told = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
+        made = ["mmdebstrap", "--quiet", "--variant=minbase", "--include=ca-certificates,curl,python3-venv"]
+        subprocess.run([*made, told["VERSION_CODENAME"], str(base)], check=True)
     root.mkdir()
     subprocess.run(["tar", "-C", str(root), "--exclude=./dev/*", "-xf", str(base)], check=True)
     shutil.copytree(wheels, root / "wheels")

@@ -22,6 +22,7 @@
 `told_process`   processes that do what a test says: `homes_worker`, `usage_worker`
 `usage_records`  records for the recorder, and what of them has come to be written
 `usage_disk`     a small disk that can be full
+`debian`         a Debian of the test's own; `container`: the image built on it, in namespaces of its own
 `status`         relay-status, and what its visitors read; `chromium`, a browser for its page
 `needs`          what not every machine has
 ===============  ===================================================================================
