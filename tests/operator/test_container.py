@@ -139,6 +139,19 @@ def test_two_over_one_volume_both_serve_whoever_ends_first(image: Image, volume:
     assert rows(volume) == [("happy", 100_000 * number) for number in (1, 2, 3, 4, 5)]
 
 
+def test_a_second_one_on_the_same_port_ends_and_says_so_and_the_first_goes_on(
+    image: Image, volume: Path, tmp_path: Path
+) -> None:
+    with container(image, volume, tmp_path / "first") as first:
+        first.wait_until_it_serves()
+        with container(image, volume, tmp_path / "second", beside=first) as second:
+            assert second.process.wait(120) == 0
+            assert "relay-gevent: error: --port 4001: another program listens there already" in second.text()
+        first.transfer(b"x" * 100_000)
+        assert first.stop(10) == 0
+    assert rows(volume) == [("happy", 100_000)]
+
+
 def test_a_relay_that_cannot_start_ends_its_container_and_says_why(image: Image, volume: Path, tmp_path: Path) -> None:
     with container(image, volume, tmp_path / "wrong", environment={"RELAY_OPTIONS": "--grace soon"}) as wrong:
         wrong.process.wait(120)

@@ -228,6 +228,7 @@ def container(
     environment: Mapping[str, str] | None = None,
     before: Sequence[str] = (),
     foreign_output: bool = False,
+    beside: Container | None = None,
 ) -> Iterator[Container]:
     """Start a container, which is gone at the end.
 
@@ -237,10 +238,12 @@ def container(
         user: its user id; the group is 0.
         environment: further variables.
         before: what to put before its command, such as prlimit(1).
+        beside: share that one's network, as on the host's.
         foreign_output: have its stdout and stderr belong to somebody else, as pipes that it cannot open by name.
     """
-    host = Host(f"rg{secrets.token_hex(4)}")
-    host.create()
+    host = Host(f"rg{secrets.token_hex(4)}") if beside is None else beside.host
+    if beside is None:
+        host.create()
     folder.mkdir(exist_ok=True)
     output = (folder / "stdout", folder / "stderr")
     for path in output:
@@ -290,7 +293,8 @@ def container(
             tee.wait(20)
         for sock in started.kept:
             sock.close()
-        host.remove()
+        if beside is None:
+            host.remove()
 
 
 skipped = pytest.mark.skipif(bool(not_allowed()) or sys.platform != "linux", reason=not_allowed() or "needs Linux")
