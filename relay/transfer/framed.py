@@ -174,6 +174,7 @@ class FramedPump:
         over = taken.fault or taken.closed
         if over is not None:
             self._source_is_over(frames.close(over))
+            self._begin_to_end()  # before there may be no room for what came with it
         if taken.payload and not self.discards:
             self._send(taken.payload)
         if over is not None:
@@ -247,14 +248,18 @@ class FramedPump:
 
     def _end(self) -> None:
         """The source has ended its stream: pass that on to the sink, behind what rests."""
+        self._begin_to_end()
+        self._drain()
+        self._finish()
+
+    def _begin_to_end(self) -> None:
+        """Nothing more comes from the source."""
         if not self._ends:
             self._ends = True
             if self.reader is not None:
                 self._source_is_over(b"")
             if self.frames_out and not self.discards:
                 self._control = frames.close(Close(NORMAL))
-        self._drain()
-        self._finish()
 
     def _finish(self) -> None:
         self.waits = OVER
