@@ -12,15 +12,17 @@ Nothing in here is about one client, and sizes are blurred as everywhere. No tim
 from __future__ import annotations
 
 import json
-import sqlite3
 import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from relay.usage.rows import Row
+if TYPE_CHECKING:  # SQLite takes 1.5 MB, and a relay without a database does without it
+    import sqlite3
+
+    from relay.usage.rows import Row
 
 SIZES: Final = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000, 10_000_000_000, 100_000_000_000)
 """Where sizes are divided, in bytes; a value counts for the least bound that it is not above."""
