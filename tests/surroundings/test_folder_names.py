@@ -45,6 +45,7 @@ def test_a_relay_runs_in_a_folder_of_any_name_and_nothing_of_the_name_does(name:
 WRITTEN = {
     "var/relay-0.log",
     "var/relay-1.log",
+    "var/status.log",
     "var/supervisor.sock",
     "var/supervisord.log",
     "var/supervisord.pid",
