@@ -73,7 +73,6 @@ class Gateway(Matching):
         assert options.upstream is not None
         self._upstream = Upstream(options.upstream)
         self._names_clients = options.send_proxy
-        self._places = places
         self._on_reached = on_reached
         self._calls: dict[Client, Call] = {}
 

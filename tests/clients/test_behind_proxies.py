@@ -16,11 +16,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import namespaces
 from tests.support.client_frames import BINARY, Sent
 from tests.support.harness import (
     Relay,
     Service,
     Workers,
+    accepts,
     connect,
     free_port,
     handshake,
@@ -403,20 +405,76 @@ def test_a_transfer_of_the_proxy_s_own_is_on_record(any_relay_factory: Callable[
     assert [record["mood"] for record in relay.wait_for_records(1)] == ["happy"]
 
 
+def get(port: int) -> None:
+    with called(port, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n") as sock:
+        assert answer(sock).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("trusted", ["127.0.0.1", "192.0.2.1"], ids=["trusted", "not trusted"])
+def test_two_hundred_gets_on_websocket_leave_no_row_and_no_line(tmp_path: Path, trusted: str) -> None:
+    with Relay(tmp_path, "--trusted-proxies", trusted, *web_options(), recording=True) as relay:
+        port = web_port(relay)
+        for _ in range(200):
+            get(port)
+        honest_transfer(relay.port)
+        assert [record["mood"] for record in relay.wait_for_records(1)] == ["happy"]
+        assert len(relay.wait_for_rows("usage", 1)) == 1
+
+
+STRANGER = "198.51.100.9"
+
+
+@pytest.mark.parametrize("check", ["connect and close", "connect and reset", "LOCAL", "UNKNOWN"])
+def test_two_hundred_checks_of_a_stranger_are_on_record_as_before(tmp_path: Path, check: str) -> None:
+    if reason := namespaces.not_allowed():
+        pytest.skip(reason)
+    with namespaces.three_hosts("relay.test") as network:
+        options = ("--trusted-proxies", STRANGER, "--proxy-protocol", "--max-new-per-source", "100000")
+        with Relay(tmp_path, *options, interface="0.0.0.0", inside=network.relay.inside, recording=True) as relay:
+            address = (network.relay_address, relay.port)
+            for _ in range(200):
+                sock = network.clients[0].make_there(lambda: socket.create_connection(address, 10))
+                if check in ("LOCAL", "UNKNOWN"):
+                    sock.sendall(LOCAL if check == "LOCAL" else b"PROXY UNKNOWN\r\n")
+                    assert answer(sock) == b"bad handshake\n"
+                if check == "connect and reset":
+                    reset(sock)
+                else:
+                    sock.close()
+            assert [record["mood"] for record in relay.wait_for_records(200)] == ["errory"] * 200
+
+
 # The real ones
+
+
+def connections_made() -> int:
+    """How many TCP connections have come, to anybody, as /proc/net/snmp counts them. HAProxy's `check` resets before
+    it has sent the last packet of the handshake (AttemptFails), unless it has something to say (PassiveOpens)."""
+    lines = [line.split() for line in Path("/proc/net/snmp").read_text().splitlines() if line.startswith("Tcp:")]
+    counts = dict(zip(*lines, strict=True))
+    return int(counts["PassiveOpens"]) + int(counts["AttemptFails"])
+
+
+@needs_haproxy
+@pytest.mark.parametrize("way", ["check", "send-proxy check check-send-proxy", "send-proxy-v2 check check-send-proxy"])
+def test_two_hundred_real_checks_of_haproxy_leave_no_row_and_no_line(tmp_path: Path, way: str) -> None:
+    options = ("--trusted-proxies", "127.0.0.1")
+    with Relay(tmp_path, *options, recording=True) as relay:
+        with haproxy(tmp_path, free_port(), f"127.0.0.1:{relay.port} {way} inter 10"):
+            before = connections_made()
+            wait_until(lambda: connections_made() >= before + 200, 60, "two hundred checks")
+        assert meets(relay.port, HONEST)
+        assert [record["mood"] for record in relay.wait_for_records(1)] == ["happy"]
+        assert len(relay.wait_for_rows("usage", 1)) == 1
+        relay.stop()
+        assert "PROXY header" not in relay.log_text()
 
 
 @contextlib.contextmanager
 def behind_haproxy(relay: Service, folder: Path, port: int, way: str) -> Iterator[None]:
     with haproxy(folder, port, f"127.0.0.1:{relay.port} {way} check check-send-proxy inter 50"):
-        wait_until(lambda: can_connect(port), 20, "HAProxy listens")
+        wait_until(lambda: accepts(port), 20, "HAProxy listens")
         yield
-
-
-def can_connect(port: int) -> bool:
-    with contextlib.suppress(OSError), connect(port):
-        return True
-    return False
 
 
 @needs_haproxy
@@ -448,10 +506,32 @@ def test_behind_nginx_each_client_has_its_share(tmp_path: Path, stack: contextli
     relay = stack.enter_context(Relay(tmp_path, *options, recording=True))
     port = free_port()
     stack.enter_context(nginx(tmp_path, port, f"127.0.0.1:{relay.port}"))
-    wait_until(lambda: can_connect(port), 20, "nginx listens")
+    wait_until(lambda: accepts(port), 20, "nginx listens")
     held = [stack.enter_context(connect(port, source="127.0.0.66")) for _ in range(BOUND + 2)]
     for sock in held:
         sock.sendall(handshake(new_token(), new_side()))
     wait_until(lambda: [is_open(sock) for sock in held].count(False) == 2, what="two have no place")
     with connect(port, source="127.0.0.7") as left, connect(port, source="127.0.0.7") as right:
         shake_hands(left, right)
+
+
+@needs_haproxy
+@pytest.mark.parametrize("way", ["send-proxy", "send-proxy-v2 proxy-v2-options crc32c,unique-id"])
+def test_behind_haproxy_each_websocket_client_has_its_share(
+    tmp_path: Path, stack: contextlib.ExitStack, way: str
+) -> None:
+    options = ("--trusted-proxies", "127.0.0.1", "--max-per-source", str(BOUND))
+    relay = stack.enter_context(Relay(tmp_path, *options, *web_options(), recording=True))
+    port = free_port()
+    stack.enter_context(haproxy(tmp_path, port, f"127.0.0.1:{web_port(relay)} {way}"))
+    wait_until(lambda: accepts(port), 20, "HAProxy listens")
+    said = upgrade() + Sent(BINARY, handshake(new_token(), new_side())).wire
+    let_in = []
+    for _ in range(BOUND + 2):
+        sock = stack.enter_context(connect(port, source="127.0.0.66"))
+        sock.sendall(said)
+        let_in.append(is_let_in(sock))
+    assert let_in.count(True) == BOUND
+    sock = stack.enter_context(connect(port, source="127.0.0.7"))
+    sock.sendall(said)
+    assert is_let_in(sock)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import random
-import shutil
 import signal
 import socket
 import threading
@@ -18,9 +17,10 @@ import pytest
 from websockets.exceptions import InvalidState
 
 from tests.support.harness import handshake, new_side, new_token, read_exactly, wait_until
-from tests.support.machines import CLIENTS, FRONTS, RELAYS, Machines, Page, address_of, machines
+from tests.support.machines import CLIENTS, FRONTS, RELAYS, Machines, address_of, machines
 from tests.support.namespaces import not_allowed
-from tests.support.proxies import needs_haproxy
+from tests.support.page import Page
+from tests.support.proxies import needs_haproxy, needs_openssl
 from tests.support.wormholes import (
     PUBLIC_RELAY,
     PUBLIC_RELAY_PORT,
@@ -33,7 +33,7 @@ from tests.support.wormholes import (
 )
 from tests.wormholes.test_hosts import FILE_BYTES, MAILBOX_PORT
 
-pytestmark = [needs_haproxy, pytest.mark.skipif(shutil.which("openssl") is None, reason="apt-get install openssl")]
+pytestmark = [needs_haproxy, needs_openssl]
 
 _NOISE = random.Random(1).randbytes(1 << 20)
 

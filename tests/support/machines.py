@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import secrets
 import socket
-import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,22 +18,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from websockets.client import ClientProtocol
-from websockets.exceptions import InvalidState
-from websockets.frames import Frame, Opcode
-from websockets.protocol import Event
-from websockets.uri import parse_uri
-
 from tests.support.harness import CHECKOUT, Workers, query, running, wait_until
 from tests.support.namespaces import Host, run_ip
-from tests.support.proxies import HAPROXY
+from tests.support.page import Page
+from tests.support.proxies import HAPROXY, make_certificate
 from tests.support.wormholes import PUBLIC_RELAY
 
 NETWORK = "192.0.2"  # TEST-NET-1 (RFC 5737): nobody's
 NUMBERS = {"front1": 1, "front2": 2, "relay1": 11, "relay2": 12, "client1": 21, "client2": 22}
 FRONTS, RELAYS, CLIENTS = ("front1", "front2"), ("relay1", "relay2"), ("client1", "client2")
 SERVERS = ("relay1", "relay2", "gateway1", "gateway2")
-NAME = "relay.example.org"
 TCP_PORT, WEB_PORT, TLS_PORT = 4001, 4002, 443
 UNBOUNDED = ("--max-per-source", "5000", "--max-new-per-source", "5000")
 
@@ -42,56 +35,6 @@ UNBOUNDED = ("--max-per-source", "5000", "--max-new-per-source", "5000")
 def address_of(name: str) -> str:
     """The address of a host."""
     return f"{NETWORK}.{NUMBERS[name]}"
-
-
-class Page:
-    """A WebSocket client of one thread: that of `websockets` has two, which TLS in Python does not bear.
-
-    Raises:
-        ConnectionError: the upgrade is refused, or the connection has ended.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._protocol = ClientProtocol(parse_uri(f"wss://{NAME}/"), max_size=None)
-        self._protocol.send_request(self._protocol.connect())
-        self._flush()
-        (response,) = self._events()
-        if self._protocol.handshake_exc is not None:
-            raise ConnectionError(f"{response}: {self._protocol.handshake_exc}")
-
-    def _flush(self) -> None:
-        self._sock.sendall(b"".join(self._protocol.data_to_send()))
-
-    def _events(self) -> list[Event]:
-        while not (events := self._protocol.events_received()):
-            chunk = self._sock.recv(1 << 16)
-            if not chunk:
-                raise ConnectionError("the connection has ended")
-            self._protocol.receive_data(chunk)
-        return events
-
-    def send(self, payload: bytes) -> None:
-        """Send one message."""
-        self._protocol.send_binary(payload)
-        self._flush()
-
-    def recv(self) -> bytes:
-        """What has come, of one message or of several."""
-        heard = b""
-        for frame in self._events():
-            assert isinstance(frame, Frame)
-            assert frame.opcode in (Opcode.BINARY, Opcode.PING, Opcode.CLOSE), frame
-            if frame.opcode is Opcode.BINARY:
-                heard += frame.data
-        return heard
-
-    def close(self) -> None:
-        """Say goodbye, and hang up."""
-        with contextlib.suppress(OSError, InvalidState):
-            self._protocol.send_close(1000)
-            self._flush()
-        self._sock.close()
 
 
 @dataclass
@@ -111,8 +54,7 @@ class Machines:
 
     def dial_web(self, client: str, front: str) -> Page:
         """A WebSocket over TLS."""
-        context = ssl.create_default_context(cafile=str(self.folder / "cert.pem"))
-        return Page(context.wrap_socket(self.dial(client, front, TLS_PORT), server_hostname=NAME))
+        return Page.over_tls(self.dial(client, front, TLS_PORT), self.folder / "cert.pem")
 
     def tell(self, front: str, words: str) -> str:
         """Say something to a running HAProxy, and return its answer."""
@@ -166,17 +108,6 @@ class Machines:
         databases = [str(relay.usage_db) for relay in self.relays.values()]
         command = [sys.executable, "-m", "relay.report.cli", "--csv", *databases]
         return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True, timeout=30).stdout
-
-
-def make_certificate(folder: Path) -> None:
-    """A certificate for `NAME`, alone and in one file with its key, as HAProxy wants it."""
-    pem, key = folder / "cert.pem", folder / "cert.key"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-subj", f"/CN={NAME}", "-addext", f"subjectAltName=DNS:{NAME}", "-out", pem, "-keyout", key],
-        check=True, capture_output=True, timeout=30,
-    )  # fmt: skip
-    (folder / "both.pem").write_text(pem.read_text() + key.read_text())
 
 
 @contextlib.contextmanager

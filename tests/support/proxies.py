@@ -19,6 +19,10 @@ HAPROXY = shutil.which("haproxy") or "/usr/sbin/haproxy"
 NGINX = shutil.which("nginx") or "/usr/sbin/nginx"
 NGINX_STREAM = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
 
+HOST = "relay.example.org"
+"""Whom the certificates of the tests are for; docs/ and the shipped configurations name it, too."""
+
+needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="apt-get install openssl")
 needs_haproxy = pytest.mark.skipif(not os.path.exists(HAPROXY), reason="apt-get install haproxy")
 needs_nginx = pytest.mark.skipif(
     not (os.path.exists(NGINX) and NGINX_STREAM.exists()), reason="apt-get install nginx libnginx-mod-stream"
@@ -61,3 +65,16 @@ def nginx(folder: Path, port: int, server: str) -> Iterator[None]:
     )
     with running(NGINX, "-p", str(folder), "-e", str(folder / "error.log"), "-c", str(configuration)):
         yield
+
+
+def make_certificate(folder: Path) -> Path:
+    """Make a certificate for `HOST`, which only tests trust, and return cert.pem. Its key is in cert.key, and both are
+    in both.pem, as HAProxy wants it."""
+    pem, key = folder / "cert.pem", folder / "cert.key"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", f"/CN={HOST}", "-addext", f"subjectAltName=DNS:{HOST}", "-out", pem, "-keyout", key],
+        check=True, capture_output=True, timeout=30,
+    )  # fmt: skip
+    (folder / "both.pem").write_text(pem.read_text() + key.read_text())
+    return pem
