@@ -9,27 +9,13 @@
  * load program's key is that example's. There are no pings, no checks of frames, and otherwise what splice_relay has not.
  */
 #define _GNU_SOURCE
-#include <arpa/inet.h>
-#include <errno.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
-#include <signal.h>
+
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/epoll.h>
-#include <sys/socket.h>
 #include <sys/uio.h>
-#include <unistd.h>
 
 enum {
-    TOKEN_AT = 13,
-    TOKEN = 64,
-    LONGEST_HANDSHAKE = 13 + 64 + 10 + 16 + 1,
-    BUCKETS = 1 << 14,
-    EVENTS = 256,
     TURN = 1 << 20,
     MESSAGE = 32768,
     MOST_HEADERS = TURN / MESSAGE + 1,
@@ -48,73 +34,18 @@ struct place {
     bool closed;
 };
 
-/* One side of a pair. `rest` is what its partner sent and it has not taken yet. */
-struct client {
-    int fd;
+/* `rest` is what its partner sent and it has not taken yet. */
+struct own {
     bool web, asked;            /* speaks WebSocket; and its request has been read in part, but not to the end */
     struct place place;
     char *rest;
     size_t rest_at, rest_size;
-    struct client *partner;
-    struct client *next;        /* in a bucket, while waiting; among the dead, after */
-    bool ended;                 /* its stream came to the end */
-    bool done;                  /* and the partner has been told */
-    bool dead;
-    uint32_t interest;
-    size_t got;
     uint32_t last_four;         /* bytes of its request */
-    char handshake[LONGEST_HANDSHAKE];
 };
 
-static int epoll_fd;
-static struct client *waiting[BUCKETS];
-static struct client *dead;     /* freed when the batch of events is over */
+#include "c_relay.h"
+
 static char received[TURN], unmasked[TURN];
-
-static void must(bool held, const char *what)
-{
-    if (!held) {
-        perror(what);
-        exit(1);
-    }
-}
-
-static void want(struct client *client, uint32_t interest)
-{
-    struct epoll_event event = {.events = interest, .data = {.ptr = client}};
-    if (interest == client->interest)
-        return;
-    client->interest = interest;
-    must(epoll_ctl(epoll_fd, EPOLL_CTL_MOD, client->fd, &event) == 0, "epoll_ctl");
-}
-
-/* Reads while its partner takes everything, writes while something rests for it. */
-static void want_what_is_possible(struct client *client)
-{
-    uint32_t interest = 0;
-    if (!client->ended && client->partner->rest_size == 0)
-        interest |= EPOLLIN;
-    if (client->rest_size > 0)
-        interest |= EPOLLOUT;
-    want(client, interest);
-}
-
-static void bury(struct client *client)
-{
-    if (client->dead)
-        return;
-    client->dead = true;
-    close(client->fd);
-    free(client->rest);
-    client->next = dead;
-    dead = client;
-}
-
-static void bury_pair(struct client *client)
-{
-    bury(client->partner);
-    bury(client);
-}
 
 /* ---- frames ---- */
 
@@ -198,16 +129,16 @@ static size_t write_header(char *header, size_t length)
 
 static void keep_rest(struct client *client, const struct iovec *parts, int count, size_t taken)
 {
-    if (!client->rest)
-        must((client->rest = malloc(TURN + 4 * MOST_HEADERS)) != NULL, "memory");
-    client->rest_at = client->rest_size = 0;
+    if (!client->own.rest)
+        must((client->own.rest = malloc(TURN + 4 * MOST_HEADERS)) != NULL, "memory");
+    client->own.rest_at = client->own.rest_size = 0;
     for (int i = 0; i < count; i++) {
         if (taken >= parts[i].iov_len) {
             taken -= parts[i].iov_len;
             continue;
         }
-        memcpy(client->rest + client->rest_size, (char *)parts[i].iov_base + taken, parts[i].iov_len - taken);
-        client->rest_size += parts[i].iov_len - taken;
+        memcpy(client->own.rest + client->own.rest_size, (char *)parts[i].iov_base + taken, parts[i].iov_len - taken);
+        client->own.rest_size += parts[i].iov_len - taken;
         taken = 0;
     }
 }
@@ -219,7 +150,7 @@ static bool say(struct client *client, char *bytes, size_t size)
     struct iovec parts[2 * MOST_HEADERS] = {{.iov_base = bytes, .iov_len = size}};
     int count = 1;
     size_t wire = size;
-    if (client->web) {
+    if (client->own.web) {
         count = 0;
         for (size_t at = 0; at < size; at += MESSAGE) {
             size_t length = size - at < MESSAGE ? size - at : MESSAGE;
@@ -241,48 +172,22 @@ static bool say(struct client *client, char *bytes, size_t size)
 
 static bool say_rest(struct client *client)
 {
-    ssize_t taken = send(client->fd, client->rest + client->rest_at, client->rest_size, MSG_NOSIGNAL);
+    ssize_t taken = send(client->fd, client->own.rest + client->own.rest_at, client->own.rest_size, MSG_NOSIGNAL);
     if (taken < 0)
         return errno == EAGAIN;
-    client->rest_at += (size_t)taken;
-    client->rest_size -= (size_t)taken;
+    client->own.rest_at += (size_t)taken;
+    client->own.rest_size -= (size_t)taken;
     return true;
 }
 
 /* ---- pairs ---- */
 
-static struct client **bucket_of(const struct client *client)
-{
-    uint32_t hash = 2166136261u;
-    for (int i = 0; i < TOKEN; i++)
-        hash = (hash ^ (uint8_t)client->handshake[TOKEN_AT + i]) * 16777619u;
-    return &waiting[hash % BUCKETS];
-}
-
-static void leave_waiting(struct client *client)
-{
-    for (struct client **link = bucket_of(client); *link; link = &(*link)->next)
-        if (*link == client) {
-            *link = client->next;
-            return;
-        }
-}
-
-static struct client *matching(struct client *client)
-{
-    for (struct client *other = *bucket_of(client); other; other = other->next)
-        if (memcmp(other->handshake + TOKEN_AT, client->handshake + TOKEN_AT, TOKEN) == 0)
-            return other;
-    return NULL;
-}
-
 static void meet(struct client *client)
 {
     static char ok[] = "ok\n";
-    struct client *partner = matching(client), **bucket = bucket_of(client);
+    struct client *partner = matching(client);
     if (!partner) {
-        client->next = *bucket;
-        *bucket = client;
+        wait_for_partner(client);
         return;
     }
     leave_waiting(partner);
@@ -295,13 +200,13 @@ static void meet(struct client *client)
 /* The request of one who begins with `G`: nothing of it matters but its end. */
 static void read_request(struct client *client, size_t size)
 {
-    client->web = true;
-    client->asked = true;
-    for (size_t i = 0; i < size && client->asked; i++) {
-        client->last_four = client->last_four << 8 | (uint8_t)received[i];
-        client->asked = client->last_four != 0x0d0a0d0a;
+    client->own.web = true;
+    client->own.asked = true;
+    for (size_t i = 0; i < size && client->own.asked; i++) {
+        client->own.last_four = client->own.last_four << 8 | (uint8_t)received[i];
+        client->own.asked = client->own.last_four != 0x0d0a0d0a;
     }
-    if (!client->asked && send(client->fd, ACCEPTED, sizeof ACCEPTED - 1, MSG_NOSIGNAL) != sizeof ACCEPTED - 1)
+    if (!client->own.asked && send(client->fd, ACCEPTED, sizeof ACCEPTED - 1, MSG_NOSIGNAL) != sizeof ACCEPTED - 1)
         bury(client);
 }
 
@@ -315,14 +220,14 @@ static void shake_hands(struct client *client)
         bury(client);
         return;
     }
-    if (client->asked || (!client->web && client->got == 0 && received[0] == 'G')) {
+    if (client->own.asked || (!client->own.web && client->got == 0 && received[0] == 'G')) {
         read_request(client, (size_t)count);
         return;
     }
     const char *words = received;
     size_t size = (size_t)count, room = LONGEST_HANDSHAKE - client->got;
-    if (client->web) {
-        size = payload_of(&client->place, received, size, unmasked);
+    if (client->own.web) {
+        size = payload_of(&client->own.place, received, size, unmasked);
         words = unmasked;
     }
     size = size < room ? size : room;
@@ -338,85 +243,39 @@ static bool read_some(struct client *from)
     if (count < 0)
         return errno == EAGAIN;
     from->ended = count == 0;
-    if (!from->web)
+    if (!from->own.web)
         return count == 0 || say(from->partner, received, (size_t)count);
-    size_t size = payload_of(&from->place, received, (size_t)count, unmasked);
-    from->ended |= from->place.closed;
+    size_t size = payload_of(&from->own.place, received, (size_t)count, unmasked);
+    from->ended |= from->own.place.closed;
     return size == 0 || say(from->partner, unmasked, size);
 }
 
-/* One direction, one turn. Returns false when the pair is to be dropped. */
 static bool pump(struct client *from)
 {
     struct client *to = from->partner;
-    if (to->rest_size > 0 && !say_rest(to))
+    if (to->own.rest_size > 0 && !say_rest(to))
         return false;
-    if (!from->ended && to->rest_size == 0 && !read_some(from))
+    if (!from->ended && to->own.rest_size == 0 && !read_some(from))
         return false;
-    if (from->ended && to->rest_size == 0 && !from->done) {
+    if (from->ended && to->own.rest_size == 0 && !from->done) {
         from->done = true;
-        if (to->web)
+        if (to->own.web)
             return send(to->fd, "\x88\x02\x03\xe8", 4, MSG_NOSIGNAL) == 4;
         shutdown(to->fd, SHUT_WR);
     }
     return true;
 }
 
-static void serve(struct client *client, uint32_t events)
+/* Reads while its partner takes everything, writes while something rests for it. */
+static uint32_t possible(const struct client *client)
 {
-    if (client->dead)
-        return;
-    if (!client->partner) {
-        shake_hands(client);
-        return;
-    }
-    bool good = !(events & EPOLLERR);
-    if (good && events & (EPOLLIN | EPOLLHUP))
-        good = pump(client);
-    if (good && events & EPOLLOUT)
-        good = pump(client->partner);
-    if (!good || (client->done && client->partner->done)) {
-        bury_pair(client);
-        return;
-    }
-    want_what_is_possible(client);
-    want_what_is_possible(client->partner);
+    uint32_t interest = !client->ended && client->partner->own.rest_size == 0 ? EPOLLIN : 0;
+    return client->own.rest_size > 0 ? interest | EPOLLOUT : interest;
 }
 
-static void welcome(int listener)
+static void let_go(struct client *client)
 {
-    int fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC), yes = 1;
-    if (fd < 0)
-        return;
-    struct client *client = calloc(1, sizeof *client);
-    must(client != NULL, "memory");
-    client->fd = fd;
-    client->interest = EPOLLIN;
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
-    struct epoll_event event = {.events = EPOLLIN, .data = {.ptr = client}};
-    must(epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event) == 0, "epoll_ctl");
-    shake_hands(client);
-}
-
-static void free_the_dead(void)
-{
-    while (dead) {
-        struct client *client = dead;
-        dead = client->next;
-        free(client);
-    }
-}
-
-static int listen_on(int port)
-{
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), yes = 1;
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    must(fd >= 0, "socket");
-    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
-    must(bind(fd, (struct sockaddr *)&address, sizeof address) == 0, "bind");
-    must(listen(fd, 512) == 0, "listen");
-    return fd;
+    free(client->own.rest);
 }
 
 int main(int count, char **words)
@@ -425,20 +284,5 @@ int main(int count, char **words)
         fputs("usage: frame_relay PORT\n", stderr);
         return 2;
     }
-    signal(SIGPIPE, SIG_IGN);
-    int listener = listen_on(atoi(words[1]));
-    struct epoll_event events[EVENTS], accepting = {.events = EPOLLIN, .data = {.ptr = NULL}};
-    epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    must(epoll_ctl(epoll_fd, EPOLL_CTL_ADD, listener, &accepting) == 0, "epoll_ctl");
-    for (;;) {
-        int ready = epoll_wait(epoll_fd, events, EVENTS, -1);
-        must(ready >= 0 || errno == EINTR, "epoll_wait");
-        for (int i = 0; i < ready; i++) {
-            if (events[i].data.ptr)
-                serve(events[i].data.ptr, events[i].events);
-            else
-                welcome(listener);
-        }
-        free_the_dead();
-    }
+    run(atoi(words[1]));
 }
