@@ -11,6 +11,7 @@ import signal
 import socket
 import stat
 import subprocess
+import textwrap
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.harness import (
+    CHECKOUT,
     connect,
     handshake,
     met,
@@ -274,6 +276,39 @@ def test_without_the_package_it_serves_tcp_unless_websocket_is_asked_for(tmp_pat
         told = [line for line in service.log_lines() if "relay-gevent[websocket]" in line]
         assert len(told) == 2, service.logs()
         assert not accepts(service.web_port)
+
+
+def test_a_gateway_of_its_own_section_is_renewed_under_its_clients() -> None:
+    page = (CHECKOUT / "docs" / "machines.md").read_text()
+    found = re.search(r"```ini\n(.*?)```", page, re.DOTALL)
+    assert found is not None
+    with supervised(started=False) as service:
+        service.env["RELAY_WEBSOCKET"] = ""
+        section = textwrap.dedent(found[1])
+        for old, new in (
+            ("/opt/relay-gevent/bin/relay-gevent", str(service.home / "bin" / "relay-gevent")),
+            ("--websocket 4002", f"--websocket tcp:{service.web_port}:interface=127.0.0.1"),
+            ("192.0.2.1:4001,192.0.2.2:4001 --send-proxy", f"127.0.0.1:{service.port}"),
+        ):
+            assert old in section
+            section = section.replace(old, new)
+        with service.conf.open("a") as conf:
+            conf.write(f"\n{section}")
+        service.start()
+        wait_until(
+            lambda: service.control("status", "gateway:*", check=False).count("RUNNING") == 2, 20, service.logs()
+        )
+        wait_until(lambda: accepts(service.web_port), 10, "the gateway listens")
+        with dial_web(service.web_port) as client, connect(service.port) as other:
+            token = new_token()
+            client.send(handshake(token, new_side()))
+            other.sendall(handshake(token, new_side()))
+            assert client.recv(10) == read_exactly(other, 3) == b"ok\n"
+            before = service.control("status", "gateway:*")
+            service.rolling_restart("gateway")
+            assert not {*re.findall(r"pid \d+", before)} & {*re.findall(r"pid \d+", service.control("status"))}
+            client.send(b"still here")
+            assert read_exactly(other, 10) == b"still here"
 
 
 def test_an_empty_variable_is_no_websocket(tmp_path: Path) -> None:

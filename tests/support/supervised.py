@@ -105,12 +105,12 @@ class Supervised:
         """Run supervisorctl and return what it printed."""
         return self.run("-m", "supervisor.supervisorctl", "-c", str(self.conf), *words, check=check).stdout
 
-    def rolling_restart(self) -> None:
+    def rolling_restart(self, *group: str) -> None:
         """Run the shipped misc/rolling-restart, with a supervisorctl of this home's on the PATH."""
         control = self.home / "bin" / "supervisorctl"
         control.write_text(f'#!/bin/sh\nexec {self.python[0]} -m supervisor.supervisorctl "$@"\n')
         control.chmod(0o755)
-        command = [str(CHECKOUT / "misc" / "rolling-restart"), str(self.conf)]
+        command = [str(CHECKOUT / "misc" / "rolling-restart"), str(self.conf), *group]
         done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, f"{done.stdout}{done.stderr}{self.logs()}"
 
