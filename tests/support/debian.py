@@ -56,13 +56,20 @@ def mirror() -> str:
     return next((line.split()[3] for line in told.splitlines() if line.split()[:3] == wanted), "")
 
 
+def _kept(config: pytest.Config) -> Path:
+    """Where to keep what takes a minute to make: in pytest's cache, or where that would be when it is turned off."""
+    cache: pytest.Cache | None = getattr(config, "cache", None)
+    folder = CHECKOUT / ".pytest_cache" / "d" / "debian" if cache is None else cache.mkdir("debian")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def debian(config: pytest.Config) -> Path:
     """Return the archive of the system, which is made when it is not in the cache; skip the test where it cannot be."""
     reason = not_allowed()
     if reason:
         pytest.skip(reason)
-    assert config.cache is not None
-    archive = config.cache.mkdir("debian") / f"{codename()}-{_digest(PACKAGES)}.tar"
+    archive = _kept(config) / f"{codename()}-{_digest(PACKAGES)}.tar"
     if not archive.exists():
         being_made = archive.with_suffix(f".{os.getpid()}.tar")
         left_out = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in _LEFT_OUT]
@@ -81,9 +88,8 @@ def debian(config: pytest.Config) -> Path:
 def wheels(config: pytest.Config) -> Path:
     """Return a folder of wheels of all that the relay needs, and of what builds it, for that system's Python, which is
     of this machine's release; not of the relay itself. Kept in pytest's cache while setup.cfg asks for the same."""
-    assert config.cache is not None
     wanted = f"{sys.version_info}{(CHECKOUT / 'setup.cfg').read_text().partition('[options.extras_require]')}"
-    folder = config.cache.mkdir("debian") / f"wheels-{_digest(wanted)}"
+    folder = _kept(config) / f"wheels-{_digest(wanted)}"
     if not folder.exists():
         with tempfile.TemporaryDirectory() as above:
             source, made = Path(above) / "source", Path(above) / "wheels"
