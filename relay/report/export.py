@@ -13,7 +13,7 @@ from datetime import date
 from typing import Any
 
 from relay.report.periods import label, last_day
-from relay.report.summing_up import PeriodReport, Report, Spread, Spreads, Sums
+from relay.report.summing_up import PeriodReport, Report, Spread, Spreads
 
 CSV_COLUMNS = (
     *("span", "period", "from", "to"),
@@ -38,8 +38,8 @@ def as_json(report: Report) -> str:
             "refreshed": now.refreshed,
             "stale": now.is_stale(report.made),
         },
-        "since_start": _sums(report.since_start),
-        "all_time": {**_sums(report.all_time), **_spreads(report.spreads)},
+        "since_start": report.since_start.named(),
+        "all_time": {**report.all_time.named(), **_spreads(report.spreads)},
         "by": report.span,
         "periods": [_period(period, report) for period in report.periods],
     }
@@ -51,8 +51,8 @@ def as_csv(report: Report) -> str:
     now = report.now
     rows: list[dict[str, Any]] = [
         {"span": "now", "connected": now.connected, "waiting": now.waiting, "partial_bytes": now.partial_bytes},
-        {"span": "since_start", **_sums(report.since_start)},
-        {"span": "all_time", **_sums(report.all_time), **_flat(_spreads(report.spreads))},
+        {"span": "since_start", **report.since_start.named()},
+        {"span": "all_time", **report.all_time.named(), **_flat(_spreads(report.spreads))},
     ]
     rows += [{"span": report.span, **_flat(_period(period, report))} for period in report.periods]
     text = io.StringIO()
@@ -67,18 +67,8 @@ def _period(period: PeriodReport, report: Report) -> dict[str, Any]:
         "period": label(period.first, report.span),
         "from": date.fromordinal(period.first).isoformat(),
         "to": date.fromordinal(last_day(period.first, report.span)).isoformat(),
-        **_sums(period.sums),
+        **period.sums.named(),
         **_spreads(period.spreads),
-    }
-
-
-def _sums(sums: Sums) -> dict[str, int]:
-    return {
-        "connections": sums.connections,
-        "happy": sums.happy,
-        "lonely": sums.lonely,
-        "errory": sums.errory,
-        "bytes": sums.bytes,
     }
 
 

@@ -25,6 +25,16 @@ class Sums:
     lonely: int
     errory: int
 
+    def named(self) -> dict[str, int]:
+        """As the JSON documents have it."""
+        return {
+            "connections": self.connections,
+            "happy": self.happy,
+            "lonely": self.lonely,
+            "errory": self.errory,
+            "bytes": self.bytes,
+        }
+
 
 def add_sums(parts: Iterable[Sums]) -> Sums:
     """Return what all of them hold together."""
@@ -108,9 +118,6 @@ class Spreads:
     size: Spread | None
     waiting_time: Spread | None
     total_time: Spread | None
-
-
-NO_SPREADS = Spreads(None, None, None)
 
 
 def spreads(parts: Iterable[Values]) -> Spreads:

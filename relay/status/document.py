@@ -9,7 +9,6 @@ import json
 from datetime import date
 from typing import Any
 
-from relay.report.tally import Sums
 from relay.status.reading import Reading
 from relay.status.view import View
 
@@ -28,7 +27,7 @@ def as_json(view: View) -> str:
         "now": None if reading is None else _now(reading),
         "bytes_per_second": view.rates,
         "since_start": None if reading is None else _since_start(reading),
-        "all_time": None if reading is None else _sums(reading.all_time),
+        "all_time": None if reading is None else reading.all_time.named(),
         "workers": [] if reading is None else _workers(reading),
         "days": None if view.days is None else _days(view),
     }
@@ -47,17 +46,7 @@ def _now(reading: Reading) -> dict[str, Any]:
 
 
 def _since_start(reading: Reading) -> dict[str, Any]:
-    return {"began": reading.began, **_sums(reading.since_start), "counters": dict(sorted(reading.counters.items()))}
-
-
-def _sums(sums: Sums) -> dict[str, int]:
-    return {
-        "connections": sums.connections,
-        "bytes": sums.bytes,
-        "happy": sums.happy,
-        "lonely": sums.lonely,
-        "errory": sums.errory,
-    }
+    return {"began": reading.began, **reading.since_start.named(), "counters": dict(sorted(reading.counters.items()))}
 
 
 def _workers(reading: Reading) -> list[dict[str, Any]]:
@@ -75,5 +64,5 @@ def _workers(reading: Reading) -> list[dict[str, Any]]:
 
 def _days(view: View) -> list[dict[str, Any]]:
     return [
-        {"day": date.fromordinal(day).isoformat(), **_sums(sums)} for day, sums in sorted((view.days or {}).items())
+        {"day": date.fromordinal(day).isoformat(), **sums.named()} for day, sums in sorted((view.days or {}).items())
     ]

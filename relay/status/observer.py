@@ -116,9 +116,7 @@ class Observer:
         reading = self.seen.reading
         assert reading is not None
         history = History()
-        steps = counting(
-            lambda question: self._source.ask(lambda connection, _: question(connection)), reading.all_time, history
-        )
+        steps = counting(self._ask, reading.all_time, history)
         try:
             if not count(steps, self._pause):
                 return
