@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -79,6 +80,17 @@ class Page:
                 if frame.opcode is Opcode.BINARY:
                     heard += frame.data
         return heard
+
+    def rest(self, seconds: float) -> None:
+        """Say nothing for so long, but for the answers to pings."""
+        ends, patience = time.monotonic() + seconds, self._sock.gettimeout()
+        while (left := ends - time.monotonic()) > 0:
+            self._sock.settimeout(left)
+            with contextlib.suppress(TimeoutError):
+                for frame in self._events():
+                    assert isinstance(frame, Frame)
+                    assert frame.opcode is Opcode.PING, frame
+        self._sock.settimeout(patience)
 
     def close(self) -> None:
         """Say goodbye, and hang up."""
