@@ -224,7 +224,7 @@ def main() -> None:
     megabyte = memoryview(bytearray(BUFFER))
     cost = cpu_of(lambda: messages([megabyte]), once * 10)
     say("headers for a megabyte, s/GiB", f"{cost * GIB / BUFFER:.3f}")
-    cost = cpu_of(lambda: websocket.read_request(REQUEST), once * 100)
+    cost = cpu_of(lambda: websocket.RequestHead().hear(REQUEST), once * 100)
     say("opening handshake, µs", f"{cost * 1e6:.0f}")
     say("  by websockets", f"{cpu_of(open_with_websockets, once * 100) * 1e6:.0f}")
     for sizes, sketch in (((1 << 16,), "0.31–0.37"), ((4, 16424), "0.40")):

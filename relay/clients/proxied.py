@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from relay.clients.bounds import Bound
 from relay.clients.claim import Claim
 from relay.clients.handshake import Handshake, Refusal
-from relay.clients.proxy_header import LONGEST, Flaw, ProxyHeader, read_proxy_header
+from relay.clients.proxy_header import LONGEST, Flaw, HeaderReader, ProxyHeader
 from relay.clients.speech import PLAIN, Ending, Speaker, Speech
 
 if TYPE_CHECKING:
@@ -45,37 +45,37 @@ class Proxied:
         self._proxy = proxy
         self._then = then
         self._required = required
-        self._head = head
+        self._head = HeaderReader(head)
 
     def hear(self, client: Speaker) -> Handshake | Ending | None:
         """See `Speech`. When all is said, the claim is with `client`, who has another speech then."""
         sock = client.sock
+        before = len(self._head.received)
         try:
-            chunk = sock.recv(LONGEST + 1 - len(self._head), socket.MSG_PEEK)
+            chunk = sock.recv(LONGEST + 1 - before, socket.MSG_PEEK)
         except BlockingIOError:
             raise
         except OSError:
             chunk = b""
         if not chunk:
-            return _FLAWED if self._head else _GONE
-        received = self._head + chunk
-        header = read_proxy_header(received)
+            return _FLAWED if before else _GONE
+        header = self._head.hear(chunk)
         if header is None:
-            self._head += sock.recv(len(chunk))
+            sock.recv(len(chunk))
             return None
         if isinstance(header, ProxyHeader):
-            sock.recv(header.size - len(self._head))
+            sock.recv(header.size - before)
             client.claim = Claim(self._proxy, header.host, header.is_local)
-        elif header is Flaw.MISSING and self._may_do_without(received):
-            client.received = self._head
+        elif header is Flaw.MISSING and self._may_do_without():
+            client.received = bytes(self._head.received[:before])
             client.claim = Claim(self._proxy)
         else:
             return _FLAWED
         client.speech = self._then
         return None
 
-    def _may_do_without(self, received: bytes) -> bool:
-        return not self._required or (self._then is not PLAIN and received[:1].isupper())
+    def _may_do_without(self) -> bool:
+        return not self._required or (self._then is not PLAIN and self._head.received[:1].isupper())
 
     def keeps(self, claim: Claim) -> bool:
         """See `Speech`; nothing has been said yet."""
@@ -87,7 +87,7 @@ class Proxied:
 
     def refusal(self, refusal: Refusal) -> Ending:
         """See `Speech`: the proxy would not understand."""
-        return _FLAWED if self._required or self._head else _GONE
+        return _FLAWED if self._required or self._head.received else _GONE
 
     def lonely(self) -> Ending:
         """See `Speech`."""
@@ -106,8 +106,8 @@ class Proxied:
     def pack(self) -> bytes:
         """See `Speech`."""
         proxy = self._proxy.encode()
-        sizes = _PACKED.pack(self._required, len(proxy), len(self._head))
-        return KIND + sizes + proxy + self._head + self._then.pack()
+        head = bytes(self._head.received)
+        return KIND + _PACKED.pack(self._required, len(proxy), len(head)) + proxy + head + self._then.pack()
 
 
 def unpack(packed: bytes) -> Speech:

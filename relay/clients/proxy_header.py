@@ -1,4 +1,4 @@
-"""The PROXY header, as a pure function of the bytes that have come so far.
+"""The PROXY header, out of the bytes that have come so far; pure.
 
 A proxy sends it before anything else, to say who has called it. Version 1 is a line of text, version 2 is binary::
 
@@ -62,19 +62,85 @@ class Flaw(enum.Enum):
     TOO_LONG = "is too long"
 
 
-def read_proxy_header(received: bytes) -> ProxyHeader | Flaw | None:
-    """Judge `received`, everything that a proxy has sent since it connected.
+class HeaderReader:
+    """Reads what comes first of a proxy, in however many pieces: of a header of version 2 each field is looked at when
+    it comes, and not again.
 
-    Returns the `ProxyHeader` when it is whole, whatever follows it; a `Flaw` when the bytes can no longer become one,
-    at the first byte that makes it so (a wrong checksum: at the last byte of the header); and None while more bytes are
-    needed. What has a flaw keeps it, whatever follows.
+    Args:
+        received: what had come when somebody else read it.
+
+    Attributes:
+        received: everything that the proxy has sent since it connected.
     """
-    for signature, read in zip(_SIGNATURES, (_read_line, _read_binary), strict=True):
-        if received.startswith(signature):
-            return read(received)
-        if signature.startswith(received):
+
+    __slots__ = ("_checksum_at", "_field_at", "received")
+
+    def __init__(self, received: bytes = b"") -> None:
+        self.received = bytearray(received)
+        self._field_at = 0
+        """Where the first further field begins that is not known to be one; 0 before any is known."""
+        self._checksum_at = 0
+
+    def hear(self, chunk: bytes) -> ProxyHeader | Flaw | None:
+        """Judge everything that has come, of which `chunk` is the latest.
+
+        Returns the `ProxyHeader` when it is whole, whatever follows it; a `Flaw` when the bytes can no longer become
+        one, at the first byte that makes it so (a wrong checksum: at the last byte of the header); and None while more
+        bytes are needed. What has a flaw keeps it, whatever follows.
+        """
+        self.received += chunk
+        begun = bytes(self.received[:LONGEST_LINE])
+        if begun.startswith(_SIGNATURES[1]):
+            return self._read_binary()
+        if begun.startswith(_SIGNATURES[0]):
+            return _read_line(begun)
+        return None if any(signature.startswith(begun) for signature in _SIGNATURES) else Flaw.MISSING
+
+    def _read_binary(self) -> ProxyHeader | Flaw | None:
+        begun = bytes(self.received[:_ADDRESSES_AT])
+        command = begun[_COMMAND_AT:_FAMILY_AT]
+        if command not in (b"", _LOCAL, _PROXY):
+            return Flaw.WRONG
+        is_local = command == _LOCAL
+        # LOCAL discards the family and whatever follows, which then is as if nothing had been specified.
+        family = 0 if is_local else int.from_bytes(begun[_FAMILY_AT:_LENGTH_AT], "big")
+        if family >> 4 > 3 or family & 15 > 2:
+            return Flaw.WRONG
+        # As long as there is only one byte of the length, this is the least that it can become.
+        end = _ADDRESSES_AT + int.from_bytes(begun[_LENGTH_AT:].ljust(2, b"\0"), "big")
+        if end > LONGEST:
+            return Flaw.TOO_LONG
+        if len(begun) < _ADDRESSES_AT:
             return None
-    return Flaw.MISSING
+        addresses = _SIZE_OF_ADDRESSES.get(family)
+        if addresses is not None:
+            self._field_at = self._field_at or _ADDRESSES_AT + addresses
+            if not self._may_be_fields(end):
+                return Flaw.WRONG
+        return ProxyHeader(end, _client(self.received, family), is_local) if len(self.received) >= end else None
+
+    def _may_be_fields(self, end: int) -> bool:
+        """Whether what has come of a header that ends at `end` can have further fields, each a byte of type, two of
+        length and its value, and at most one of them a checksum, which is right."""
+        while self._field_at < end:
+            value_at = self._field_at + 3
+            field = bytes(self.received[self._field_at : min(value_at, end)])
+            kind, length = field[:1], field[1:]
+            after = value_at + int.from_bytes(length.ljust(2, b"\0"), "big")
+            if after > end or (kind == _CHECKSUM and not self._may_be_checksum(length, value_at, end)):
+                return False
+            if len(length) < 2:
+                return True  # that is all that is known yet
+            if kind == _CHECKSUM:
+                self._checksum_at = value_at
+            self._field_at = after
+        if self._field_at > end:
+            return False  # there is no room for the addresses
+        whole = len(self.received) >= end
+        return not whole or not self._checksum_at or _is_right(bytes(self.received[:end]), self._checksum_at)
+
+    def _may_be_checksum(self, length: bytes, value_at: int, end: int) -> bool:
+        return not self._checksum_at and value_at + 4 <= end and _LENGTH_OF_CHECKSUM.startswith(length)
 
 
 def write_proxy_header(source: bytes | None) -> bytes:
@@ -124,7 +190,8 @@ _BEGINNINGS = (b"PROXY TCP4 ", b"PROXY TCP6 ", b"PROXY UNKNOWN\r")
 
 
 def _read_line(received: bytes) -> ProxyHeader | Flaw | None:
-    line, end, _ = received[:LONGEST_LINE].partition(b"\r\n")
+    """`received` is what there is of the first `LONGEST_LINE` bytes."""
+    line, end, _ = received.partition(b"\r\n")
     if end:
         return _understand_line(line)
     if not _may_become_line(line[: LONGEST_LINE - 1]):
@@ -172,50 +239,12 @@ _CHECKSUM = b"\x03"
 _LENGTH_OF_CHECKSUM = b"\x00\x04"
 
 
-def _read_binary(received: bytes) -> ProxyHeader | Flaw | None:
-    command = received[_COMMAND_AT:_FAMILY_AT]
-    if command not in (b"", _LOCAL, _PROXY):
-        return Flaw.WRONG
-    is_local = command == _LOCAL
-    # LOCAL discards the family and whatever follows, which then is as if nothing had been specified.
-    family = 0 if is_local else int.from_bytes(received[_FAMILY_AT:_LENGTH_AT], "big")
-    if family >> 4 > 3 or family & 15 > 2:
-        return Flaw.WRONG
-    # As long as there is only one byte of the length, this is the least that it can become.
-    length = int.from_bytes(received[_LENGTH_AT:_ADDRESSES_AT].ljust(2, b"\0"), "big")
-    end = _ADDRESSES_AT + length
-    if end > LONGEST:
-        return Flaw.TOO_LONG
-    if len(received) < _ADDRESSES_AT:
-        return None
-    addresses = _SIZE_OF_ADDRESSES.get(family)
-    if addresses is not None and not _may_be_fields(received[:end], _ADDRESSES_AT + addresses, end):
-        return Flaw.WRONG
-    return ProxyHeader(end, _client(received, family), is_local) if len(received) >= end else None
-
-
-def _client(received: bytes, family: int) -> str | None:
+def _client(received: bytearray, family: int) -> str | None:
     if family == _TCP4:
         return inet_ntop(AF_INET, received[_ADDRESSES_AT : _ADDRESSES_AT + 4])
     if family == _TCP6:
         return canonical(inet_ntop(AF_INET6, received[_ADDRESSES_AT : _ADDRESSES_AT + 16]))
     return None
-
-
-def _may_be_fields(received: bytes, at: int, end: int) -> bool:
-    """Whether what has come of a header can have its further fields from `at` to `end`, each a byte of type, two of
-    length and its value, and at most one of them a checksum, which is right."""
-    checksum_at = 0
-    while at < end:
-        kind, length, value_at = received[at : at + 1], received[at + 1 : at + 3], at + 3
-        at = value_at + int.from_bytes(length.ljust(2, b"\0"), "big")
-        if kind == _CHECKSUM:
-            if checksum_at or value_at + 4 > end or not _LENGTH_OF_CHECKSUM.startswith(length):
-                return False
-            checksum_at = value_at
-        if at <= end and len(length) < 2:
-            return True  # that is all that is known yet
-    return at == end and (len(received) < end or not checksum_at or _is_right(received, checksum_at))
 
 
 def _is_right(header: bytes, checksum_at: int) -> bool:

@@ -14,7 +14,7 @@ from relay.clients.frames import NORMAL, Close, FrameReader, FrameState, Taken
 from relay.clients.handshake import OK, Handshake, Refusal, read_handshake
 from relay.clients.line import MOST_IDLE_FRAMES, Line
 from relay.clients.speech import UNDECIDED, Either, Ending, Speaker, Speech
-from relay.clients.websocket import LONGEST_HEAD, Answer, Outcome, read_request
+from relay.clients.websocket import LONGEST_HEAD, Answer, Outcome, RequestHead
 
 if TYPE_CHECKING:
     from relay.clients.pings import Pings
@@ -31,8 +31,8 @@ class Web:
     """What has to be known of a WebSocket client.
 
     `due` belongs to the deadlines of `pings`, `sock` is None unless it is to be pinged. Until the upgrade, `head` is
-    what has come of the request, and `claim` what a trusted proxy has said about the client; afterwards `reader` is
-    where its frames are, and `line` what its messages say.
+    what has come of the request, if anything has, and `claim` what a trusted proxy has said of the client; afterwards
+    `reader` is where its frames are, and `line` what its messages say.
     """
 
     __slots__ = ("_answer", "_interrupted", "claim", "due", "head", "line", "reader", "sock")
@@ -40,7 +40,7 @@ class Web:
     def __init__(self) -> None:
         self.due = 0
         self.sock: socket.socket | None = None
-        self.head = b""
+        self.head: RequestHead | None = None
         self.claim: Claim | None = None
         self.reader: FrameReader | None = None
         self.line = Line()
@@ -63,14 +63,13 @@ class Web:
             return Ending("errory", self.refusal(Refusal.BAD_HANDSHAKE).words, gone=True)
         if self.reader is not None:
             return self._hear_frames(client.sock, chunk)
-        if not self.head and client.received:
-            self.head = client.received  # what a proxy has left, which looked for something else
+        if self.head is None:
+            self.head = RequestHead(client.received)  # what a proxy has left, which looked for something else
         client.received = b"."  # it has said something
-        self.head += chunk
-        answer = read_request(self.head)
+        answer = self.head.hear(chunk)
         if answer is None:
             return None
-        self.head = b""
+        self.head = None
         if self.claim is not None:
             client.claim, self.claim = replace(self.claim, forwarded_for=answer.forwarded_for), None
             self._answer = answer
@@ -165,7 +164,7 @@ class Web:
     def pack(self) -> bytes:
         """See `Speech`."""
         if self.reader is None:
-            return _HEAD + pack_claim(self.claim) + self.head
+            return _HEAD + pack_claim(self.claim) + (b"" if self.head is None else self.head.received)
         state = self.reader.state.encode()
         return _FRAMES + _PACKED.pack(self.line.split, len(state)) + state + self.line.received
 
@@ -196,8 +195,9 @@ def unpack(packed: bytes) -> Speech:
         return either(split_claim(rest)[0])
     web = Web()
     if kind == _HEAD:
-        web.claim, web.head = split_claim(rest)
-        if len(web.head) <= LONGEST_HEAD:
+        web.claim, head = split_claim(rest)
+        if len(head) <= LONGEST_HEAD:
+            web.head = RequestHead(head) if head else None
             return web
     if kind != _FRAMES or len(rest) < _PACKED.size:
         raise ValueError("a client of no kind")

@@ -1,4 +1,4 @@
-"""The opening handshake of WebSocket (RFC 6455, 4.2), the server's side, as a pure function of the bytes so far.
+"""The opening handshake of WebSocket (RFC 6455, 4.2), the server's side; pure.
 
 What a client sends first is the head of an HTTP request. It asks for WebSocket, and then the connection is one; or it
 is plain HTTP, as of a health check or of a person with a browser, and is told what this is. Everything that does not
@@ -29,8 +29,9 @@ LONGEST_HEAD = 8 << 10
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
 _REQUEST_LINE = re.compile(rb"(%s) [!-~\x80-\xff]+ HTTP/1\.([0-9])\r?\n" % _TOKEN)  # RFC 9112, 3
-_FIELD = re.compile(rb"(%s):[ \t]*([\t -~\x80-\xff]*)\r?\n" % _TOKEN)  # RFC 9112, 5
+_FIELD = re.compile(rb"(%s):([\t -~\x80-\xff]*)\r?\n" % _TOKEN)  # RFC 9112, 5; with the blanks around its value
 _HEAD_END = re.compile(rb"\n\r?\n")  # a lone line feed ends a line as well: RFC 9112, 2.2
+_LONGEST_END = len(b"\n\r\n")
 
 # What a request line may begin with. No method has more letters (the registry's longest is UPDATEREDIRECTREF), and so
 # what is not HTTP at all is soon seen not to be.
@@ -73,44 +74,91 @@ class Answer:
     forwarded_for: tuple[str, ...] = ()
 
 
-def read_request(received: bytes) -> Answer | None:
-    """Judge `received`, everything that a client has sent since it connected.
+class RequestHead:
+    """The head of a request while it comes.
 
-    Returns None while more bytes are needed. That is never so with `LONGEST_HEAD` bytes.
+    However many pieces it comes in, each byte is looked at a few times at the most: a request line is judged once, when
+    it has ended, and so are the fields; and where their end is, is looked for only in what is new.
+
+    Args:
+        received: what had come when somebody else heard it.
+
+    Attributes:
+        received: what has come.
     """
-    if not received:
-        return None
-    line = _REQUEST_LINE.match(received)
-    if line is None and (b"\n" in received or not _REQUEST_BEGUN.match(received)):
-        return _refuse(400, "Bad Request", "This was not an HTTP request.")
-    end = _HEAD_END.search(received, 0, LONGEST_HEAD)
-    if line is None or end is None:
-        if len(received) < LONGEST_HEAD:
+
+    __slots__ = ("_fields_at", "_is_http_1_1", "_method", "_searched", "received")
+
+    def __init__(self, received: bytes = b"") -> None:
+        self.received = bytearray(received)
+        self._searched = 0
+        """How much of it is known to hold no end."""
+        self._fields_at = 0
+        """Where the request line has ended; 0 before it has."""
+        self._method = b""
+        self._is_http_1_1 = False
+
+    def hear(self, chunk: bytes) -> Answer | None:
+        """Judge everything that the client has sent since it connected, of which `chunk` is the latest.
+
+        Returns None while more bytes are needed. That is never so with `LONGEST_HEAD` bytes. After an answer nothing
+        more is to be heard.
+        """
+        self.received += chunk
+        if not self.received:
+            return None
+        if not self._fields_at and not self._may_begin_with_line():
+            return _refuse(400, "Bad Request", "This was not an HTTP request.")
+        end = self._find_end()
+        if end is not None:
+            return self._answer(bytes(self.received[: end.start() + 1]), bytes(self.received[end.end() :]))
+        if len(self.received) < LONGEST_HEAD:
             return None
         return _refuse(431, "Request Header Fields Too Large", "Request heads have at most 8 KiB here.")
-    fields = _read_fields(received, line.end(), end.start() + 1)
-    if fields is None:
-        return _refuse(400, "Bad Request", "There was a header field that is none.")
-    forwarded_for = tuple(_listed(fields["x-forwarded-for"]))
-    method = line[1]
-    if method not in (b"GET", b"HEAD"):
-        return _refuse(
-            405, "Method Not Allowed", "There is nothing but GET here.", "Allow: GET, HEAD\r\n", forwarded_for
-        )
-    if method == b"HEAD" or not _asks_for_websocket(fields):
-        return Answer(Outcome.ANSWERED, _greeting(body=method == b"GET"), b"", forwarded_for)
-    return _open(line[2] != b"0", fields, received[end.end() :], forwarded_for)
+
+    def _may_begin_with_line(self) -> bool:
+        """Whether there is a request line, which is noted then, or can still be one."""
+        if self.received.find(b"\n", self._searched) < 0:
+            self._searched = len(self.received)
+            return _REQUEST_BEGUN.match(self.received) is not None
+        line = _REQUEST_LINE.match(self.received)
+        if line is None:
+            return False
+        self._fields_at = line.end()
+        self._method, self._is_http_1_1 = line[1], line[2] != b"0"
+        self._searched = self._fields_at + 1  # whose line feed may be the first of the end
+        return True
+
+    def _find_end(self) -> re.Match[bytes] | None:
+        if not self._fields_at:
+            return None
+        end = _HEAD_END.search(self.received, self._searched - (_LONGEST_END - 1), LONGEST_HEAD)
+        self._searched = len(self.received)
+        return end
+
+    def _answer(self, head: bytes, rest: bytes) -> Answer:
+        fields = _read_fields(head, self._fields_at)
+        if fields is None:
+            return _refuse(400, "Bad Request", "There was a header field that is none.")
+        forwarded_for = tuple(_listed(fields["x-forwarded-for"]))
+        if self._method not in (b"GET", b"HEAD"):
+            return _refuse(
+                405, "Method Not Allowed", "There is nothing but GET here.", "Allow: GET, HEAD\r\n", forwarded_for
+            )
+        if self._method == b"HEAD" or not _asks_for_websocket(fields):
+            return Answer(Outcome.ANSWERED, _greeting(body=self._method == b"GET"), b"", forwarded_for)
+        return _open(self._is_http_1_1, fields, rest, forwarded_for)
 
 
-def _read_fields(received: bytes, at: int, end: int) -> defaultdict[str, list[str]] | None:
-    """The header fields from `at` to `end`, the values of each in order, by its name in lower case; None if there is
+def _read_fields(head: bytes, at: int) -> defaultdict[str, list[str]] | None:
+    """The header fields from `at` on, the values of each in order, by its name in lower case; None if there is
     something else among them."""
     fields: defaultdict[str, list[str]] = defaultdict(list)
-    while at < end:
-        field = _FIELD.match(received, at, end)
+    while at < len(head):
+        field = _FIELD.match(head, at)
         if field is None:
             return None
-        fields[field[1].decode().lower()].append(field[2].decode("latin-1").rstrip(" \t"))
+        fields[field[1].decode().lower()].append(field[2].decode("latin-1").strip(" \t"))
         at = field.end()
     return fields
 

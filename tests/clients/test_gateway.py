@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from websockets.exceptions import ConnectionClosed
 
-from relay.clients.proxy_header import ProxyHeader, read_proxy_header, write_proxy_header
+from relay.clients.proxy_header import HeaderReader, ProxyHeader, write_proxy_header
 from relay.clients.upstream import split_targets
 from relay.mistakes import Mistake
 from tests.support.command_line import run
@@ -280,7 +280,7 @@ def test_with_send_proxy_the_bounds_are_for_the_pages_clients(tmp_path: Path) ->
 )
 def test_a_header_that_is_written_is_read(source: bytes | None, host: str | None) -> None:
     written = write_proxy_header(source)
-    assert read_proxy_header(written) == ProxyHeader(len(written), host, is_local=False)
+    assert HeaderReader().hear(written) == ProxyHeader(len(written), host, is_local=False)
 
 
 def test_where_a_gateway_leads() -> None:

@@ -1,7 +1,7 @@
 """The PROXY header: what is one, what can still become one, and what never will, to the byte.
 
 Held against the specification's own examples (sections 2.1 and 2.2), against another implementation (proxy-protocol),
-and against itself. Invariants of `read_proxy_header`, a pure function of all that a proxy has sent:
+and against itself. Invariants of `HeaderReader`, in whatever pieces it comes:
 
 - every proper prefix of a good header needs more, and the header itself is one, whatever follows;
 - of what needs more, some byte can be next that is not wrong, and so on until the header is whole;
@@ -32,7 +32,7 @@ from proxyprotocol.tlv import ProxyProtocolTLV
 from proxyprotocol.v1 import ProxyProtocolV1
 from proxyprotocol.v2 import ProxyProtocolV2
 
-from relay.clients.proxy_header import LONGEST, LONGEST_LINE, Flaw, ProxyHeader, crc32c, read_proxy_header
+from relay.clients.proxy_header import LONGEST, LONGEST_LINE, Flaw, HeaderReader, ProxyHeader, crc32c
 from relay.clients.sources import canonical
 
 SIGNATURE = b"\x0d\x0a\x0d\x0a\x00\x0d\x0a\x51\x55\x49\x54\x0a"
@@ -41,6 +41,11 @@ UNSPEC, TCP4, UDP4, TCP6, UDP6, UNIX_STREAM, UNIX_DATAGRAM = 0x00, 0x11, 0x12, 0
 IPV4_ADDRESSES = struct.pack("!4s4sHH", bytes([192, 168, 0, 1]), bytes([192, 168, 0, 11]), 56324, 443)
 IPV6_ADDRESSES = struct.pack("!16s16sHH", IPv6Address("2001:db8::7").packed, IPv6Address("::1").packed, 56324, 443)
 CHECKSUM, NOOP = 0x03, 0x04
+
+
+def read_proxy_header(received: bytes) -> ProxyHeader | Flaw | None:
+    """The verdict on this, which comes in one piece."""
+    return HeaderReader().hear(received)
 
 
 def binary(command: int, family: int, block: bytes = b"", length: int | None = None) -> bytes:
@@ -381,6 +386,17 @@ def test_no_bytes_make_it_raise_and_a_verdict_stands(begun: bytes, more: bytes, 
     first = next((count for count in range(len(received)) if read_proxy_header(received[:count]) is not None), None)
     if first is not None:  # the verdict does not depend on how much has come at once
         assert read_proxy_header(received[:first]) == verdict
+
+
+@given(BEGINNINGS | st.sampled_from([header for header, _ in GOOD.values()]), st.binary() | TEXT)
+def test_what_comes_byte_by_byte_gets_the_verdict_of_what_comes_at_once(begun: bytes, more: bytes) -> None:
+    received = begun + more
+    in_pieces = HeaderReader()
+    for end in range(1, len(received) + 1):
+        verdict = in_pieces.hear(received[end - 1 : end])
+        assert verdict == read_proxy_header(received[:end])
+        if verdict is not None:
+            break
 
 
 @given(BEGINNINGS, TEXT, st.integers(0, 2**32))

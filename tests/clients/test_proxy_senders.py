@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from relay.clients.proxy_header import LONGEST, Flaw, ProxyHeader, read_proxy_header
+from relay.clients.proxy_header import LONGEST, Flaw, HeaderReader, ProxyHeader
 from tests.support.harness import connect, free_port, handshake, new_token, read_exactly, wait_until
 from tests.support.proxies import haproxy, needs_haproxy, needs_nginx, nginx
 
@@ -35,7 +35,7 @@ def read_header(sock: socket.socket) -> ProxyHeader:
     """Read a header byte by byte, as nobody sends it."""
     sock.settimeout(10)
     received = b""
-    while (verdict := read_proxy_header(received)) is None:
+    while (verdict := HeaderReader().hear(received)) is None:
         received += read_exactly(sock, 1)
     assert not isinstance(verdict, Flaw), received
     assert verdict.size == len(received) <= LONGEST

@@ -1,6 +1,6 @@
 """The opening handshake: what real clients ask, what is no such thing, and the same verdict as `websockets`.
 
-Invariants of `read_request`, a pure function of all that a client has sent:
+Invariants of `RequestHead`, in whatever pieces it comes:
 
 - every proper prefix of a good request needs more; what follows a head is handed back, to the byte;
 - it says yes to exactly the upgrades to which `websockets` says yes, with the same proof;
@@ -23,10 +23,15 @@ from websockets.protocol import State
 from websockets.server import ServerProtocol
 from websockets.uri import parse_uri
 
-from relay.clients.websocket import LONGEST_HEAD, Answer, Outcome, read_request
+from relay.clients.websocket import LONGEST_HEAD, Answer, Outcome, RequestHead
 
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 PROOF = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # of that key: RFC 6455, 1.3
+
+
+def read_request(received: bytes) -> Answer | None:
+    """The verdict on this, which comes in one piece."""
+    return RequestHead().hear(received)
 
 
 def head(*lines: str) -> bytes:
@@ -418,3 +423,17 @@ def test_arbitrary_bytes_are_judged_once_and_for_all(sent: bytes, begun: bytes) 
             answer_to(request[:first]).outcome,
             answer_to(request[:first]).response,
         )
+
+
+@given(
+    st.binary(max_size=100),
+    st.sampled_from([b"", b"GET / HTTP/1.1\r\n", *(UPGRADES[name] for name in ("rust", "chromium"))]),
+)
+def test_a_head_that_comes_byte_by_byte_gets_the_answer_of_one_that_comes_at_once(sent: bytes, begun: bytes) -> None:
+    request = begun + sent
+    in_pieces = RequestHead()
+    for end in range(1, len(request) + 1):
+        verdict = in_pieces.hear(request[end - 1 : end])
+        assert verdict == read_request(request[:end])
+        if verdict is not None:
+            break
