@@ -92,8 +92,11 @@ def _open_standard_streams() -> None:
         unbuffered = open(2, "wb", buffering=0, closefd=False)  # noqa: SIM115
         sys.stderr = io.TextIOWrapper(unbuffered, "utf-8", "backslashreplace", write_through=True)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and "\n".encode(stream.encoding) != b"\n":
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        if "\n".encode(stream.encoding) != b"\n":
             stream.reconfigure(encoding="utf-8")  # PYTHONIOENCODING=utf-16 was not meant for us
+        stream.reconfigure(errors="backslashreplace")  # what the encoding has no sign for ends no program
 
 
 def read_command_line(usage: str, arguments: Sequence[str], version: str | None = None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import TextIO
 from relay import __version__
 from relay.mistakes import Mistake
 from relay.process.program import NotUnderstood, fail, get_ready, read_command_line, say
+from relay.process.shown import shown
 from relay.report.counters import added, read_counters
 from relay.report.database import ReportError, Summary, add_now, opened
 from relay.report.export import as_csv, as_json
@@ -161,7 +162,7 @@ def read_report(options: Options) -> Report:
     for tally in tallies.values():
         tally.values.sort()
     return Report(
-        paths=tuple(map(str, options.databases)),
+        paths=tuple(map(shown, options.databases)),
         made=made,
         zone="UTC" if options.utc else time.strftime("%Z", time.localtime(made)),
         now=add_now(summary.now for summary in summaries),

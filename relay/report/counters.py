@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -12,23 +13,29 @@ from typing import Final
 Numbers = Mapping[str, float]
 """By name."""
 
+MOST: Final = 1 << 63
+"""No worker counts so far."""
+
+_NAME: Final = re.compile(r"[A-Za-z0-9_.+-]{1,100}")
+_BOUND: Final = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,20})?(?:e[+-]?[0-9]{1,2})?|inf")
+
 TOLD: Final = "SELECT counters FROM worker_status LIMIT 1000"
 SERVICE: Final = "SELECT counters FROM service ORDER BY rowid LIMIT 1"
 
 
 def numbers_of(text: object) -> dict[str, float]:
-    """The numbers in a JSON object, and nothing else that may be in there."""
+    """The numbers in a JSON object, by names such as workers give, and nothing else that may be in there."""
     try:
         found = json.loads(text) if isinstance(text, str) else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     if not isinstance(found, dict):
         return {}
-    return {name: value for name, value in found.items() if _is_number(value)}
+    return {name: value for name, value in found.items() if _NAME.fullmatch(name) and _is_number(value)}
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MOST
 
 
 def added(lots: Iterable[Numbers]) -> dict[str, float]:
@@ -44,6 +51,12 @@ def below(counters: Numbers, prefix: str) -> dict[str, float]:
     """The counters whose names begin with that and a dot, by the rest of the name."""
     begin = f"{prefix}."
     return {name.removeprefix(begin): value for name, value in counters.items() if name.startswith(begin)}
+
+
+def by_bound(counters: Numbers, prefix: str) -> list[tuple[float, str, float]]:
+    """The counters below `prefix` that are buckets: what is in each at the most, its name, how many; in order."""
+    named = below(counters, prefix).items()
+    return sorted((float(name), name, count) for name, count in named if _BOUND.fullmatch(name))
 
 
 def read_counters(connection: sqlite3.Connection) -> dict[str, float]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from relay.process.temporary import temporary_folder
+from relay.report.by_other_hands import as_text, whole, whole_or_none
 from relay.report.tally import Sums
 
 APPLICATION_ID = 0x52474556  # "RGEV"
@@ -98,6 +99,7 @@ class Database:
         try:
             connection = sqlite3.connect(self.uri, uri=True, timeout=PATIENCE, isolation_level=None)
             with contextlib.closing(connection):
+                connection.text_factory = as_text
                 yield connection
         except sqlite3.Error as error:
             raise ReportError(f"{self.path}: {_reason(self.path, error)}") from error
@@ -116,7 +118,7 @@ class Database:
                 "SELECT (SELECT min(rowid) FROM usage), (SELECT max(rowid) FROM usage)"
             ).fetchone()
             return Summary(
-                now=Now(connected, waiting, partial, refreshed),
+                now=Now(connected, waiting, partial, whole_or_none(refreshed)),
                 since_start=_sums(connection, "since_reboot"),
                 all_time=_sums(connection, "all_time"),
                 first_row=first or 0,
@@ -197,9 +199,9 @@ def _copied(path: Path, folder: Path) -> Path:
 
 
 def _one_row(connection: sqlite3.Connection, columns: str, table: str) -> tuple[int, ...]:
-    """Return the table's only row, zeros where it has none or a column is null."""
+    """Return the table's only row, zeros where it has none or a column no number."""
     row = connection.execute(f"SELECT {columns} FROM {table}").fetchone()
-    return tuple(value or 0 for value in row) if row else (0,) * (columns.count(",") + 1)
+    return tuple(map(whole, row)) if row else (0,) * (columns.count(",") + 1)
 
 
 def _sums(connection: sqlite3.Connection, table: str) -> Sums:
@@ -225,7 +227,7 @@ def looks_of(path: Path) -> object:
 
 
 def _uri(path: Path, mode: str) -> str:
-    return f"file:{quote(str(path.absolute()))}?{mode}"
+    return f"file:{quote(os.fsencode(path.absolute()))}?{mode}"  # a name is bytes, and need not be UTF-8
 
 
 def _check_schema(path: Path, connection: sqlite3.Connection) -> None:

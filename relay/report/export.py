@@ -43,7 +43,7 @@ def as_json(report: Report) -> str:
         "by": report.span,
         "periods": [_period(period, report) for period in report.periods],
     }
-    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(document, indent=2) + "\n"  # ASCII, whatever the encoding of standard output
 
 
 def as_csv(report: Report) -> str:

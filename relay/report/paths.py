@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from relay.report.counters import Numbers, below
+from relay.report.counters import Numbers, below, by_bound
 from relay.report.units import duration, size
 
 NOT_MEASURED = (
@@ -66,13 +66,11 @@ def paths_of(counters: Numbers) -> Paths | None:
 
 
 def _buckets(counters: Numbers, name: str, says: Callable[[float], str]) -> tuple[Bucket, ...]:
-    counted = below(counters, name)
-    bounds = sorted((float(bound), bound) for bound in counted)
     last = ""
     buckets = []
-    for value, bound in bounds:
+    for value, bound, count in by_bound(counters, name):
         label = f"more than {last}" if bound == "inf" else says(value)
-        buckets.append(Bucket(label, counted[bound]))
+        buckets.append(Bucket(label, count))
         last = says(value) if bound != "inf" else last
     return tuple(buckets)
 

@@ -18,16 +18,20 @@ from functools import partial
 from itertools import chain
 
 from relay.report.database import Database
-from relay.report.periods import DAY, EPOCH_DAY, Day, Offset, confined, confined_day, is_utc, offsets
+from relay.report.periods import DAY, EPOCH_DAY, LATEST, Day, Offset, confined, confined_day, is_utc, offsets
 from relay.report.tally import Tally, Values
 
 BLOCK = 262144  # rows; bounds the memory that a block's values take on their way from one process to another
 
 TOGETHER = 256  # rows; so many in a row are mostly of one day, and then need not be told apart
 
-# A null is nothing that the relay writes, save as the waiting time of those who waited in vain.
+# A null is nothing that the relay writes, save as the waiting time of those who waited in vain. Nor is text, or a time
+# as long as all that days are counted for; such a time is unknown. (To SQLite text is more than any number.)
 STARTED = "coalesce(started, 0)"
 SIZE = "CAST(coalesce(bytes, 0) AS INTEGER)"
+WAITING = f"CASE WHEN waiting_time < {LATEST} AND waiting_time > -{LATEST} THEN waiting_time END"
+KNOWN_TOTAL = "coalesce(total_time, 0.0)"
+TOTAL = f"CASE WHEN {KNOWN_TOTAL} < {LATEST} AND {KNOWN_TOTAL} > -{LATEST} THEN {KNOWN_TOTAL} END"
 
 MOODS = ("other", "lonely", "errory")  # of the connections that were no transfers, by MOOD
 MOOD = "(result IS 'lonely') + 2 * (result IS 'errory')"
@@ -36,7 +40,7 @@ MOOD = "(result IS 'lonely') + 2 * (result IS 'errory')"
 END_OF_BLOCK = "SELECT rowid FROM usage WHERE rowid BETWEEN ? AND ? ORDER BY rowid LIMIT 1 OFFSET ?"
 EXTENT = f"SELECT min({STARTED}), max({STARTED}) FROM usage WHERE rowid BETWEEN ? AND ?"
 TRANSFERS = f"""
-    SELECT {{day}}, {SIZE}, waiting_time, coalesce(total_time, 0.0) FROM usage
+    SELECT {{day}}, {SIZE}, {WAITING}, {TOTAL} FROM usage
     WHERE rowid BETWEEN ? AND ? AND result = 'happy'
 """
 # Day and mood as one number, since that is counted fastest; null for those with bytes, which only imported rows have.
@@ -87,7 +91,7 @@ def _count_transfers(connection: sqlite3.Connection, day_sql: str, block: Block,
     rows = connection.execute(TRANSFERS.format(day=day_sql), block)
     while some := rows.fetchmany(TOGETHER):
         days, sizes, waits, totals = zip(*some, strict=True)
-        if days.count(days[0]) == len(days) and None not in waits:
+        if days.count(days[0]) == len(days) and None not in waits and None not in totals:
             values = by_day[days[0]]
             values.sizes.extend(sizes)
             values.waits.extend(waits)
@@ -96,7 +100,8 @@ def _count_transfers(connection: sqlite3.Connection, day_sql: str, block: Block,
         for day, size, wait, total in some:
             values = by_day[day]
             values.sizes.append(size)
-            values.totals.append(total)
+            if total is not None:
+                values.totals.append(total)
             if wait is not None:
                 values.waits.append(wait)
     for day, values in by_day.items():

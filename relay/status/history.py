@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeVar
 
-from relay.report.periods import EPOCH_DAY, Day
+from relay.report.periods import EPOCH_DAY, Day, confined_day
 from relay.report.tally import Sums
 
 T = TypeVar("T")
@@ -24,9 +24,11 @@ END: Final = "SELECT rowid FROM usage WHERE rowid > ? ORDER BY rowid LIMIT 1 OFF
 LAST: Final = "SELECT max(rowid) FROM usage"
 FIRST: Final = "SELECT min(rowid) FROM usage"
 COUNT: Final = """
-    SELECT CAST(coalesce(started, 0) / 86400 AS INTEGER), result, count(*), sum(CAST(coalesce(bytes, 0) AS INTEGER))
+    SELECT CAST(coalesce(started, 0) / 86400 AS INTEGER), result, count(*),
+        sum(min(max(CAST(coalesce(bytes, 0) AS INTEGER), 0), 1 << 48))
     FROM usage WHERE rowid > ? AND rowid <= ? GROUP BY 1, 2
 """
+"""No connection moves more than 2^48 bytes; SQLite's sum() fails where one does not fit into 63 bits."""
 
 NOTHING: Final = Sums(0, 0, 0, 0, 0)
 MOST_DAYS: Final = 31
@@ -98,7 +100,8 @@ def _count_some(read: Reader, begin: int, last: int, days: dict[Day, Sums]) -> i
         return end, connection.execute(COUNT, (begin, end)).fetchall()
 
     end, rows = read(some)
-    for day, result, connections, size in rows:
+    for since_epoch, result, connections, size in rows:
+        day = confined_day(since_epoch + EPOCH_DAY)
         sums = Sums(
             connections,
             size,
@@ -106,7 +109,7 @@ def _count_some(read: Reader, begin: int, last: int, days: dict[Day, Sums]) -> i
             connections if result == "lonely" else 0,
             connections if result == "errory" else 0,
         )
-        days[day + EPOCH_DAY] = plus(days.get(day + EPOCH_DAY, NOTHING), sums)
+        days[day] = plus(days.get(day, NOTHING), sums)
     return end
 
 

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from relay.report.counters import Numbers, below
+from relay.report.counters import Numbers, below, by_bound
 from relay.status.reading import Reading
 from relay.status.view import View
 
@@ -143,20 +143,17 @@ def _histograms(readings: _Readings) -> Iterator[Metric]:
     for prefix, name, says in (*HISTOGRAMS, *PATHS):
         family = HistogramMetricFamily(_name(name), says, labels=["database"])
         for path, reading in readings:
-            counted = below(reading.counters, prefix)
-            if counted:
-                buckets, total = _cumulative(counted)
-                family.add_metric([path], buckets, total)
+            buckets = _cumulative(reading.counters, prefix)
+            if buckets:
+                family.add_metric([path], buckets, reading.counters.get(f"{prefix}.sum"))
         yield family
 
 
-def _cumulative(counted: Numbers) -> tuple[list[tuple[str, float]], float | None]:
-    """The buckets of a histogram as Prometheus has them, each with all that is smaller, and the sum of all values, if
-    that is known."""
-    bounds = sorted((float(name), name) for name in counted if name != "sum")
+def _cumulative(counters: Numbers, prefix: str) -> list[tuple[str, float]]:
+    """The buckets of a histogram as Prometheus has them, each with all that is smaller."""
     buckets = []
     so_far = 0.0
-    for _, name in bounds:
-        so_far += counted[name]
+    for _, name, count in by_bound(counters, prefix):
+        so_far += count
         buckets.append(("+Inf" if name == "inf" else name, so_far))
-    return buckets, counted.get("sum")
+    return buckets

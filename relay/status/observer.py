@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
+from relay.process.shown import shown
 from relay.report.periods import Day
 from relay.report.tally import Sums
 from relay.status.history import History, count, counting, today
@@ -33,7 +34,7 @@ class Seen:
     """What is known of a database.
 
     Attributes:
-        path: as the operator gave it.
+        path: as the operator gave it, to be read.
         at: when it was last tried to read it, in monotonic seconds.
         reading: of that time; None when it could not be read then, and `trouble` says why.
         days: its history, None while that is being counted for the first time.
@@ -55,7 +56,7 @@ class Observer:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self.seen = Seen(str(source.path), float("-inf"), None, NOT_ASKED_YET, None)
+        self.seen = Seen(shown(source.path), float("-inf"), None, NOT_ASKED_YET, None)
         self._wanted = threading.Event()
         self._ended = False
         self._history: History | None = None
@@ -89,11 +90,11 @@ class Observer:
         self._wanted.clear()
 
     def _look(self) -> None:
-        path = str(self._source.path)
+        path = shown(self._source.path)
         try:
             reading = self._source.read()
         except Unreadable as reason:
-            self.seen = Seen(path, time.monotonic(), None, str(reason), None)
+            self.seen = Seen(path, time.monotonic(), None, shown(str(reason)), None)
         else:
             days = None
             if self._history is not None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from relay.mistakes import Mistake
+from relay.report.by_other_hands import whole, whole_or_none
 from relay.report.counters import added, numbers_of
 from relay.report.database import ReportError, has_shm, looks_of, opened
 from relay.report.tally import Sums
@@ -26,18 +27,15 @@ from relay.usage.processes import is_living
 
 T = TypeVar("T")
 
-_SUMS = "coalesce(connections, 0), coalesce(bytes, 0), coalesce(mood_happy, 0), coalesce(mood_lonely, 0), "
-_SUMS += "coalesce(mood_errory, 0)"
-CURRENT: Final = (
-    "SELECT coalesce(connected, 0), coalesce(waiting, 0), coalesce(partal_bytes, 0) FROM current ORDER BY rowid LIMIT 1"
-)
+_SUMS = "connections, bytes, mood_happy, mood_lonely, mood_errory"
+CURRENT: Final = "SELECT connected, waiting, partal_bytes FROM current ORDER BY rowid LIMIT 1"
 SINCE_START: Final = f"SELECT {_SUMS} FROM since_reboot ORDER BY rowid LIMIT 1"
 ALL_TIME: Final = f"SELECT {_SUMS} FROM all_time ORDER BY rowid LIMIT 1"
 REFRESHED: Final = "SELECT at FROM refreshed ORDER BY rowid LIMIT 1"
 IMPORTED: Final = "SELECT count(*) FROM imported"
 SHARES: Final = (
-    "SELECT pid, process_start, coalesce(connected, 0), coalesce(waiting, 0), coalesce(partal_bytes, 0) "
-    "FROM worker_share ORDER BY pid LIMIT 1000"
+    "SELECT pid, process_start, connected, waiting, partal_bytes FROM worker_share "
+    "WHERE typeof(pid) = 'integer' ORDER BY pid LIMIT 1000"
 )
 LIFELINES: Final = "SELECT pid, process_start, byte FROM lifeline LIMIT 1000"
 TOLD: Final = "SELECT pid, process_start, gauges, counters FROM worker_status LIMIT 1000"
@@ -91,7 +89,7 @@ class Source:
                         return answer
         except (ReportError, Mistake) as error:
             raise Unreadable(str(error).removeprefix(f"{self.path}: ")) from error
-        except (sqlite3.Error, OSError, ValueError, TypeError) as error:
+        except Exception as error:  # others may have written anything, and this thread is the only one to read it
             raise Unreadable(" ".join(str(error).split())) from error
         raise Unreadable("it changes too often to be read")
 
@@ -121,14 +119,14 @@ def _read(connection: sqlite3.Connection, fd: int, path: Path) -> Reading:
     told: dict[_Key, tuple[object, object]] = {
         (pid, start): (gauges, counters) for pid, start, gauges, counters in rows("worker_status", TOLD)
     }
-    bytes_of: dict[_Key, int] = {(pid, start): byte for pid, start, byte in rows("lifeline", LIFELINES)}
+    bytes_of: dict[_Key, object] = {(pid, start): byte for pid, start, byte in rows("lifeline", LIFELINES)}
     workers = []
     for pid, start, connected, waiting, partial in rows("worker_share", SHARES):
         lives = _lives(fd, bytes_of.get((pid, start)), pid, start)
         gauges, _ = told.get((pid, start), (None, None))
-        workers.append(Worker(pid, lives, connected, waiting, partial, numbers_of(gauges)))
+        workers.append(Worker(pid, lives, whole(connected), whole(waiting), whole(partial), numbers_of(gauges)))
     began, counters = _first(rows("service", SERVICE), (None, None))
-    connected, waiting, partial = _first(rows("current", CURRENT), (0, 0, 0))
+    connected, waiting, partial = map(whole, _first(rows("current", CURRENT), (0, 0, 0)))
     (refreshed,) = _first(rows("refreshed", REFRESHED), (None,))
     status = os.statvfs(os.path.dirname(os.path.realpath(path)) or ".")
     return Reading(
@@ -136,10 +134,10 @@ def _read(connection: sqlite3.Connection, fd: int, path: Path) -> Reading:
         connected=connected,
         waiting=waiting,
         partial_bytes=partial,
-        refreshed=refreshed if isinstance(refreshed, int) else None,
-        began=began if isinstance(began, int) else None,
-        since_start=Sums(*_first(rows("since_reboot", SINCE_START), (0,) * 5)),
-        all_time=Sums(*_first(rows("all_time", ALL_TIME), (0,) * 5)),
+        refreshed=whole_or_none(refreshed),
+        began=whole_or_none(began),
+        since_start=Sums(*map(whole, _first(rows("since_reboot", SINCE_START), (0,) * 5))),
+        all_time=Sums(*map(whole, _first(rows("all_time", ALL_TIME), (0,) * 5))),
         workers=tuple(workers),
         counters=added([numbers_of(counters), *(numbers_of(counted) for _, counted in told.values())]),
         imported=_first(rows("imported", IMPORTED), (0,))[0],
@@ -151,8 +149,8 @@ def _first(rows: list[Any], otherwise: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(rows[0]) if rows else otherwise
 
 
-def _lives(fd: int, byte: int | None, pid: int, start: str) -> bool:
+def _lives(fd: int, byte: object, pid: int, start: str) -> bool:
     with contextlib.suppress(OSError):
-        if byte is not None:
+        if isinstance(byte, int):
             return lifeline.is_held(fd, byte)
     return is_living(pid, start)

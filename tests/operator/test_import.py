@@ -471,3 +471,87 @@ def test_mistakes_are_one_line_and_exit_status_2(tmp_path: Path) -> None:
         assert result.returncode == 2, result.stdout
         assert re.fullmatch(r"import-twisted-usage: error: [^\n]*\n", result.stderr)
         assert complaint in result.stderr
+
+
+ODD_ROWS = {
+    "text as a start": ("noon", 1, 1, 5, "happy"),
+    "text as a duration": (1, "long", 1, 5, "happy"),
+    "text as a waiting time": (1, 1, "short", 5, "happy"),
+    "text as a size": (1, 1, 1, "much", "happy"),
+    "text that is no UTF-8": (1, 1, 1, b"\xff", "happy"),
+    "bytes as a start": (b"\0", 1, 1, 5, "happy"),
+    "an infinite start": (float("inf"), 1, 1, 5, "happy"),
+    "an infinite duration": (1, float("inf"), 1, 5, "happy"),
+    "an infinite waiting time": (1, 1, float("-inf"), 5, "happy"),
+    "an infinite size": (1, 1, 1, float("inf"), "happy"),
+    "a size beyond all measure": (1, 1, 1, 1e300, "happy"),
+    "a size of 63 bits": (1, 1, 1, (1 << 63) - 1, "happy"),
+    "a size below zero": (1, 1, 1, -1, "happy"),
+    "a start beyond all measure": (1e300, 1, 1, 5, "happy"),
+    "a start before 1970": (-5e12, 1, 1, 5, "happy"),
+}
+
+
+@pytest.mark.parametrize("blur", [(), ("--blur-usage", "600")], ids=["exact", "blurred"])
+@pytest.mark.parametrize("row", ODD_ROWS.values(), ids=ODD_ROWS)
+def test_a_row_that_no_twisted_relay_writes_is_named_and_nothing_imported(
+    tmp_path: Path, row: tuple[object, ...], blur: tuple[str, ...]
+) -> None:
+    source, ours = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite"
+    twisted_database(source, 3)
+    with closing(sqlite3.connect(source)) as database:
+        what = "?, ?, ?, CAST(? AS TEXT), ?" if row[3] == b"\xff" else "?, ?, ?, ?, ?"
+        database.execute(f"INSERT INTO usage VALUES ({what})", row)
+        database.commit()
+    refused = run_import(*blur, source, ours)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.count("\n") == 1
+    assert "row 4 has " in refused.stderr
+    assert usage(ours) == []
+
+
+def test_rows_with_nulls_and_numbers_as_text_are_imported_and_can_be_read(tmp_path: Path) -> None:
+    source, ours = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite"
+    twisted_database(source, 1)
+    with closing(sqlite3.connect(source)) as database:
+        database.executemany(
+            "INSERT INTO usage VALUES (?, ?, ?, ?, ?)",
+            [(None, None, None, None, "happy"), ("1700000000", "2.5", "1.5", "10", "happy"), (1, -3, -3, 7.5, "happy")],
+        )
+        database.commit()
+    said(source, ours)
+    assert usage(ours)[1:] == [(0, 0, None, 0, "happy"), (1700000000, 2.5, 1.5, 10, "happy"), (1, -3, -3, 7, "happy")]
+    command = [sys.executable, "-m", "relay.report.cli", "--last", "all"]
+    for form in ((), ("--json",), ("--csv",)):
+        read = subprocess.run([*command, *form, ours], cwd=CHECKOUT, capture_output=True, check=False)
+        assert (read.returncode, read.stderr) == (0, b"")
+
+
+def test_sums_that_no_column_holds_and_a_spoiled_note_are_told_in_one_line(tmp_path: Path) -> None:
+    source, ours = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite"
+    twisted_database(source, 3)
+    said(source, ours)
+    for spoil, says in (
+        ("UPDATE all_time SET bytes = 4611686018427387904", "more than can be counted"),
+        ("UPDATE imported SET rows = 'some'", "rows that were imported before have changed"),
+    ):
+        add_rows(source, 3)
+        with closing(sqlite3.connect(ours)) as database:
+            database.execute(spoil)
+            database.commit()
+        refused = run_import(source, ours)
+        assert refused.returncode == 2
+        assert refused.stderr.count("\n") == 1
+        assert says in refused.stderr
+
+
+def test_a_usage_table_of_other_columns_is_told_of_as_the_twisted_database_s(tmp_path: Path) -> None:
+    source, ours = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite"
+    twisted_database(source, 1)
+    with closing(sqlite3.connect(source)) as database:
+        database.execute("ALTER TABLE usage RENAME COLUMN total_bytes TO bytes")
+        database.commit()
+    refused = run_import(source, ours)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"import-twisted-usage: error: {source}: no such column")
+    assert not ours.exists()

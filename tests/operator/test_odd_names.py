@@ -1,0 +1,128 @@
+r"""A database in a folder whose name is no UTF-8, and its operator's programs, which say such names as in ``\xff``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from relay.usage.schema import open_database
+from tests.operator.test_import import PROGRAM as IMPORTER
+from tests.operator.test_import import twisted_database
+from tests.support.harness import CHECKOUT
+from tests.support.status import status_of
+
+MUNIN = CHECKOUT / "misc" / "munin" / "relay_"
+ROLLING_RESTART = CHECKOUT / "misc" / "rolling-restart"
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    """A usage database with one record, in such a folder."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/f\xff d"))
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes no name that is no UTF-8")
+    with closing(open_database(str(folder / "usage.sqlite"))) as database:
+        database.execute("INSERT INTO usage VALUES (1700000000, 2.5, 1.5, 10000, 'happy')")
+        database.execute("INSERT INTO all_time VALUES (10000, 1, 1, 0, 0)")
+        database.execute("INSERT INTO since_reboot VALUES (10000, 1, 1, 0, 0)")
+        database.execute("INSERT INTO current VALUES (0, 0, 0)")
+        database.execute("INSERT INTO refreshed VALUES (?)", (int(time.time()),))
+    return folder / "usage.sqlite"
+
+
+def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, with an output that takes nothing but UTF-8."""
+    return subprocess.run(
+        command,
+        cwd=CHECKOUT,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict", **env},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("form", [(), ("--json",), ("--csv",), ("--paths",)])
+def test_relay_usage_reads_it(odd: Path, form: tuple[str, ...]) -> None:
+    ended = run(sys.executable, "-m", "relay.report.cli", *form, odd)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    if form == ("--json",):
+        assert json.loads(ended.stdout)["databases"] == [str(odd.parent.parent) + r"/f\xff d/usage.sqlite"]
+    elif form == ():
+        assert r"/f\xff d/usage.sqlite" in ended.stdout
+
+
+def test_relay_usage_tells_of_it_in_an_encoding_that_has_not_its_signs(tmp_path: Path) -> None:
+    path = tmp_path / "é.sqlite"
+    open_database(str(path)).close()
+    for form in ((), ("--json",), ("--csv",)):
+        ended = run(sys.executable, "-m", "relay.report.cli", *form, path, PYTHONIOENCODING="ascii")
+        assert (ended.returncode, ended.stderr) == (0, ""), form
+        if form == ("--json",):
+            assert json.loads(ended.stdout)["database"] == str(path)
+
+
+def test_relay_status_shows_it(odd: Path, tmp_path: Path) -> None:
+    missing = odd.with_name("none.sqlite")
+    with status_of(odd, missing, folder=tmp_path) as status:
+        status.wait_for_health(503, r"/f\xff d/none.sqlite")
+        assert [one["readable"] for one in status.document()["databases"]] == [True, False]
+        assert status.document()["all_time"]["happy"] == 1
+        assert r"/f\xff d/usage.sqlite" in status.get("/").text
+        assert status.get("/metrics").code == 200
+        assert status.sample("relayed_bytes_total") == 10_000
+
+
+def test_munin_s_plugin_reads_it(odd: Path, tmp_path: Path) -> None:
+    plugin = tmp_path / "relay_all_time"
+    plugin.symlink_to(MUNIN)
+    ended = run(sys.executable, plugin, database=str(odd))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.splitlines()[0] == "happy.value 1"
+    assert run(sys.executable, MUNIN, "autoconf", database=str(odd)).stdout == "yes\n"
+    missing = run(sys.executable, MUNIN, "autoconf", database=str(odd.with_name("none")))
+    assert missing.stdout.startswith("no (")
+    assert missing.stderr == ""
+
+
+def test_a_twisted_relay_s_records_are_imported_from_it_and_into_it(odd: Path) -> None:
+    source = odd.with_name("twisted.sqlite")
+    twisted_database(source, 3)
+    would = run(sys.executable, IMPORTER, "--dry-run", source, odd)
+    assert (would.returncode, would.stderr) == (0, "")
+    done = run(sys.executable, IMPORTER, source, odd)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("3 records imported")
+    wrong = run(sys.executable, IMPORTER, odd.with_name("none"), odd)
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ("echo 'error: <ProtocolError for 127.0.0.1/RPC2: 500>'; exit 1", "cannot tell which workers run; "),
+        ("echo 'unix:///nowhere/supervisor.sock no such file' >&2; exit 4", "no such file"),
+        ("echo 'relay:relay-0   STOPPED   Nov 27'; exit 3", "no worker runs; "),
+    ],
+)
+def test_a_rolling_restart_tells_no_answer_from_no_worker(tmp_path: Path, answer: str, says: str) -> None:
+    control = tmp_path / "supervisorctl"
+    control.write_text(f"#!/bin/sh\n{answer}\n")
+    control.chmod(0o755)
+    ended = run(ROLLING_RESTART, tmp_path / "supervisord.conf", PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert ended.returncode == 1
+    assert says in ended.stderr
+    assert ended.stderr.startswith("rolling-restart: ")
+    assert ended.stderr.count("\n") == 1
+    assert ("no worker runs" in ended.stderr) == ("STOPPED" in answer)
