@@ -2,14 +2,17 @@
 could not be reached: pure but for the names of this process's namespaces and of the database's folder.
 
 A newcomer compares what its siblings say with its own, and does not join a relay that differs. A term that either side
-does not know is none: workers of other versions may have more, or fewer.
+does not know is none: workers of other versions may have more, or fewer. Every option is a term, but those that are
+named here as what may differ.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Final
 
 from relay.options import Options
 
@@ -22,36 +25,70 @@ _NAMESPACES = {NETWORK: "net", PROCESSES: "pid", CLOCKS: "time"}
 """What cannot be shared otherwise: listening sockets, process ids, and the monotonic clock, by which times travel."""
 
 
+MAY_DIFFER: Final = {
+    "port": "is compared where the listening socket is handed on",
+    "interface": "as the port",
+    "run_dir": "is the same directory, under whatever name",
+    "congestion_control": "changes with a rolling restart",
+    "ping_interval": "is noticed by nobody but proxies in between",
+    "grace": "is how the worker itself stops",
+    "handshake_timeout": "is the patience of the worker that a client is with, and may change with a rolling restart",
+    "wait_timeout": "as the patience for a handshake",
+    "idle_timeout": "as the patience for a handshake",
+    "max_connections": "is each worker's own, and follows from its limit of file descriptors",
+    "most_held": "as the most connections",
+    "most_pipes": "as the most connections",
+    "max_handshakes": "is each worker's own",
+    "max_waiting": "is each worker's own, and follows from the most connections unless it is given",
+    "max_waiting_per_token": "is each worker's own",
+    "max_per_source": "is compared where it is given, with `bounds_loopback`",
+    "max_new_per_source": "as the connections of a source",
+    "measure_paths": "counts more, and changes no record",
+}
+"""Options, by their names in `Options`, that are no terms, each with the reason."""
+
+_NAMED: Final = {
+    "log_fd": "--log-fd or --log-stdout",
+    "bounds_loopback": "--max-per-source or --max-new-per-source",
+}
+"""What the operator knows an option as, if that is not its name in `Options`."""
+
+_WRITTEN: Final[Mapping[str, Callable[[Options], object]]] = {
+    "usage_db": lambda options: None if options.usage_db is None else os.path.realpath(options.usage_db),
+    "log_fd": lambda options: None if options.log_fd is None else "given",
+    "websocket": lambda options: None if options.websocket is None else "{1} port {0}".format(*options.websocket),
+    "bounds_loopback": lambda options: (
+        f"{options.max_per_source} and {options.max_new_per_source}" if options.bounds_loopback else None
+    ),
+}
+"""How the value of an option is written, if not as it is."""
+
+
 def terms_of(options: Options) -> dict[str, str]:
     """The terms of this worker; for an option its value as an operator would write it, “none” without."""
-    usage_db = None if options.usage_db is None else os.path.realpath(options.usage_db)
-    settings: dict[str, object] = {
-        "--blur-usage": options.blur_usage,
-        "--usage-db": usage_db,
-        "--log-fd or --log-stdout": None if options.log_fd is None else "given",
-        "--max-pair-bytes": options.max_pair_bytes,
-        "--pair-rate": options.pair_rate,
-        "--websocket": None if options.websocket is None else "{1} port {0}".format(*options.websocket),
-        "--upstream": options.upstream,
-        "--relay-rate": options.relay_rate,
-        "--max-per-source or --max-new-per-source": (
-            f"{options.max_per_source} and {options.max_new_per_source}" if options.bounds_loopback else None
-        ),
-        "--trusted-proxies": options.trusted_proxies,
-        "--proxy-protocol": "given" if options.proxy_protocol else None,
+    terms = {
+        _NAMED.get(field.name) or "--" + field.name.replace("_", "-"): _write(field.name, options)
+        for field in fields(Options)
+        if field.name not in MAY_DIFFER
     }
-    terms = {name: "none" if value is None else str(value) for name, value in settings.items()}
     for name, kind in _NAMESPACES.items():
         try:
             status = os.stat(f"/proc/self/ns/{kind}")
         except OSError:
             continue  # no /proc: not known
         terms[name] = f"{status.st_dev}:{status.st_ino}"
-    if usage_db is not None:
+    if options.usage_db is not None:
         with contextlib.suppress(OSError):  # it is not there: the database says so
-            status = os.stat(os.path.dirname(usage_db))
+            status = os.stat(os.path.dirname(os.path.realpath(options.usage_db)))
             terms[DATABASE_FOLDER] = f"{status.st_dev}:{status.st_ino}"
     return terms
+
+
+def _write(name: str, options: Options) -> str:
+    value = _WRITTEN[name](options) if name in _WRITTEN else getattr(options, name)
+    if value is True:
+        return "given"
+    return "none" if value is None or value is False else str(value)
 
 
 def disagreement(own: Mapping[str, str], others: Mapping[str, str]) -> str | None:

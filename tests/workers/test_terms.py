@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
+from relay.cli import USAGE
 from relay.options import Options
-from relay.workers.terms import CLOCKS, NETWORK, PROCESSES, disagreement, terms_of
-from tests.support.harness import Relay, Workers
+from relay.workers.terms import CLOCKS, MAY_DIFFER, NETWORK, PROCESSES, disagreement, terms_of
+from tests.support.harness import CHECKOUT, Relay, Workers, free_port
 from tests.support.hostile import honest_transfer
 
 TERMS = {
@@ -54,6 +57,13 @@ def test_a_worker_that_would_record_or_allow_something_else_is_refused(tmp_path:
         assert same.pids
 
 
+def test_a_worker_of_a_gateway_that_would_tell_the_upstream_less_is_refused(tmp_path: Path) -> None:
+    gateway = ("--websocket", f"tcp:{free_port()}:interface=127.0.0.1", "--upstream", f"127.0.0.1:{free_port()}")
+    with Workers(tmp_path, *gateway, "--send-proxy", count=1, recording=False) as workers:
+        assert "its relay has --send-proxy given, not none" in refusal(tmp_path, workers.port, *gateway)
+        assert workers.start_one().pids
+
+
 @pytest.mark.parametrize(("kind", "named"), [("--net", NETWORK), ("--pid", PROCESSES), ("--time", CLOCKS)])
 def test_a_worker_of_another_container_on_the_same_volume_is_refused(tmp_path: Path, kind: str, named: str) -> None:
     separate = ("unshare", kind, *(["--fork", "--mount-proc", "--kill-child"] if kind == "--pid" else []))
@@ -84,6 +94,47 @@ def test_nor_is_one_whose_database_is_another_file_of_the_same_name(tmp_path: Pa
 def test_bounds_of_another_size_are_a_disagreement() -> None:
     ten, twenty = (terms_of(Options(max_per_source=most, bounds_loopback=True)) for most in (10, 20))
     assert "--max-per-source or --max-new-per-source 20" in (disagreement(ten, twenty) or "")
+
+
+OTHERWISE = {"bool": True, "int | None": 7, "str | None": "other", "tuple[int, str] | None": (7, "::1")}
+"""By the type of an option, a value that is not its default."""
+
+TERMS_OF_OPTIONS = [field for field in fields(Options) if field.name not in MAY_DIFFER]
+
+SHOWN_OR_CHECKED = {"--check", "--help", "--version", "--websocket-url"}
+"""Options of the command line that no worker runs with."""
+
+
+@pytest.mark.parametrize("name", [field.name for field in TERMS_OF_OPTIONS])
+def test_every_option_is_a_term_unless_it_is_named_as_one_that_may_differ(name: str) -> None:
+    (kind,) = (str(field.type) for field in TERMS_OF_OPTIONS if field.name == name)
+    usual = terms_of(Options())
+    other = terms_of(replace(Options(), **{name: OTHERWISE[kind]}))  # type: ignore[arg-type]
+    assert disagreement(usual, other) is not None
+
+
+def test_what_may_differ_are_options() -> None:
+    assert MAY_DIFFER.keys() <= {field.name for field in fields(Options)}
+
+
+def test_no_option_of_the_command_line_is_anything_else() -> None:
+    known = {"--" + field.name.replace("_", "-") for field in fields(Options)} | SHOWN_OR_CHECKED | {"--log-stdout"}
+    written = set(re.findall(r"^  (?:-\w, )?(--[a-z-]+)", USAGE, re.MULTILINE))
+    assert len(written) > 30
+    assert written <= known
+
+
+def test_the_page_for_operators_names_every_term() -> None:
+    page = (CHECKOUT / "docs" / "workers.md").read_text()
+    (told,) = re.findall(r"record or allow something else than the relay it comes to: (.*?)\n\n", page, re.DOTALL)
+    assert "JSON\nlines or none" in told
+    missing = [
+        option
+        for term in terms_of(Options())
+        for option in re.findall(r"--[a-z-]+", term)
+        if option not in ("--log-fd", "--log-stdout") and f"`{option}`" not in told
+    ]
+    assert missing == []
 
 
 def test_what_only_one_side_knows_is_no_disagreement() -> None:
