@@ -73,6 +73,7 @@ class Relay:
         self._reception = Reception(loop, options, self._places, self._farewell, self._matching.admit)
         self._eviction = Eviction(
             self._places,
+            self._farewell,
             self._reception,
             self._matching,
             self.pairs,

@@ -27,7 +27,11 @@ class Bound(enum.Enum):
     CONNECTIONS = "--max-connections: let new connections wait to be accepted"
     PLACES = "--max-connections: ended what had been idle longest, of whoever had most, for new connections"
     PROXY_HEADER = "--trusted-proxies: closed connections of a proxy whose PROXY header was missing, wrong or too late"
+    UNNAMED = (
+        "--trusted-proxies: with all places taken, closed connections of which a proxy had not said whose they are"
+    )
     UPSTREAM = "--upstream: turned away clients, since no address of it could be reached"
+    LINGERING = "--max-connections: left no time to read why to those who were sent away, for new connections"
     CROWDED = "--max-connections: turned away new connections from addresses that had more than the others"
     EXHAUSTED = "no file descriptor or memory was left: let new connections wait to be accepted"
 

@@ -1,7 +1,8 @@
 """Ways to go without a partner: the record, the last words, and the lingering close in which they arrive.
 
 Closing a socket with unread input sends a reset, which can overtake and destroy the reply. So whoever is sent away gets
-the reply and the end of the stream, and the relay reads on for a moment.
+the reply and the end of the stream, and the relay reads on for a moment. That is a courtesy: when all places are taken,
+it ends for a newcomer.
 """
 
 from __future__ import annotations
@@ -9,11 +10,10 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 
 from relay.clients.client import Client, EventLoop, Recorded
-from relay.clients.deadlines import Deadlines
 from relay.clients.iteration import Iteration
 from relay.clients.places import Places
 from relay.clients.speech import Ending
@@ -55,9 +55,14 @@ class Farewell:
         self._record = record
         self.turned_away: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
         """Since the beginning, by kind."""
-        self._lingering: Deadlines[Client] = Deadlines()
+        self._lingering: OrderedDict[Client, float] = OrderedDict()  # until when, the first of them soonest
         self._iteration = Iteration(loop)
         self._on_readable = self._discard  # bound once, and not for every client
+
+    @property
+    def lingering(self) -> int:
+        """How many linger."""
+        return len(self._lingering)
 
     def end(self, client: Client, ending: Ending) -> None:
         """End a connection in this way."""
@@ -95,8 +100,9 @@ class Farewell:
         except OSError:
             self.close(client)
             return
-        self._lingering.set(client, time.monotonic() + LINGER_SECONDS)
+        self._lingering[client] = time.monotonic() + LINGER_SECONDS
         client.listen(self._loop, self._on_readable)
+        self._places.look_again()
 
     def close(self, client: Client) -> None:
         """End the connection at once."""
@@ -106,14 +112,19 @@ class Farewell:
 
     def see_off(self, now: float) -> Iterator[None]:
         """End the connections that have lingered long enough, one with each step; `now` in monotonic seconds."""
-        for client in self._lingering.take_due(now):
-            self.close(client)
+        while self._lingering and next(iter(self._lingering.values())) <= now:
+            self.cut_short()
             yield
+
+    def cut_short(self) -> None:
+        """End at once the connection that has lingered longest; there is one. It is on record already."""
+        client, _ = self._lingering.popitem(last=False)
+        self.close(client)
 
     def close_all(self) -> None:
         """End those that linger at once."""
-        for client in self._lingering:
-            self.close(client)
+        while self._lingering:
+            self.cut_short()
 
     def _discard(self, client: Client) -> None:
         """A client that lingers says something, or has ended its stream."""
@@ -127,7 +138,7 @@ class Farewell:
             count = 0
         client.discarded += count
         if count == 0:
-            self._lingering.clear(client)
+            del self._lingering[client]
             self.close(client)
         elif client.discarded > LINGER_BYTES:
             client.stop_listening()

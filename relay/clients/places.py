@@ -24,7 +24,7 @@ class Places:
     Args:
         options: the operator's bounds.
         bounds_met: is told of each that keeps somebody out.
-        on_free: called when places have become free.
+        on_free: called when places have become free, or may be made free.
     """
 
     def __init__(self, options: Options, bounds_met: BoundsMet, on_free: Callable[[], None]) -> None:
@@ -71,16 +71,23 @@ class Places:
             self.bounds_met.note(bound)
         return bound is None
 
-    def admits_here(self, source: bytes | None) -> bool:
-        """Count a connection for `source` that is here already, and was nobody's; False when that may have no more."""
-        if source is None:
-            return True
-        bound = self._sources.refuses(source)
+    def admits_here(self, source: bytes | None, *, is_surplus: bool) -> bool:
+        """Count a connection for `source` that is here already, and was nobody's; False when that may have no more.
+
+        `is_surplus`: it was let in although all places were taken. Only now is it known who is to give way to it, and
+        whether anybody is: so somebody may have, or it may not stay.
+        """
+        bound = None if source is None else self._sources.refuses(source)
+        if bound is None and is_surplus and self._is_overfull() and not self.makes_room(source):
+            bound = Bound.CROWDED
         if bound is not None:
             self.bounds_met.note(bound)
-            return False
-        self._sources.add(source)
-        return True
+        elif source is not None:
+            self._sources.add(source)
+        return bound is None
+
+    def _is_overfull(self) -> bool:
+        return self.taken - self.guests > self.most
 
     def take(self, source: bytes | None) -> None:
         """A connection from `source` is here."""
@@ -108,6 +115,11 @@ class Places:
             if source is not None:
                 self._sources.remove(source)
         self._on_free()
+
+    def look_again(self) -> None:
+        """Somebody has come into a state in which it would give way at once: there may be room for a newcomer."""
+        if self.is_full():
+            self._on_free()
 
     def next_second(self) -> None:
         """Forget who has come; to be called every second."""

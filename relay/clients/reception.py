@@ -61,6 +61,11 @@ class Reception:
     def __contains__(self, client: Client) -> bool:
         return client in self._shaking
 
+    def unnamed_within(self, seconds: float, now: float) -> int:
+        """How many who have come in the last so many seconds are here beyond all places, since it is not known yet
+        whose they are (see `origins`); `now` in monotonic seconds."""
+        return self._origins.came_within(seconds, now)
+
     def accepted(self, sock: socket.socket, address: tuple[Any, ...], speech: Speech = PLAIN) -> None:
         """Somebody has connected from `address`, who speaks like this; `sock` is non-blocking."""
         client = self._origins.let_in(sock, address[0], speech)
@@ -68,10 +73,17 @@ class Reception:
             sock.close()
             return
         self.expect(client)
+        unnamed = self._origins.oldest_too_many()
+        if unnamed is not None:
+            self._shake_hands(unnamed)  # what has come counts, however late we are to look
+            if self._origins.is_unnamed(unnamed):
+                self._places.bounds_met.note(Bound.UNNAMED)
+                self.evict(unnamed)
 
     def expect(self, client: Client) -> None:
         """Hear what `client`, which has just connected, or was handed on, has to say."""
         if self._closed:
+            self.let_go(client)
             self._farewell.end(client, client.speech.refusal(Refusal.BAD_HANDSHAKE))
             return
         self._deadlines.set(client, client.arrived + self._options.handshake_timeout)
@@ -122,8 +134,12 @@ class Reception:
         """`client` is somebody else's from now on; its watcher is as it was."""
         self._deadlines.clear(client)
         self._shaking.pop(client, None)
+        self._origins.forget(client)
 
     def _turn_away(self, client: Client) -> None:
+        if self._origins.is_unnamed(client):
+            self.evict(client)  # it has no place in which it could linger
+            return
         self.let_go(client)
         self._farewell.end(client, client.speech.refusal(Refusal.BAD_HANDSHAKE))
 

@@ -4,7 +4,9 @@ What waits, and what is paired, may do so for hours without a byte; so whoever t
 everybody out for as long. Instead, when all are taken and somebody stands at the door, each newcomer is let in, and
 somebody is ended for it:
 
-- first of the sources that have the most. They are told apart by how many times `FEW` they have, to a factor of two;
+- first of all those who have been sent away, and only linger so that this arrives (`farewell`): at once, whosesoever,
+  and for anybody;
+- then of the sources that have the most. They are told apart by how many times `FEW` they have, to a factor of two;
 - of those, whoever has been idle longest, and for `IDLE_SECONDS` at the least. Who moves something is never ended;
 - but a source that has `MANY` is one of a few that have it all. Its connections need only have been idle for
   `BRIEF_SECONDS`, and its transfers are idle as long as they move no more than `LITTLE_BYTES` in that time: otherwise a
@@ -13,6 +15,9 @@ somebody is ended for it:
   who fills the relay with what moves cannot drive out those who wait. Of its own, half of the idle may give way to it:
   the other half is kept for smaller ones, which might never be served if those who come back all the time had all. But
   a source that has `MOST_OF` is a proxy: it gets it all, and that it has many does not matter.
+
+Who comes through a proxy is a newcomer once the proxy has said whose it is, and not before: until then nobody gives way
+to it, and it is one more than there are places (`origins`).
 
 A machine that has an IPv4 and an IPv6 address is two sources, and a thousand machines are a thousand: it is the same
 for them. Each of this machine's own connections, which nobody counts, is like one of a small source.
@@ -34,6 +39,7 @@ import gevent
 
 from relay.clients.bounds import Bound
 from relay.clients.client import Client
+from relay.clients.farewell import Farewell
 from relay.clients.matching import Matching
 from relay.clients.places import Places
 from relay.clients.reception import Reception
@@ -75,7 +81,7 @@ class Eviction:
 
     Args:
         places: which are taken, and by whom.
-        reception, matching, pairs: those who have them.
+        farewell, reception, matching, pairs: those who have them.
         is_awaited: whether somebody stands at the door.
         is_room_elsewhere: whether another worker has a place.
         on_ready: called when somebody has been found who would give way.
@@ -84,6 +90,7 @@ class Eviction:
     def __init__(
         self,
         places: Places,
+        farewell: Farewell,
         reception: Reception,
         matching: Matching,
         pairs: Pairs,
@@ -93,6 +100,7 @@ class Eviction:
         on_ready: Callable[[], None],
     ) -> None:
         self._places = places
+        self._farewell = farewell
         self._reception = reception
         self._matching = matching
         self._pairs = pairs
@@ -111,10 +119,15 @@ class Eviction:
         places.makes_room = self._make_room
 
     def is_ready(self) -> bool:
-        """Whether newcomers may be let in though all places are taken, since somebody would give way."""
-        if not self._found or self._is_room_elsewhere():
+        """Whether newcomers may be let in though all places are taken, since somebody would give way, and not to those
+        who are here already and as good as named."""
+        now = time.monotonic()
+        waiting = self._reception.unnamed_within(BRIEF_SECONDS, now)
+        if waiting >= self._farewell.lingering + len(self._found) or self._is_room_elsewhere():
             return False
-        return time.monotonic() < self._found_at + GOOD_SECONDS and self._first(self._found) is not None
+        if self._farewell.lingering:
+            return True
+        return now < self._found_at + GOOD_SECONDS and self._first(self._found) is not None
 
     def every_second(self) -> None:
         """Look for those who would give way, if it has come to that."""
@@ -125,6 +138,8 @@ class Eviction:
         if age > GOOD_SECONDS:
             self._found.clear()
             self._found_of.clear()
+        if self._places.is_full() and self.is_ready():
+            self._on_ready()  # whom somebody unnamed kept from being let in
         is_useful = (not self._found or age > GOOD_SECONDS / 2) and now >= self._look_again_at
         # To be crowded once may be a moment in which the door is just about to be opened.
         if self._was_crowded and was_crowded and is_useful and not self._look:
@@ -188,10 +203,14 @@ class Eviction:
     # Giving way
 
     def _make_room(self, source: bytes | None) -> bool:
+        if self._farewell.lingering:
+            self._places.bounds_met.note(Bound.LINGERING)
+            self._farewell.cut_short()
+            return True
         found = self._found
         first = self._first(found)
         if first is None:
-            return True  # there was somebody when the door let it in
+            return False  # there was somebody when the door let it in, but it is only known now whose it is
         rank = _rank(self._places.count_of(source) + 1)
         if first[0] < rank or first[0] == rank > 0:
             found = self._found_of.get(source, deque())
