@@ -10,7 +10,7 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,9 @@ CURRENT_SECONDS = 300.0
 """How often the `current` table is refreshed when nothing else does it."""
 
 TICK_SECONDS = 1.0
+
+MOST_MISTAKES = 100
+"""So often in a second is gone on after a mistake of ours with one of those whose time has come."""
 
 logger = logging.getLogger(__name__)
 
@@ -351,16 +354,15 @@ class Relay:
     def _look_after_who_is_due(self) -> None:
         """End what has taken too long, and ping those to whom nothing was said."""
         now = time.monotonic()
-        for steps in (
-            self._farewell.see_off(now),
-            self._matching.see_off(now),
+        for see_to in (
+            self._farewell.see_off,
+            self._matching.see_off,
             # Those whose handshake is not whole come later: one that is by now may be matched with somebody who waits.
-            self._reception.see_off(now),
-            self._pings.ping(now),
-            self.pairs.cut_idle(now),
+            self._reception.see_off,
+            self._pings.ping,
+            self.pairs.cut_idle,
         ):
-            for _ in in_slices(steps):
-                pass
+            _see_to_all(see_to, now)
 
     def _refresh_current(self, *, tick: bool = False) -> None:
         if self._recorder is not None:
@@ -370,3 +372,20 @@ class Relay:
         while True:
             self._refresh_current(tick=True)
             gevent.sleep(CURRENT_SECONDS)
+
+
+def _see_to_all(see_to: Callable[[float], Iterator[None]], now: float) -> None:
+    """Do for everybody what is to be done at `now`, one with each step. A mistake with one is no other's."""
+    mistakes = 0
+    while not _go_well(see_to(now)) and mistakes < MOST_MISTAKES:
+        mistakes += 1
+
+
+def _go_well(steps: Iterator[None]) -> bool:
+    try:
+        for _ in in_slices(steps):
+            pass
+    except Exception:  # whatever it is, all the others would wait for their ends, or for a ping, until it is mended
+        logger.exception("a mistake with one of those whose time has come; going on with the others")
+        return False
+    return True

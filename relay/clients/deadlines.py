@@ -31,7 +31,8 @@ class Deadlines(Generic[D]):
         return iter([somebody for due in self._by_second.values() for somebody in due])
 
     def set(self, somebody: D, when: float) -> None:
-        """Give `somebody`, who has none, the deadline `when` (seconds)."""
+        """Give `somebody` the deadline `when` (seconds), in place of any other."""
+        self.clear(somebody)
         somebody.due = math.ceil(when)
         self._by_second.setdefault(somebody.due, set()).add(somebody)
 

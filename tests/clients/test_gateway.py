@@ -28,6 +28,7 @@ from tests.support.harness import (
     new_side,
     new_token,
     read_exactly,
+    read_to_end,
     relay_of,
     stopped,
     wait_until,
@@ -212,6 +213,30 @@ def test_a_client_that_is_being_connected_moves_house(tmp_path: Path) -> None:
             client = stack.enter_context(connect(relay.port))
             client.sendall(other)
             assert read_exactly(client, 3) == page.recv(10) == b"ok\n"
+
+
+def test_an_upstream_that_refuses_late_is_passed_over_once(tmp_path: Path) -> None:
+    """It takes no connection, as above, and is gone when it is asked again, a second later; so the time that was for it
+    ends while the client is elsewhere."""
+    with contextlib.ExitStack() as stack:
+        relay = stack.enter_context(Relay(tmp_path, recording=True))
+        full = socket.create_server(("127.0.0.1", 0), backlog=0)
+        stuck = [stack.enter_context(socket.socket()) for _ in range(4)]
+        for sock in stuck:
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        upstream = f"127.0.0.1:{full.getsockname()[1]},127.0.0.1:{relay.port}"
+        options = ("--upstream", upstream, "--handshake-timeout", "5")
+        gateway = stack.enter_context(Gateways(tmp_path / "gateway", *options, count=1))
+        pages = [stack.enter_context(dial_web(web_port(gateway))) for _ in range(6)]
+        for page in pages:
+            page.send(lines()[0])
+        wait_until(lambda: relay.row("current")[1] == 3, what="those whose turn it is wait")
+        full.close()
+        wait_until(lambda: relay.row("current")[1] == 6, what="the others have been refused, and wait, too")
+        silent = stack.enter_context(connect(web_port(gateway)))
+        silent.sendall(b"GET")
+        assert b" 408 " in read_to_end(silent)
 
 
 def test_an_upstream_that_cannot_be_reached_is_passed_over(tmp_path: Path) -> None:

@@ -18,8 +18,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.harness import CHECKOUT, Relay, Workers, met, stopped, wait_until
-from tests.support.hostile import honest_transfer
+from tests.support.harness import (
+    CHECKOUT,
+    Relay,
+    Workers,
+    connect,
+    handshake,
+    met,
+    new_side,
+    new_token,
+    stopped,
+    wait_until,
+)
+from tests.support.hostile import answer, honest_transfer, is_open
 from tests.support.watched_relay import all_told, standstills
 
 WATCHED = "tests.support.watched_relay"
@@ -35,6 +46,19 @@ STANDING_STILL = {
         "threading.Thread(target=ctypes.PyDLL(None).usleep, args=[1_000_000]).start(); gevent.sleep(0.01)"
     ),
 }
+
+MISTAKEN = """
+from relay.clients.matching import Matching
+
+dismiss = Matching.dismiss
+
+def mistaken(matching, client):
+    if client.side == b"%s":
+        raise RuntimeError("made for a test")
+    dismiss(matching, client)
+
+Matching.dismiss = mistaken
+"""
 
 PROGRAM = """
 import ctypes, fcntl, threading, time
@@ -122,3 +146,22 @@ def test_a_stop_with_many_connections_is_no_standstill(tmp_path: Path, stack: co
         assert relay.stop() == 0
         assert len(relay.records()) == 200
     assert standstills(tmp_path) == []
+
+
+def test_a_mistake_with_one_whose_time_has_come_keeps_it_from_nobody_else(tmp_path: Path) -> None:
+    mistaken, side = tmp_path / "mistaken", new_side()
+    mistaken.mkdir()
+    (mistaken / "sitecustomize.py").write_text(MISTAKEN % side)
+    environment = {"PYTHONPATH": f"{mistaken}:{CHECKOUT}"}
+    patience = ("--wait-timeout", "1", "--handshake-timeout", "1")
+    with Relay(tmp_path, *patience, env=environment) as relay, contextlib.ExitStack() as stack:
+        relay.tracebacks_expected = True
+        sides = [side] * 15 + [new_side() for _ in range(20)]
+        waiting = [stack.enter_context(connect(relay.port)) for _ in sides]
+        for sock, its_side in zip(waiting, sides, strict=True):
+            sock.sendall(handshake(new_token(), its_side))
+        silent = stack.enter_context(connect(relay.port))
+        assert [answer(sock) for sock in waiting[15:]] == [b""] * 20
+        assert answer(silent) == b"bad handshake\n"
+        assert all(is_open(sock) for sock in waiting[:15])
+        assert relay.log_text().count("RuntimeError: made for a test") == 15
