@@ -31,6 +31,8 @@ Where it listens:
   -w, --websocket ENDPOINT     Take WebSocket clients here, too: 4002, tcp:4002 or tcp:4002:interface=ADDR, where ADDR
                                is otherwise that of --interface. The endpoint of --port makes one port serve both.
   -u, --websocket-url URL      What clients are told elsewhere to connect to; it is checked, and changes nothing here.
+  --health ENDPOINT            Answer health checks here, in the same forms: who connects, or sends a GET, is served by
+                               each worker however full it is, takes no client's place, and is on no record.
   --ping-interval SECONDS      Ping a WebSocket client that was told nothing for so long; 0 is never [default: 30]
   --upstream TARGETS           Be a gateway: each WebSocket client becomes a TCP client of the relay or proxy there, at
                                HOST:PORT. There is no port for TCP then, and nothing is recorded. Several, separated by
@@ -232,6 +234,7 @@ def read_options(arguments: Sequence[str]) -> Options:
         raise Mistake(_what_docopt_means(arguments, str(refusal))) from None
     port, interface = _endpoint(given["--port"], given["--interface"])
     websocket = _websocket(given, interface)
+    health = None if given["--health"] is None else _endpoint(given["--health"], interface, "--health")
     upstream = _upstream(given)
     if upstream is not None and websocket is not None:
         (port, interface), websocket = websocket, None
@@ -241,6 +244,7 @@ def read_options(arguments: Sequence[str]) -> Options:
         port=port,
         interface=interface,
         websocket=websocket,
+        health=health,
         upstream=upstream,
         send_proxy=given["--send-proxy"],
         ping_interval=_seconds(given, "--ping-interval", 0),

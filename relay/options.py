@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options of `relay-gevent`; times in seconds. docs/running.md describes each. `websocket` is a port and the
-    address of an interface, as `port` and `interface` are.
+    """The options of `relay-gevent`; times in seconds. docs/running.md describes each. `websocket` and
+    `health` are each a port and the address of an interface, as `port` and `interface` are.
 
     `most_held` is how many connections there are descriptors for, those included that siblings hand on; `most_pipes`,
     for how many pipes beside `max_connections`. Both follow from the limit of file descriptors.
@@ -17,6 +17,7 @@ class Options:
     port: int = 4001
     interface: str = "::"
     websocket: tuple[int, str] | None = None
+    health: tuple[int, str] | None = None
     ping_interval: float = 30.0
     congestion_control: str | None = None
     blur_usage: int | None = None

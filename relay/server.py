@@ -22,6 +22,7 @@ from relay.clients.client import EventLoop
 from relay.clients.congestion import take_over
 from relay.clients.door import Door, is_at, open_port
 from relay.clients.farewell import Farewell
+from relay.clients.health_port import HealthPort
 from relay.clients.matching import Matching
 from relay.clients.pings import Pings
 from relay.clients.places import Places
@@ -97,6 +98,7 @@ class Relay:
             close_door=self._close_door,
         )
         self._door: Door | None = None
+        self._health: HealthPort | None = None
         self._recorder: Recorder | None = None
         self._telling = Telling(
             places=self._places,
@@ -211,8 +213,11 @@ class Relay:
             ) from None
 
     def start(self, ports: Ports, recorder: Recorder) -> None:
-        """Begin to accept from `ports`, and to record with `recorder`."""
+        """Begin to accept from `ports`, and to record with `recorder`; raises Mistake when --health cannot be had."""
         self._recorder = recorder
+        if self.options.health is not None:
+            number, interface = self.options.health
+            self._health = HealthPort(interface, number)
         upstream = self.options.upstream
         if ports.web is None and not ports.shared and upstream is None:
             self._door = self._make_door(ports.plain)
@@ -239,6 +244,10 @@ class Relay:
             logger.info("WebSocket on %s port %d", address, port)
         elif upstream is not None:
             logger.info("WebSocket on %s port %d, carried to %s", address, port, upstream)
+        if self._health is not None:
+            self._health.start()
+            address, port = self._health.address[:2]
+            logger.info("health checks on %s port %d", address, port)
         if self._household is not None:
             self._household.open(self._door, ports.plain, ports.web)
 
@@ -288,6 +297,8 @@ class Relay:
         self._departure.depart()
 
     def _close_door(self) -> None:
+        if self._health is not None:
+            self._health.close()
         if self._door is not None:
             self._door.close()
             if self._door.twin is not None:

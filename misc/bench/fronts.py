@@ -63,14 +63,14 @@ def started(*command: str) -> Iterator[subprocess.Popen[bytes]]:
         process.wait(20)
 
 
-def relay(port: int) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+def relay(port: int, health: int) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
     """One worker, which believes the front who has called it."""
-    trusting = ("--trusted-proxies", "127.0.0.1", "--grace", "0")
-    return started(sys.executable, "-m", "relay", "--port", str(port), "--interface", "127.0.0.1", *trusting)
+    options = ("--trusted-proxies", "127.0.0.1", "--health", str(health), "--grace", "0")
+    return started(sys.executable, "-m", "relay", "--port", str(port), "--interface", "127.0.0.1", *options)
 
 
 def front(
-    folder: Path, port: int, relays: tuple[int, int]
+    folder: Path, port: int, relays: tuple[int, int], health: tuple[int, int]
 ) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
     """The shipped front, for TCP."""
     text = CONFIGURATION.read_text().partition("frontend wss")[0]
@@ -80,8 +80,9 @@ def front(
         (":::4001 v4v6", f"127.0.0.1:{port}"),
         ("192.0.2.1:10000", f"127.0.0.1:{free_port()}"),
         ("192.0.2.2:10000", f"127.0.0.1:{free_port()}"),
-        ("192.0.2.11:4001", f"127.0.0.1:{relays[0]}"),
-        ("192.0.2.12:4001", f"127.0.0.1:{relays[1]}"),
+        ("192.0.2.11:4001", f"127.0.0.1:{relays[0]} port {health[0]}"),
+        ("192.0.2.12:4001", f"127.0.0.1:{relays[1]} port {health[1]}"),
+        ("sc0_conn_rate gt 500", "sc0_conn_rate gt 500000"),  # all come from one address
     ):
         text = text.replace(old, new)
     configuration = folder / "front.cfg"
@@ -172,10 +173,10 @@ def seconds_until_served(port: int, dies: subprocess.Popen[bytes]) -> float:
 def main() -> None:
     """Measure, and print a table."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        ports = free_port(), free_port()
-        relays = [stack.enter_context(relay(port)) for port in ports]
+        ports, health = (free_port(), free_port()), (free_port(), free_port())
+        relays = [stack.enter_context(relay(*both)) for both in zip(ports, health, strict=True)]
         port = free_port()
-        proxy = stack.enter_context(front(Path(folder), port, ports))
+        proxy = stack.enter_context(front(Path(folder), port, ports, health))
         for each in (*ports, port):
             wait_for(each)
         time.sleep(4)  # until the front has seen both relays twice

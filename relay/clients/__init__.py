@@ -5,6 +5,7 @@ Read it in the order in which a connection meets it:
 ==============  =======================================================================================
 `door`          the TCP port, and whose turn it is to accept; `listening`, what all connections have in common;
                 `congestion`, how TCP sends on them
+`health_port`   beside the door, a port for health checks
 `client`        one connection that is not yet in a pair
 `places`        how many connections there are, and from whom; `bounds`, pure: what nobody may have more of
 `sources`       pure: whom a connection counts for, by its address

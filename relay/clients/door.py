@@ -54,12 +54,18 @@ logger = logging.getLogger(__name__)
 
 
 def open_port(
-    interface: str, port: int, congestion_control: str | None = None, *, option: str = "--port"
+    interface: str,
+    port: int,
+    congestion_control: str | None = None,
+    *,
+    option: str = "--port",
+    by_each_worker: bool = False,
 ) -> socket.socket:
     """Listen on `port` of the address `interface`, in any spelling (``::`` means every address, IPv6 and IPv4; port 0 a
     free one).
 
-    Its connections have `congestion_control`, or what is this machine's default.
+    Its connections have `congestion_control`, or what is this machine's default. Where each worker listens
+    `by_each_worker`, others of this user may listen there at the same time.
 
     Raises Mistake when that cannot be had; `option` is what it names.
     """
@@ -68,6 +74,8 @@ def open_port(
     try:
         prepare(listener)
         set_option(listener, socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if by_each_worker:
+            set_option(listener, socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             set_option(listener, socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if address[0] == "::" else 1)
         if congestion_control is not None:

@@ -30,6 +30,7 @@ MAY_DIFFER: Final = {
     "interface": "as the port",
     "run_dir": "is the same directory, under whatever name",
     "congestion_control": "changes with a rolling restart",
+    "health": "is opened by each worker for itself",
     "ping_interval": "is noticed by nobody but proxies in between",
     "grace": "is how the worker itself stops",
     "handshake_timeout": "is the patience of the worker that a client is with, and may change with a rolling restart",

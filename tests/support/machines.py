@@ -21,14 +21,14 @@ from pathlib import Path
 from tests.support.harness import CHECKOUT, Workers, query, running, wait_until
 from tests.support.namespaces import Host, run_ip
 from tests.support.page import Page
-from tests.support.proxies import HAPROXY, make_certificate
+from tests.support.proxies import HAPROXY, make_certificate, state_of, tell
 from tests.support.wormholes import PUBLIC_RELAY
 
 NETWORK = "192.0.2"  # TEST-NET-1 (RFC 5737): nobody's
 NUMBERS = {"front1": 1, "front2": 2, "relay1": 11, "relay2": 12, "client1": 21, "client2": 22}
 FRONTS, RELAYS, CLIENTS = ("front1", "front2"), ("relay1", "relay2"), ("client1", "client2")
 SERVERS = ("relay1", "relay2", "gateway1", "gateway2")
-TCP_PORT, WEB_PORT, TLS_PORT = 4001, 4002, 443
+TCP_PORT, WEB_PORT, HEALTH_PORT, WEB_HEALTH_PORT, TLS_PORT = 4001, 4002, 4003, 4004, 443
 UNBOUNDED = ("--max-per-source", "5000", "--max-new-per-source", "5000")
 
 
@@ -58,14 +58,7 @@ class Machines:
 
     def tell(self, front: str, words: str) -> str:
         """Say something to a running HAProxy, and return its answer."""
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(10)
-            sock.connect(str(self.folder / f"{front}.sock"))
-            sock.sendall(words.encode() + b"\n")
-            answer = b""
-            while chunk := sock.recv(65536):
-                answer += chunk
-        return answer.decode()
+        return tell(self.folder / f"{front}.sock", words)
 
     def tell_all(self, words: str) -> None:
         """The same to each that runs; there must be nothing to object."""
@@ -75,11 +68,7 @@ class Machines:
 
     def state(self, front: str, server: str) -> str:
         """What a front thinks of a server: UP, DRAIN, DOWN, …"""
-        for line in self.tell(front, "show stat").splitlines():
-            fields = line.split(",")
-            if fields[1:2] == [server]:
-                return fields[17]
-        raise AssertionError(f"{front} knows no {server}")
+        return state_of(self.folder / f"{front}.sock", server)
 
     def has_found_all(self, front: str) -> bool:
         """Whether a front takes all servers for well."""
@@ -148,7 +137,8 @@ def machines(folder: Path) -> Iterator[Machines]:
             inside, address = hosts[name].inside, address_of(name)
             for kind, of_kind in (("relay", whole.relays), ("gateway", whole.gateways)):
                 (folder / f"{name}-{kind}").mkdir()
-                options = ["--trusted-proxies", fronts, *UNBOUNDED, "--grace", "3"]
+                health = HEALTH_PORT if kind == "relay" else WEB_HEALTH_PORT
+                options = ["--trusted-proxies", fronts, *UNBOUNDED, "--grace", "3", "--health", str(health)]
                 options += (
                     ["--proxy-protocol"]
                     if kind == "relay"
@@ -163,6 +153,7 @@ def machines(folder: Path) -> Iterator[Machines]:
             text = shipped
             for old, new in (
                 ("maxconn 20000", "maxconn 4000"),
+                ("sc0_conn_rate gt 500", "sc0_conn_rate gt 50000"),  # there are but two hosts of clients
                 ("/run/haproxy/relay-gevent.sock", str(folder / f"{name}.sock")),
                 ("/etc/haproxy/relay.example.org.pem", str(folder / "both.pem")),
             ):

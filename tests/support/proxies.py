@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,27 @@ def nginx(folder: Path, port: int, server: str) -> Iterator[None]:
     )
     with running(NGINX, "-p", str(folder), "-e", str(folder / "error.log"), "-c", str(configuration)):
         yield
+
+
+def tell(control: Path, words: str) -> str:
+    """Say something to a running HAProxy at its stats socket `control`, and return its answer."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(10)
+        sock.connect(str(control))
+        sock.sendall(words.encode() + b"\n")
+        answer = b""
+        while chunk := sock.recv(65536):
+            answer += chunk
+    return answer.decode()
+
+
+def state_of(control: Path, server: str) -> str:
+    """What it thinks of a server: UP, DRAIN, DOWN, …"""
+    for line in tell(control, "show stat").splitlines():
+        fields = line.split(",")
+        if fields[1:2] == [server]:
+            return fields[17]
+    raise AssertionError(f"this HAProxy knows no {server}")
 
 
 def make_certificate(folder: Path) -> Path:

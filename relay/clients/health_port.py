@@ -1,0 +1,61 @@
+"""A port of its own for health checks: it answers however full the relay is.
+
+At the door of a relay that is full newcomers wait in the listen queue, and so would a check; and when that queue is
+full as well, a relay that works looks like a machine that is dead. Whoever checks here learns that a worker lives, and
+takes no place, neither a client's nor one in that queue. Each worker listens for itself, and the kernel chooses one of
+them (SO_REUSEPORT, socket(7)).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from typing import Any
+
+import gevent
+from gevent.pool import Pool
+from gevent.server import StreamServer
+
+from relay.clients.door import open_port
+
+MOST_CHECKS = 16
+"""Checks that are answered at a time; further ones wait."""
+
+CHECK_SECONDS = 5.0
+"""How long a check may take to ask, and to leave."""
+
+REST_SECONDS = 1.0
+"""How long accepting rests when the system has no descriptor or memory for another connection."""
+
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+class HealthPort(StreamServer):  # type: ignore[misc]  # gevent has no types
+    """Listens from `start()` on, at `port` of the address `interface`; raises Mistake when that cannot be had."""
+
+    _timer: Any
+
+    def __init__(self, interface: str, port: int) -> None:
+        listener = open_port(interface, port, option="--health", by_each_worker=True)
+        super().__init__(listener, handle=_answer, spawn=Pool(MOST_CHECKS))
+
+    def do_read(self) -> tuple[socket.socket, object] | None:
+        """Accept one; where the system lets nobody in, rest for a while. The relay's own door says so in the log."""
+        try:
+            accepted: tuple[socket.socket, object] | None = super().do_read()
+        except OSError:
+            self.stop_accepting()
+            self._timer = self.loop.timer(REST_SECONDS)
+            self._timer.start(self._start_accepting_if_started)
+            return None
+        return accepted
+
+
+def _answer(sock: socket.socket, address: object) -> None:
+    """Whatever is asked gets the answer to a GET; who only connects, and leaves, has its answer already."""
+    with gevent.Timeout(CHECK_SECONDS, False), contextlib.suppress(OSError):
+        if sock.recv(4096):
+            sock.sendall(ANSWER)
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(4096):
+                pass
