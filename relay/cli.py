@@ -14,6 +14,7 @@ from relay.clients.trusted_proxies import TrustedProxies
 from relay.clients.upstream import split_targets
 from relay.mistakes import Mistake
 from relay.options import Options
+from relay.preflight import check, check_log_fd
 from relay.process.fd_limit import fd_limit, raise_fd_limit
 from relay.process.program import NotUnderstood, fail, get_ready, read_command_line
 from relay.process.signals import be_ready_for_signals, end_by_signal
@@ -82,7 +83,8 @@ What nobody gets more of (for each worker, unless it says otherwise):
   --relay-rate BYTES           Bytes a second that the whole relay may move, all its workers together, shared
                                fairly between the transfers; without it, as fast as can be.
 
-  --check                      Say what is wrong with these options, if anything is, and end.
+  --check                      Say what is wrong with these options on this machine, if anything is, and end. No port
+                               is opened for it, and nothing is left behind.
   --help                       Show this.
   --version                    Show the version.
 
@@ -133,9 +135,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             closed = get_ready()
         complaint = raise_fd_limit()
         options = read_options(sys.argv[1:] if argv is None else argv)
-        if options.log_fd in closed:
-            fd = options.log_fd
-            raise Mistake(f"--log-fd {fd}: it is not open; have the shell open it, as in {fd}>>usage.json")
+        if options.check:
+            check(options, closed)
+            return
+        check_log_fd(options, closed)
         log = _log_to_stderr()
         try:
             if complaint:
@@ -154,17 +157,12 @@ def _serve(options: Options, log: OwnLog) -> None:
     import gevent
 
     from relay.server import Relay
-    from relay.usage.recorder import UsageError, check_log_fd, open_recorder
+    from relay.usage.recorder import UsageError, open_recorder
 
     hub = gevent.get_hub()
     if hub.loop.backend != "epoll":  # refused, and libev has taken something else, which not all of this can live with
         raise _cannot_do_without(OSError(0, "epoll_create1"))
     hub.exception_stream = log
-    if options.log_fd is not None:
-        try:
-            check_log_fd(options.log_fd)  # now: soon a number that is not open may be something of our own
-        except UsageError as error:
-            raise Mistake(error) from None
     try:
         relay = Relay(options)
     except OSError as error:
@@ -224,7 +222,7 @@ def _log_to_stderr() -> OwnLog:
 
 
 def read_options(arguments: Sequence[str]) -> Options:
-    """Understand the command line; exits with status 0 for --help, --version, and --check if all is well.
+    """Understand the command line; exits with status 0 for --help and --version.
 
     Raises Mistake for anything that is not as the help says.
     """
@@ -240,7 +238,7 @@ def read_options(arguments: Sequence[str]) -> Options:
         (port, interface), websocket = websocket, None
     held, pipes = _shares_of_fds(given)
     most = _max_connections(given, held, pipes)
-    options = Options(
+    return Options(
         port=port,
         interface=interface,
         websocket=websocket,
@@ -252,7 +250,7 @@ def read_options(arguments: Sequence[str]) -> Options:
         blur_usage=None if given["--blur-usage"] is None else _whole(given, "--blur-usage", 1),
         log_fd=_log_fd(given),
         usage_db=_path(given, "--usage-db"),
-        run_dir=given["--run-dir"],
+        run_dir=_path(given, "--run-dir"),
         grace=_seconds(given, "--grace", 0),
         handshake_timeout=_seconds(given, "--handshake-timeout", 0.1),
         wait_timeout=_seconds(given, "--wait-timeout", 0.1),
@@ -272,10 +270,8 @@ def read_options(arguments: Sequence[str]) -> Options:
         pair_rate=_whole_or(given, "--pair-rate", None),
         relay_rate=_whole_or(given, "--relay-rate", None),
         measure_paths=_measure_paths(given),
+        check=given["--check"],
     )
-    if given["--check"]:
-        sys.exit(0)
-    return options
 
 
 def _what_docopt_means(arguments: Sequence[str], complaint: str) -> str:
@@ -350,6 +346,8 @@ def _endpoint(port: str, interface: str, option: str = "--port") -> tuple[int, s
 
 def _path(given: dict[str, Any], option: str) -> str | None:
     path: str | None = given[option]
+    if path == "":
+        raise Mistake(f"{option}: its value is empty; give a path")
     if path is not None and not os.path.isabs(path):
         try:
             os.getcwd()

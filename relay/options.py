@@ -45,3 +45,4 @@ class Options:
     pair_rate: int | None = None
     relay_rate: int | None = None
     measure_paths: bool = False
+    check: bool = False

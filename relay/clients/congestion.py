@@ -45,6 +45,12 @@ def choose_congestion_control(listener: socket.socket, name: str) -> None:
         raise _mistake(name, error) from None
 
 
+def check_congestion_control(name: str) -> None:
+    """Raise Mistake as `choose_congestion_control` does, for a listening socket that this process would have."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        choose_congestion_control(sock, name)
+
+
 def pace(listener: socket.socket) -> None:
     """Let the connections that come to `listener` spread over a round trip what they may send in it.
 

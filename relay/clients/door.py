@@ -25,7 +25,7 @@ from gevent.server import StreamServer
 
 from relay.clients.bounds import Bound
 from relay.clients.congestion import choose_congestion_control
-from relay.clients.listening import prepare, set_option
+from relay.clients.listening import prepare, resolve, set_option, wrong_interface
 from relay.mistakes import Mistake
 
 BACKLOG = 4096
@@ -69,7 +69,7 @@ def open_port(
 
     Raises Mistake when that cannot be had; `option` is what it names.
     """
-    family, address = _resolve(interface, port)
+    family, address = resolve(interface, port)
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         prepare(listener)
@@ -93,25 +93,10 @@ def open_port(
 
 def is_at(listener: socket.socket, interface: str, port: int) -> bool:
     """Whether `listener` is what `open_port` makes of the same arguments; any port will do for port 0."""
-    _, address = _resolve(interface, port)
+    _, address = resolve(interface, port)
     here = listener.getsockname()
     # Of an IPv6 address there is the zone, too: fe80::1 may be on several links.
     return bool((here[0], here[2:]) == (address[0], address[2:]) and port in (0, here[1]))
-
-
-def _resolve(interface: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
-    try:
-        numeric = socket.AI_PASSIVE | socket.AI_NUMERICHOST
-        found = socket.getaddrinfo(interface, port, type=socket.SOCK_STREAM, flags=numeric)
-    except (socket.gaierror, UnicodeError):
-        raise Mistake(f"--interface {interface}: not an IPv4 or IPv6 address of this machine") from None
-    family, _, _, _, address = found[0]
-    host = str(address[0])  # in one spelling, whichever was given
-    if host == "::" and not socket.has_dualstack_ipv6():
-        return socket.AF_INET, ("0.0.0.0", port)  # a machine without IPv6
-    if host.startswith("::ffff:"):
-        return socket.AF_INET, (host.removeprefix("::ffff:"), port)  # an IPv6 socket for IPv6 alone cannot have that
-    return family, address
 
 
 def _port_mistake(error: OSError, interface: str, port: int, option: str) -> Mistake:
@@ -119,9 +104,8 @@ def _port_mistake(error: OSError, interface: str, port: int, option: str) -> Mis
         return Mistake(f"{option} {port}: another program listens there already; stop it or choose another port")
     if error.errno in (errno.EACCES, errno.EPERM):
         return Mistake(f"{option} {port}: this user may not listen there; ports below 1024 are for root")
-    if error.errno == errno.EADDRNOTAVAIL:
-        return Mistake(f"--interface {interface}: not an address of this machine")
-    return Mistake(f"{option} {port} --interface {interface}: {os.strerror(error.errno or 0)}")
+    reason = os.strerror(error.errno or 0)
+    return wrong_interface(error, interface) or Mistake(f"{option} {port} --interface {interface}: {reason}")
 
 
 class Door(StreamServer):  # type: ignore[misc]  # gevent has no types

@@ -2,6 +2,9 @@
 
 A line is one `write` of less than 4096 bytes, so that the lines of several workers on one pipe or file never mix. The
 descriptor may be a file, a pipe, a socket or a terminal, blocking or not; it is used as it is and never closed.
+
+But of a FIFO that was opened for both reading and writing, so that a shell did not wait for its reader, only the end
+for writing is kept: with the other one in this process's own hands nobody would notice that there is no reader.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ from relay.usage.writer import Request, Warn
 _STALL_MS = 250
 """How long one attempt waits for the log's reader, in milliseconds."""
 
+_NO_LINES = {stat.S_IFDIR: "a folder", stat.S_IFBLK: "a disk"}
+"""What may be open, but takes no lines."""
+
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -35,10 +41,12 @@ def check_log_fd(fd: int) -> None:
     try:
         kind = stat.S_IFMT(os.fstat(fd).st_mode)
     except (OSError, OverflowError, ValueError):
-        raise UsageError(_not_open(fd)) from None
+        raise UsageError(not_open(fd)) from None
     flags = _flags(fd)
+    if kind in _NO_LINES:
+        raise UsageError(f"--log-fd {fd}: it is {_NO_LINES[kind]}; open a file, as in {fd}>>usage.json")
     if kind not in (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR) or _is_listening(fd, kind):
-        raise UsageError(_not_open(fd))
+        raise UsageError(not_open(fd))
     if flags is not None and flags & os.O_ACCMODE == os.O_RDONLY:
         raise UsageError(f"--log-fd {fd}: it is open for reading only; open it for writing, as in {fd}>>usage.json")
 
@@ -51,7 +59,8 @@ def _flags(fd: int) -> int | None:
         return None
 
 
-def _not_open(fd: int) -> str:
+def not_open(fd: int) -> str:
+    """What there is to say of a number that is not open, or something of this process's own."""
     return f"--log-fd {fd}: it is not open; have the shell open it, as in {fd}>>usage.json"
 
 
@@ -64,6 +73,22 @@ def _is_listening(fd: int, kind: int) -> bool:
             return bool(duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
     except OSError:
         return False  # not told; writing to it will
+
+
+def _be_no_reader(fd: int) -> None:
+    """Let go of a FIFO's end for reading; where that cannot be, lines go into it until it is full."""
+    flags = _flags(fd)
+    if flags is None or flags & os.O_ACCMODE != os.O_RDWR or not stat.S_ISFIFO(os.fstat(fd).st_mode):
+        return
+    try:
+        # Open as long as `fd` is, so there is nothing to wait for.
+        writing = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        os.dup2(writing, fd, inheritable=os.get_inheritable(fd))
+    finally:
+        os.close(writing)
 
 
 def encode(record: Record) -> bytes:
@@ -91,6 +116,7 @@ class JsonLog:
         self._blur_seconds = blur_seconds
         self._warn = warn
         self._file = FollowedFile(fd)
+        _be_no_reader(fd)
         self._told_of_rotation = False
         self._rest = b""  # of the line of the oldest kept record, when part of it is written
         self._poll: select.poll | None = None

@@ -82,6 +82,27 @@ def open_database(path: str) -> sqlite3.Connection:
         time.sleep(_LOOK_AGAIN)
 
 
+def check_file(path: str) -> None:
+    """Look whether `open_database` would take the file or make it, without touching anything. What is inside is not
+    looked at, beyond whose database it is.
+
+    Raises:
+        UsageError: it would not; one line that begins with the path.
+    """
+    try:
+        check_link(path)
+        file = os.path.realpath(path)
+        with alone_in(os.path.dirname(file)):
+            _is_blank(file)
+        return
+    except Trouble as trouble_itself:
+        trouble = trouble_itself
+    except (sqlite3.Error, OSError) as error:
+        trouble = trouble_of(error, path)
+    if not trouble.passing:
+        raise UsageError(f"{path}: {trouble.line}")
+
+
 @dataclass(frozen=True, slots=True)
 class FormerFile:
     """A database file that had the path before, and the -wal that belongs to it and to no other."""

@@ -44,29 +44,13 @@ class RunDir:
 
     def _open(self) -> int:
         try:
-            try:
-                os.mkdir(self.path, 0o700)
-                os.chmod(self.path, 0o700)  # a umask may have taken something off
-            except FileExistsError:
-                pass
-            fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            os.mkdir(self.path, 0o700)
+            os.chmod(self.path, 0o700)  # a umask may have taken something off
+        except FileExistsError:
+            pass
         except OSError as error:
-            raise Mistake(f"--run-dir {self.path}: {os.strerror(error.errno or 0)}; name a folder of its own") from None
-        status = os.fstat(fd)
-        if status.st_uid != os.geteuid():
-            os.close(fd)
-            raise Mistake(f"--run-dir {self.path}: belongs to another user; name a folder of its own")
-        if stat.S_IMODE(status.st_mode) & 0o077:
-            os.close(fd)
-            raise Mistake(
-                f"--run-dir {self.path}: others may enter it; chmod 700 it, or name one that is not there yet"
-            )
-        if not os.path.exists(f"/proc/self/fd/{fd}"):
-            os.close(fd)
-            raise Mistake(
-                f"--run-dir {self.path}: workers find each other with the help of /proc; mount it, or run one alone"
-            )
-        return fd
+            raise _cannot_be_made(self.path, error) from None
+        return _opened(self.path)
 
     def lock(self) -> None:
         """Wait for our turn to join; raises Mistake when it does not come within `LOCK_SECONDS`, or cannot."""
@@ -162,6 +146,53 @@ class RunDir:
 
     def _reach(self, name: str) -> str:
         return f"/proc/self/fd/{self._fd}/{name}"
+
+
+def check_run_dir(path: str) -> None:
+    """Look whether `RunDir` would take the directory, or make it, without making it.
+
+    Raises Mistake when it would not.
+    """
+    if os.path.lexists(path):
+        os.close(_opened(path))
+        return
+    folder = os.path.dirname(path.rstrip("/")) or "."
+    if not os.path.isdir(folder):
+        raise _cannot_be_made(path, OSError(errno.ENOENT, ""))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _cannot_be_made(path, OSError(errno.EACCES, ""))
+
+
+def _opened(path: str) -> int:
+    """A descriptor of the run directory, which is there; raises Mistake when it will not do."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Mistake(f"--run-dir {path}: {os.strerror(error.errno or 0)}; name a folder of its own") from None
+    why_not = _why_not(fd)
+    if why_not:
+        os.close(fd)
+        raise Mistake(f"--run-dir {path}: {why_not}")
+    return fd
+
+
+def _why_not(fd: int) -> str:
+    status = os.fstat(fd)
+    if status.st_uid != os.geteuid():
+        return "belongs to another user; name a folder of its own"
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        return "others may enter it; chmod 700 it, or name one that is not there yet"
+    if not os.path.exists(f"/proc/self/fd/{fd}"):
+        return "workers find each other with the help of /proc; mount it, or run one alone"
+    return ""
+
+
+def _cannot_be_made(path: str, error: OSError) -> Mistake:
+    folder = os.path.dirname(path.rstrip("/")) or "."
+    if error.errno == errno.ENOENT:
+        return Mistake(f"--run-dir {path}: its folder {folder} does not exist; make it")
+    reason = os.strerror(error.errno or 0)
+    return Mistake(f"--run-dir {path}: {reason} when making it; make it, mode 700, for the user that this runs as")
 
 
 def same_user(link: socket.socket) -> int | None:

@@ -194,6 +194,28 @@ def test_a_rolling_restart_ends_no_transfer_and_sends_nobody_away(service: Super
     wait_until(lambda: outcomes() == [("happy", 7)], 5, f"one row for each transfer, and no other: {outcomes()}")
 
 
+def test_a_rolling_restart_to_what_does_not_start_leaves_the_last_worker_and_its_transfers_alone(
+    service: Supervised,
+) -> None:
+    sender, receiver = met(service.port)
+    sender.sendall(b"the first half, ")
+    assert read_exactly(receiver, 16) == b"the first half, "
+    run_dir = service.relay_folder / "run"
+    run_dir.chmod(0o755)  # which no worker that starts accepts
+    before = service.pids()
+    for _ in range(2):
+        refused = service.try_rolling_restart()
+        assert refused.returncode == 1, refused.stdout
+        assert "the others were left alone" in refused.stderr
+        (left,) = service.pids()
+        assert left in before
+    run_dir.chmod(0o700)
+    service.rolling_restart()
+    assert len(service.pids()) == 2
+    assert not set(before) & set(service.pids())
+    finish(sender, receiver, b"and the second")
+
+
 def accepts(port: int) -> bool:
     """Tell whether somebody listens on `port`, from the kernel's table, without connecting."""
     wanted = f":{port:04X}"

@@ -106,13 +106,17 @@ class Supervised:
         return self.run("-m", "supervisor.supervisorctl", "-c", str(self.conf), *words, check=check).stdout
 
     def rolling_restart(self, *group: str) -> None:
-        """Run the shipped misc/rolling-restart, with a supervisorctl of this home's on the PATH."""
+        """Run the shipped misc/rolling-restart, which has to go well."""
+        done = self.try_rolling_restart(*group)
+        assert done.returncode == 0, f"{done.stdout}{done.stderr}{self.logs()}"
+
+    def try_rolling_restart(self, *group: str) -> subprocess.CompletedProcess[str]:
+        """Run it, with a supervisorctl of this home's on the PATH, however it goes."""
         control = self.home / "bin" / "supervisorctl"
         control.write_text(f'#!/bin/sh\nexec {self.python[0]} -m supervisor.supervisorctl "$@"\n')
         control.chmod(0o755)
         command = [str(CHECKOUT / "misc" / "rolling-restart"), str(self.conf), *group]
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0, f"{done.stdout}{done.stderr}{self.logs()}"
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60, check=False)
 
     def states(self) -> list[str]:
         """Return the state of each worker, as supervisorctl tells it."""

@@ -143,6 +143,23 @@ def test_a_fifo_whose_reader_goes_away_and_comes_back_gets_every_line_once(tmp_p
     assert numbers_of_lines(text) == list(range(200))
 
 
+def test_a_fifo_opened_for_both_ends_so_as_not_to_wait_keeps_lines_for_its_first_reader(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    both_ends = os.open(tmp_path / "fifo", os.O_RDWR)
+    warnings: list[str] = []
+    with recording(both_ends, warnings) as recorder:
+        for number in range(100):
+            recorder.record(numbered(number))
+        wait_until(lambda: warnings, what="the warning that there is no reader")
+        assert "its reader is gone" in warnings[0]
+        read_end = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+        wait_until(lambda: len(warnings) == 2, what="the word that it is over")
+        text = os.read(read_end, 1 << 20)
+    os.close(read_end)
+    os.close(both_ends)
+    assert numbers_of_lines(text) == list(range(100))
+
+
 def readable_bytes(fd: int) -> int:
     import array
     import fcntl

@@ -1,0 +1,70 @@
+"""What a start would refuse, as far as that can be told without a port, without the siblings, and without leaving
+anything behind: for ``--check``.
+
+Each part is asked where it is known, by what the start itself asks: so the two cannot say different things. What only
+trying can tell stays with the start: whether a port is free and may be had, what the siblings' terms are, whether a
+database is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from relay.clients.congestion import check_congestion_control
+from relay.clients.listening import check_interface
+from relay.mistakes import Mistake
+from relay.options import Options
+from relay.workers.run_dir import check_run_dir
+
+
+def check(options: Options, closed: Collection[int] = ()) -> None:
+    """Raise Mistake for what a start with these options would end with.
+
+    Args:
+        options: understood, and right by themselves.
+        closed: the standard descriptors that this process was started without.
+    """
+    check_log_fd(options, closed)
+    if options.run_dir is not None:
+        check_run_dir(options.run_dir)
+    if options.usage_db is not None:
+        _check_database(options.usage_db)
+    check_interface(options.interface)
+    for endpoint in (options.websocket, options.health):
+        if endpoint is not None:
+            check_interface(endpoint[1])
+    if options.congestion_control is not None:
+        check_congestion_control(options.congestion_control)
+    if options.upstream is not None:
+        from relay.clients.upstream import Upstream  # not before: few relays are gateways
+
+        Upstream(options.upstream)
+
+
+def check_log_fd(options: Options, closed: Collection[int]) -> None:
+    """Raise Mistake unless JSON lines can go to where they are to go.
+
+    Best asked before anything is opened: soon a number that is not open may be something of the relay's own.
+    """
+    fd = options.log_fd
+    if fd is None:
+        return
+    from relay.usage.json_log import check_log_fd, not_open  # not before: not every relay has such lines
+    from relay.usage.trouble import UsageError
+
+    if fd in closed:
+        raise Mistake(not_open(fd))
+    try:
+        check_log_fd(fd)
+    except UsageError as error:
+        raise Mistake(error) from None
+
+
+def _check_database(path: str) -> None:
+    from relay.usage.schema import check_file  # not before: SQLite takes 1.5 MB
+    from relay.usage.trouble import UsageError
+
+    try:
+        check_file(path)
+    except UsageError as error:
+        raise Mistake(f"--usage-db {error}") from None

@@ -1,0 +1,119 @@
+"""`relay-gevent --check` says what the start would say, needs no port, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from relay.usage.schema import open_database
+from tests.support.command_line import checked, powerless, run
+from tests.support.harness import free_port
+
+LOCAL = ("--port", "0", "--interface", "127.0.0.1")
+
+
+def prepare(folder: Path) -> None:
+    """What the options below name."""
+    (folder / "file").write_text("no database")
+    (folder / "folder").mkdir()
+    (folder / "open").mkdir()
+    (folder / "open").chmod(0o755)
+    (folder / "to-nowhere").symlink_to(folder / "nowhere")
+    (folder / "locked").mkdir()
+    (folder / "locked").chmod(0o500)
+    with closing(sqlite3.connect(folder / "recipes.sqlite")) as other:
+        other.execute("CREATE TABLE recipes (name TEXT)")
+    with closing(sqlite3.connect(folder / "newer.sqlite")) as newer:
+        newer.execute("PRAGMA application_id = 0x52474556")
+        newer.execute("PRAGMA user_version = 99")
+
+
+REFUSED = {
+    "an address of somebody else's": ("--interface", "192.0.2.55"),
+    "a name as an address": ("--interface", "localhost"),
+    "an address without its link": ("--interface", "fe80::1"),
+    "an address that is none, for WebSocket": ("--websocket", "tcp:0:interface=192.0.2.55"),
+    "an address that is none, for health checks": ("--health", "tcp:0:interface=192.0.2.55"),
+    "a congestion control that is not there": ("--congestion-control", "nosuch"),
+    "no congestion control": ("--congestion-control", ""),
+    "a descriptor that is not open": ("--log-fd", "77"),
+    "an empty path of a database": ("--usage-db", ""),
+    "a folder as a database": ("--usage-db", "HERE/folder"),
+    "the root as a database": ("--usage-db", "/"),
+    "a database in no folder": ("--usage-db", "HERE/none/usage.sqlite"),
+    "a database in a file": ("--usage-db", "HERE/file/usage.sqlite"),
+    "a device as a database": ("--usage-db", "/dev/null"),
+    "a file that is no database": ("--usage-db", "HERE/file"),
+    "another program's database": ("--usage-db", "HERE/recipes.sqlite"),
+    "a newer relay's database": ("--usage-db", "HERE/newer.sqlite"),
+    "a database where nothing may be written": ("--usage-db", "HERE/locked/usage.sqlite"),
+    "an empty path of a run directory": ("--run-dir", ""),
+    "a file as a run directory": ("--run-dir", "HERE/file"),
+    "a run directory in no folder": ("--run-dir", "HERE/none/run"),
+    "a run directory that others may enter": ("--run-dir", "HERE/open"),
+    "a run directory where nothing may be made": ("--run-dir", "HERE/locked/run"),
+    "a link to nowhere as a run directory": ("--run-dir", "HERE/to-nowhere"),
+    "an upstream of no known name": ("--websocket", "0", "--upstream", f"{'a' * 64}.example.org:4001"),
+}
+"""HERE is the test's folder."""
+
+
+@pytest.mark.parametrize("options", REFUSED.values(), ids=REFUSED)
+def test_what_the_start_refuses_it_says_in_the_same_words(tmp_path: Path, options: tuple[str, ...]) -> None:
+    prepare(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    given = [option.replace("HERE", str(tmp_path)) for option in options]
+    interface = () if "--interface" in given else ("--interface", "127.0.0.1")
+    told = checked(run("--check", "--port", "0", *interface, *given, inside=powerless()))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert told == checked(run("--port", "0", *interface, *given, inside=powerless()))
+    assert told.startswith("--interface" if "interface=" in given[1] else given[-2])
+
+
+@pytest.mark.parametrize("opened", ["folder", "file"])
+def test_a_descriptor_that_takes_no_lines_is_told_for_what_it_is(tmp_path: Path, opened: str) -> None:
+    prepare(tmp_path)
+    fd = os.open(tmp_path / opened, os.O_RDONLY)
+    try:
+        told = checked(run("--check", "--log-fd", str(fd), pass_fds=(fd,)))
+        assert told == checked(run(*LOCAL, "--log-fd", str(fd), pass_fds=(fd,)))
+    finally:
+        os.close(fd)
+    assert told.startswith(f"--log-fd {fd}: it is {'a folder; ' if opened == 'folder' else 'open for reading only; '}")
+
+
+def test_a_standard_descriptor_that_is_closed_is_told_of(tmp_path: Path) -> None:
+    shut = ["/bin/sh", "-c", 'exec "$0" "$@" >&-']
+    assert "it is not open" in checked(run("--check", "--log-stdout", inside=shut))
+
+
+def nothing(folder: Path) -> None:
+    """Leave the folder empty."""
+
+
+def in_use(folder: Path) -> None:
+    """Have a database and a run directory there, as a relay makes them."""
+    open_database(str(folder / "usage.sqlite")).close()
+    (folder / "run").mkdir(mode=0o700)
+
+
+@pytest.mark.parametrize("before", [nothing, in_use])
+def test_what_the_start_takes_it_says_nothing_of_and_leaves_as_it_was(
+    tmp_path: Path, before: Callable[[Path], None]
+) -> None:
+    before(tmp_path)
+    there = {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")]}
+    port = free_port()
+    with (tmp_path.parent / "lines").open("ab") as log:
+        ended = run(
+            *("--check", "--port", str(port), "--websocket", "4002", "--run-dir", str(tmp_path / "run")),
+            *("--usage-db", str(tmp_path / "usage.sqlite"), "--log-fd", str(log.fileno())),
+            pass_fds=(log.fileno(),),
+        )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")]} == there
