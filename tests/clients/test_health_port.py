@@ -6,7 +6,6 @@ import contextlib
 import re
 import resource
 import socket
-import threading
 import urllib.request
 from collections.abc import Callable
 from functools import partial
@@ -28,7 +27,7 @@ from tests.support.harness import (
     read_to_end,
     wait_until,
 )
-from tests.support.hostile import beside, honest_transfer, is_open
+from tests.support.hostile import beside, honest_transfer, is_open, move
 
 HEALTH = ("--health", "0")
 
@@ -45,13 +44,6 @@ def status(port: int) -> int:
     """What a GET is answered with; OSError when it is not."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
         return int(answer.status)
-
-
-def move(sender: socket.socket, receiver: socket.socket, over: threading.Event) -> None:
-    """Have a transfer never be idle."""
-    while not over.wait(0.05):
-        sender.sendall(b"x" * 20_000)
-        receiver.recv(1 << 16)
 
 
 def test_a_relay_that_is_full_answers_there_and_nowhere_else(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def test_it_relays_is_healthy_and_ends_within_ten_seconds_with_every_record(
         assert b"supervisord" in Path(f"/proc/{first.first_pid}/cmdline").read_bytes()
         first.transfer(b"x" * 100_000)
         assert first.answer(4002).startswith("HTTP/1.1 200 ")
+        assert first.answer(4003).startswith("HTTP/1.1 200 ")
         first.wait_until_it_is_well()
         under_way = [first.met() for _ in range(20)]
         for sender, receiver in under_way:
@@ -157,6 +158,10 @@ def test_a_relay_that_cannot_start_ends_its_container_and_says_why(image: Image,
         wrong.process.wait(120)
         assert "relay-gevent: error: --grace soon" in wrong.text()
         assert "no worker can be started" in wrong.text()
+    for number in ("0", "-1", "two"):
+        with container(image, volume, tmp_path / f"{number} workers", environment={"RELAY_WORKERS": number}) as wrong:
+            assert wrong.process.wait(30) == 2
+            assert f"relay-gevent: error: RELAY_WORKERS={number}: give a whole number, 1 or more" in wrong.text()
     volume.chmod(0o755)
     with container(image, volume, tmp_path / "shut") as shut:
         assert shut.process.wait(30) == 2
@@ -178,4 +183,4 @@ def test_the_examples_ask_for_what_the_relay_needs() -> None:
     ports = {int(port) for port in re.findall(r"containerPort: (\d+)", kubernetes)}
     exposed = re.search(r"^EXPOSE (.+)$", (folder / "Containerfile").read_text(), re.MULTILINE)
     assert exposed is not None
-    assert ports == {int(port) for port in exposed[1].split()} == {usual.port, 4002, 4080}
+    assert ports == {int(port) for port in exposed[1].split()} == {usual.port, 4002, 4003, 4080}

@@ -86,6 +86,13 @@ def load_while(seconds: float, *pids: int) -> float:
     return (sum(map(cpu_seconds, pids)) - before) / (time.monotonic() - began)
 
 
+def move(sender: socket.socket, receiver: socket.socket, over: threading.Event) -> None:
+    """Have a transfer never be idle, until `over`."""
+    while not over.wait(0.05):
+        sender.sendall(b"x" * 20_000)
+        receiver.recv(1 << 16)
+
+
 @contextlib.contextmanager
 def beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
     """Run `work` on a thread until the block is left; it gets the event that says so. What it raises is raised."""
