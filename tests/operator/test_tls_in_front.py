@@ -22,6 +22,7 @@ from tests.support.harness import (
     new_side,
     new_token,
     read_exactly,
+    read_to_end,
     wait_until,
 )
 from tests.support.harness import connect as connect_tcp
@@ -43,9 +44,14 @@ PATIENCE = 2
 pytestmark = needs_openssl
 
 
+WEBSOCKET, FIRST_HOUR = "websocket.md", "first-hour.md"
+
+
 def documented(language: str) -> str:
-    """The configuration in docs/websocket.md."""
-    found = re.search(rf"```{language}\n(.*?)```", (CHECKOUT / "docs" / "websocket.md").read_text(), re.DOTALL)
+    """The configuration in docs/websocket.md, or, of nginx, that of the first hour."""
+    page = CHECKOUT / "docs" / (FIRST_HOUR if language == "sh" else WEBSOCKET)
+    beginning = "cat >/etc/nginx/conf.d/relay.conf <<'END'" if language == "sh" else f"```{language}"
+    found = re.search(rf"^{re.escape(beginning)}\n(.*?)^(?:```|END)$", page.read_text(), re.DOTALL | re.MULTILINE)
     assert found is not None
     return found[1]
 
@@ -64,14 +70,36 @@ def certificate(tmp_path: Path) -> Path:
     return make_certificate(tmp_path)
 
 
+SHARE = 6
+"""What a client may have of a proxy here, in place of hundreds."""
+
+
 @contextlib.contextmanager
 def behind_nginx(folder: Path, port: int, relay_port: int) -> Iterator[None]:
+    with _behind_nginx(folder, port, relay_port, documented("nginx"), "/etc/ssl/relay.example.org.{}"):
+        yield
+
+
+@contextlib.contextmanager
+def behind_nginx_of_the_first_hour(folder: Path, port: int, relay_port: int) -> Iterator[None]:
+    pem = "/etc/letsencrypt/live/relay.example.org/{}"
+    with _behind_nginx(folder, port, relay_port, documented("sh"), pem, ("fullchain.pem", "privkey.pem")):
+        yield
+
+
+@contextlib.contextmanager
+def _behind_nginx(
+    folder: Path, port: int, relay_port: int, text: str, place: str, names: tuple[str, str] = ("pem", "key")
+) -> Iterator[None]:
+    """With an access log that is on, and an error log, as Debian's nginx.conf has them; neither is used."""
     server = replaced(
-        documented("nginx"),
+        text,
         ("listen 443 ssl;", f"listen 127.0.0.1:{port} ssl;"),
         ("listen [::]:443 ssl;", f"listen [::1]:{port} ssl;"),
-        ("/etc/ssl/relay.example.org.pem", str(folder / "cert.pem")),
-        ("/etc/ssl/relay.example.org.key", str(folder / "cert.key")),
+        (place.format(names[0]), str(folder / "cert.pem")),
+        (place.format(names[1]), str(folder / "cert.key")),
+        ("limit_conn relay_sources 500;", f"limit_conn relay_sources {SHARE};"),
+        ("client_header_timeout 10s;", f"client_header_timeout {PATIENCE}s;"),
         ("127.0.0.1:4002", f"127.0.0.1:{relay_port}"),
         ("proxy_read_timeout 60s;", f"proxy_read_timeout {PATIENCE}s;"),
     )
@@ -81,10 +109,12 @@ def behind_nginx(folder: Path, port: int, relay_port: int) -> Iterator[None]:
     configuration = folder / "nginx.conf"
     configuration.write_text(
         f"daemon off;\nmaster_process off;\npid {folder}/nginx.pid;\nevents {{}}\n"
-        f"http {{\naccess_log off;\n{places}{server}}}\n"
+        f"http {{\naccess_log {folder}/access.log;\n{places}{server}}}\n"
     )
     with running(NGINX, "-p", str(folder), "-e", str(folder / "error.log"), "-c", str(configuration)):
         yield
+        assert (folder / "access.log").read_text() == ""
+        assert "client" not in (folder / "error.log").read_text()
 
 
 @contextlib.contextmanager
@@ -99,6 +129,8 @@ def behind_haproxy(folder: Path, port: int, relay_port: int) -> Iterator[None]:
             ("/etc/haproxy/relay.example.org.pem", str(folder / "both.pem")),
             ("127.0.0.1:4002 check", f"127.0.0.1:{relay_port} check inter 100"),
             ("timeout tunnel 1h", f"timeout tunnel {PATIENCE}s"),
+            ("timeout client 10s", f"timeout client {PATIENCE}s"),
+            ("sc0_conn_cur gt 1000", f"sc0_conn_cur gt {SHARE}"),
         )
     )
     with running(HAPROXY, "-db", "-f", str(configuration)):
@@ -107,6 +139,7 @@ def behind_haproxy(folder: Path, port: int, relay_port: int) -> Iterator[None]:
 
 PROXIES = [
     pytest.param(behind_nginx, marks=needs_nginx, id="nginx"),
+    pytest.param(behind_nginx_of_the_first_hour, marks=needs_nginx, id="nginx of the first hour"),
     pytest.param(behind_haproxy, marks=needs_haproxy, id="HAProxy"),
 ]
 Behind = Callable[[Path, int, int], contextlib.AbstractContextManager[None]]
@@ -181,6 +214,46 @@ def test_each_client_behind_it_has_its_share(tmp_path: Path, certificate: Path, 
             dial_tls(port, certificate, "::1")
         with dial_tls(port, certificate) as page:
             page.send(handshake(new_token(), new_side()))
+
+
+@pytest.mark.parametrize("behind", PROXIES)
+def test_the_proxy_writes_nothing_down_whatever_happens(tmp_path: Path, certificate: Path, behind: Behind) -> None:
+    with Relay(tmp_path, *web_options()) as relay:
+        port = free_port()
+        with behind(tmp_path, port, web_port(relay)):
+            wait_for(port, certificate)
+            token = new_token()
+            with dial_tls(port, certificate) as first, dial_tls(port, certificate) as second:
+                for page in (first, second):
+                    page.send(handshake(token, new_side()))
+                assert first.recv() == second.recv() == b"ok\n"
+            for said in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\x05hello"):  # no TLS, or no good one
+                with connect_tcp(port) as wrong:
+                    wrong.sendall(said)
+                    read_to_end(wrong)
+            relay.stop()
+            with pytest.raises(ConnectionError, match=" 50"):
+                dial_tls(port, certificate)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # ssl's own, when it is turned away
+@pytest.mark.parametrize("behind", PROXIES)
+def test_one_client_does_not_fill_the_proxy(tmp_path: Path, certificate: Path, behind: Behind) -> None:
+    with Relay(tmp_path, *web_options()) as relay, contextlib.ExitStack() as stack:
+        port = free_port()
+        stack.enter_context(behind(tmp_path, port, web_port(relay)))
+        wait_for(port, certificate)
+
+        def come(source: str) -> bool:
+            try:
+                page = stack.enter_context(Page.over_tls(connect_tcp(port, source=source), certificate))
+            except OSError:
+                return False
+            page.send(handshake(new_token(), new_side()))
+            return True
+
+        assert [come("127.0.0.9") for _ in range(SHARE + 2)] == [True] * SHARE + [False] * 2
+        assert [come("127.0.0.10") for _ in range(SHARE)] == [True] * SHARE
 
 
 @needs_haproxy
