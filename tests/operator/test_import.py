@@ -555,3 +555,55 @@ def test_a_usage_table_of_other_columns_is_told_of_as_the_twisted_database_s(tmp
     assert refused.returncode == 2
     assert refused.stderr.startswith(f"import-twisted-usage: error: {source}: no such column")
     assert not ours.exists()
+
+
+@pytest.mark.parametrize("ending", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_no_exact_copy_is_left_when_its_terminal_is_lost_or_it_is_told_to_end(
+    tmp_path: Path, ending: signal.Signals
+) -> None:
+    source, ours, temporary = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite", tmp_path / "tmp"
+    twisted_database(source, 10)
+    open_database(str(ours)).close()
+    temporary.mkdir()
+    with closing(sqlite3.connect(ours, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        importing = subprocess.Popen(
+            [sys.executable, str(PROGRAM), "--blur-usage", "600", str(source), str(ours)],
+            env={**os.environ, "TMPDIR": str(temporary)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            wait_until(lambda: list(temporary.glob("*/twisted.sqlite")), what="the copy")
+            importing.send_signal(ending)
+            assert importing.wait(10) in (128 + ending, 130)
+        finally:
+            importing.kill()
+            importing.wait()
+    assert list(temporary.iterdir()) == []
+    assert usage(ours) == []
+
+
+def test_one_whose_terminal_may_go_imports_to_the_end(tmp_path: Path) -> None:
+    source, ours, temporary = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite", tmp_path / "tmp"
+    twisted_database(source, 10)
+    open_database(str(ours)).close()
+    temporary.mkdir()
+    with closing(sqlite3.connect(ours, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        importing = subprocess.Popen(
+            ["nohup", sys.executable, str(PROGRAM), str(source), str(ours)],
+            env={**os.environ, "TMPDIR": str(temporary)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            wait_until(lambda: list(temporary.glob("*/twisted.sqlite")), what="the copy")
+            importing.send_signal(signal.SIGHUP)
+            other.execute("ROLLBACK")
+            assert importing.wait(20) == 0
+        finally:
+            importing.kill()
+            importing.wait()
+    assert len(usage(ours)) == 10
