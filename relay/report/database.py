@@ -59,7 +59,7 @@ class Now:
 
 
 def add_now(parts: Iterable[Now]) -> Now:
-    """Return several relays, or the machines of one, as one, which has been heard of when the last of them was."""
+    """Return several relays, or the machines of one, as one, as old as the one heard of longest ago."""
     each = list(parts)
     refreshed = [part.refreshed for part in each if part.refreshed is not None]
     return Now(

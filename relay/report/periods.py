@@ -99,9 +99,10 @@ def first_day(day: Day, span: Span) -> Day:
 
 
 def latest(count: int, until: Day, span: Span) -> list[Day]:
-    """Return the first days of the last `count` days, weeks or months, in order; `until` is a day of the last one."""
+    """Return the first days of the last `count` days, weeks or months, in order; `until` is a day of the last one. None
+    begins before the first day that is counted, but the one that it is in."""
     firsts = [first_day(until, span)]
-    while len(firsts) < count:
+    while len(firsts) < count and firsts[-1] > FIRST_DAY:
         firsts.append(first_day(firsts[-1] - 1, span))
     return firsts[::-1]
 

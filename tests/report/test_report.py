@@ -350,6 +350,16 @@ def test_rows_by_other_hands_are_counted_where_they_can_be(database: Path) -> No
     ]
 
 
+@pytest.mark.parametrize("span", ["day", "week", "month"])
+def test_as_many_periods_as_there_can_be_are_shown_and_none_of_before_1970(database: Path, span: str) -> None:
+    fill(database, 10, days=3)
+    for form in ("--json", "--csv"):
+        assert relay_usage(form, "--by", span, "--last", str(cli.MOST_PERIODS), database).returncode == 0
+    periods = told("--by", span, "--last", str(cli.MOST_PERIODS), database)["periods"]
+    assert periods[0]["from"] <= "1970-01-01" <= periods[0]["to"]
+    assert sum(period["connections"] for period in periods) == 10
+
+
 def test_a_terminal_gets_bars_and_no_colour_when_asked(database: Path) -> None:
     fill(database, 1000, days=10)
     colourful = in_terminal(database, {"TERM": "xterm", "COLUMNS": "100"})
