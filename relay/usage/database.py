@@ -115,7 +115,7 @@ class Database:
             elif self._log_is_gone:
                 self._part_from_log(self._connection)
             else:
-                self._file.check_header()
+                self._file.check()
                 self._file.log.mend_index()
         if self._connection is None:
             self._connect()
@@ -139,12 +139,15 @@ class Database:
             opened.close()
             raise
         self._connection = opened.connection
+        if self._suspect:
+            self._file.found_whole()
         self._suspect = False
         self._damaged_as = None
         if fate is not None:
             held = "what it held" if self._held is None else f"what it held ({self._held} connections in all)"
             self._warn(f"{self.name}: {fate.what}; {held} {fate.rest}; the records go on in the file that is there now")
             self._lost = ""
+        self._file.check_end()
         self._shares.live(self._file.fd)
 
     def _part(self, connection: sqlite3.Connection) -> None:
@@ -212,7 +215,7 @@ class Database:
     def _disconnect(self, *, leave_log_alone: bool = False) -> None:
         if self._connection is not None:
             is_there = self._file.is_where_it_was() and self._file.has_its_log() and not leave_log_alone
-            is_whole = is_there and not self._file.log.is_broken(every_frame=True)
+            is_whole = is_there and not self._file.log.is_broken(every_frame=True) and not self._file.is_cut_short()
             with contextlib.suppress(sqlite3.Error), contextlib.nullcontext() if is_whole else self._file.left_alone():
                 self._connection.close()
             self._file.let_go_of_index()

@@ -252,6 +252,14 @@ def check_all(connection: sqlite3.Connection) -> None:
         raise damaged(finding)
 
 
+def bytes_told(beginning: bytes) -> int:
+    """Return how long a database file is as its first 100 bytes have it; 0 where they do not say."""
+    page_bytes = int.from_bytes(beginning[16:18], "big")
+    if beginning[24:28] != beginning[92:96]:  # in-header size is not valid; https://www.sqlite.org/fileformat2.html
+        return 0
+    return int.from_bytes(beginning[28:32], "big") * (65536 if page_bytes == 1 else page_bytes)
+
+
 def has_valid_header(beginning: bytes) -> bool:
     """Tell whether the first 100 bytes of a file are those of the relay's database."""
     application_id = beginning[_APPLICATION_ID_AT : _APPLICATION_ID_AT + 4]

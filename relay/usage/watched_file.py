@@ -52,6 +52,7 @@ class WatchedFile:
         self._fd: int | None = None
         self._is: Identity | None = None
         self._log: WriteAheadLog | None = None
+        self._found_whole_at: int | None = None  # so short, in bytes, and nothing was missing all the same
 
     @property
     def fd(self) -> int:
@@ -138,10 +139,40 @@ class WatchedFile:
             with contextlib.suppress(OSError):
                 fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, *_SHARED))
 
-    def check_header(self) -> None:
-        """Raise Trouble when the beginning of the held file was overwritten; SQLite may not notice for a long time."""
-        if self._fd is not None and not schema.has_valid_header(os.pread(self._fd, _HEADER_BYTES, 0)):
+    def check(self) -> None:
+        """Raise Trouble when the beginning of the held file was overwritten, or its end cut off; SQLite may not notice
+        for a long time, and fills the hole with zeros when it writes behind it."""
+        if self._fd is None:
+            return
+        if not schema.has_valid_header(os.pread(self._fd, _HEADER_BYTES, 0)):
             raise damaged("its first bytes were overwritten")
+        self.check_end()
+
+    def check_end(self) -> None:
+        """Raise Trouble when the end was cut off."""
+        if self.is_cut_short():
+            raise damaged("it was cut short")
+
+    def is_cut_short(self) -> bool:
+        """Tell whether pages are missing at the end of the held file that are not in its log either.
+
+        Somebody who copies the log into the file begins with the first page, which tells the new length.
+        """
+        if self._fd is None or self._log is None:
+            return False
+        beginning = os.pread(self._fd, _HEADER_BYTES, 0)
+        told, size = schema.bytes_told(beginning), os.fstat(self._fd).st_size
+        if size >= told or size == self._found_whole_at:
+            return False
+        page_bytes = told // int.from_bytes(beginning[28:32], "big")
+        logged = self._log.pages()
+        missing = range(size // page_bytes + 1, told // page_bytes + 1)
+        return logged is not None and not logged.issuperset(missing) and os.fstat(self._fd).st_size == size
+
+    def found_whole(self) -> None:
+        """Note that SQLite has read all of the held file, and missed nothing."""
+        if self._fd is not None:
+            self._found_whole_at = os.fstat(self._fd).st_size
 
     def let_go_of_index(self) -> None:
         """To be called when a connection was closed, before there is another."""

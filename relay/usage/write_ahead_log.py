@@ -220,6 +220,15 @@ class WriteAheadLog:
                 return False
         return True
 
+    def pages(self) -> set[int] | None:
+        """Return the numbers of the database's pages that are in the log; None when that cannot be told this moment."""
+        index = self._index()
+        if index is None:
+            return None
+        frame_bytes = _FRAME_HEADER.size + index.page_size
+        starts = range(_WAL_HEADER.size, _WAL_HEADER.size + index.frames * frame_bytes, frame_bytes)
+        return {int.from_bytes(os.pread(self.wal_fd, 4, start), "big") for start in starts}
+
     # When they are not
 
     def put_away(self) -> bool | None:

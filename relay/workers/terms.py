@@ -45,6 +45,7 @@ MAY_DIFFER: Final = {
     "max_per_source": "is compared where it is given, with `bounds_loopback`",
     "max_new_per_source": "as the connections of a source",
     "measure_paths": "counts more, and changes no record",
+    "check": "is of no worker that runs",
 }
 """Options, by their names in `Options`, that are no terms, each with the reason."""
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from relay.usage.schema import bytes_told
 from tests.support.harness import wait_until
 from tests.support.usage_records import assert_sums_agree, rows
 from tests.support.usage_worker import UsageWorker
@@ -361,3 +362,68 @@ def lonely(service: Service) -> int:
         (row,) = rows(service.path, "usage", "count(*) FILTER (WHERE result = 'lonely')")
         return int(row[0])
     return 0
+
+
+# The file itself
+
+
+@pytest.mark.parametrize("pages", [1, 2, 9])
+@pytest.mark.parametrize("copied", [True, False], ids=["all copied into it", "some in the -wal"])
+def test_a_file_that_was_cut_short_is_named_and_records_are_kept_until_a_good_copy_is_there(
+    service: Service, tmp_path: Path, pages: int, copied: bool
+) -> None:
+    service.record(1000)
+    service.wait_for(service.recorded)
+    with closing(sqlite3.connect(service.path)) as other:
+        assert other.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[0] == 0
+    good = tmp_path / "good"
+    with closing(sqlite3.connect(service.path)) as other, closing(sqlite3.connect(good)) as copy:
+        other.backup(copy)
+    if not copied:
+        service.record(1)
+        wait_until(lambda: service.count() == service.recorded, what="some in the -wal")
+    assert service.path.stat().st_size > 10 * 4096
+    os.truncate(service.path, pages * 4096)
+    for worker in service.workers:
+        worker.ask("record 3 10 lonely")
+    for worker in service.workers:
+        assert "it is damaged (it was cut short); repair it, or move it away" in worker.read_warning()
+    for beside in ("-wal", "-shm"):
+        Path(f"{service.path}{beside}").unlink(missing_ok=True)
+    good.replace(service.path)
+    wait_until(lambda: lonely(service) == 3 * len(service.workers), what="what was kept")
+    assert_is_whole(service)
+    assert "works again" in service.close()
+
+
+def test_a_file_that_was_cut_short_while_no_relay_ran_is_refused_at_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "db"
+    with UsageWorker("--usage-db", str(path)) as worker:
+        service = Service(path, [worker])
+        service.record(1000)
+        service.wait_for(1000)
+        service.close()
+    os.truncate(path, 3 * 4096)
+    with pytest.raises(AssertionError, match=r"has ended.*it is damaged"), UsageWorker("--usage-db", str(path)):
+        pass
+    assert path.stat().st_size == 3 * 4096
+
+
+def test_a_file_that_a_crash_left_shorter_than_it_says_is_whole_with_its_wal(tmp_path: Path) -> None:
+    path = tmp_path / "db"
+    with UsageWorker("--usage-db", str(path)) as worker:
+        service = Service(path, [worker])
+        service.record(1000)
+        service.wait_for(1000)
+        worker.kill()
+    with path.open("r+b") as file:  # as far as copying the -wal had come: the first page
+        wal = Path(f"{path}-wal").read_bytes()
+        frames = [wal[at : at + FRAME] for at in range(32, len(wal), FRAME)]
+        file.write(next(frame[24:] for frame in reversed(frames) if frame[:4] == b"\0\0\0\1"))
+    assert bytes_told(path.read_bytes()[:100]) > path.stat().st_size
+    with UsageWorker("--usage-db", str(path)) as worker:
+        service = Service(path, [worker])
+        service.record()
+        service.wait_for(1010)
+        assert_is_whole(service)
+        assert service.close() == ""
