@@ -145,9 +145,10 @@ class HeaderReader:
 
 def write_proxy_header(source: bytes | None) -> bytes:
     """A header of version 2 for a client that counts for `source` (see `sources.source_of`); of a network, its first
-    address. The client of nobody in particular is the sender's own."""
+    address. The client of nobody in particular is the sender's own: LOCAL, since HAProxy (2.6) resets PROXY without
+    addresses."""
     if source is None:
-        return _SIGNATURES[1] + _PROXY + bytes(3)
+        return _SIGNATURES[1] + _LOCAL + bytes(3)
     family, size = (_TCP4, 4) if len(source) == 4 else (_TCP6, 16)
     addresses = source.ljust(size, b"\0") + bytes(size + 2 * 2)
     return _SIGNATURES[1] + _PROXY + bytes((family,)) + len(addresses).to_bytes(2, "big") + addresses

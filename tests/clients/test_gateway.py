@@ -305,7 +305,7 @@ def test_with_send_proxy_the_bounds_are_for_the_pages_clients(tmp_path: Path) ->
 )
 def test_a_header_that_is_written_is_read(source: bytes | None, host: str | None) -> None:
     written = write_proxy_header(source)
-    assert HeaderReader().hear(written) == ProxyHeader(len(written), host, is_local=False)
+    assert HeaderReader().hear(written) == ProxyHeader(len(written), host, is_local=source is None)
 
 
 def test_where_a_gateway_leads() -> None:

@@ -254,6 +254,36 @@ def test_who_comes_through_a_gateway_counts_as_whom_it_names(
     wait_until_kept([call(f"2001:db8:5:6::{number}") for number in range(2 * SHARE)], SHARE)
 
 
+def test_a_client_of_the_gateways_own_machine_is_served(
+    front_factory: Callable[..., Front], stack: contextlib.ExitStack
+) -> None:
+    front = front_factory(*small(100))
+    with relay_at(front, 1), gateway_at(front):
+        address = (RELAYS[0], WEB_PORT)
+        sides = []
+        token = new_token()
+        for _ in range(2):
+            sock = front.machines.make_there(lambda: socket.create_connection(address, 10, (RELAYS[0], 0)))
+            sides.append(stack.enter_context(Page(sock)))
+            sides[-1].send(handshake(token, new_side()))
+        assert [side.recv() for side in sides] == [b"ok\n"] * 2
+
+
+def test_who_waits_gets_keepalives_from_the_front(
+    front_factory: Callable[..., Front], stack: contextlib.ExitStack
+) -> None:
+    front = front_factory(*small(100))
+    with relay_at(front, 1):
+        stack.enter_context(front.dial()).sendall(handshake(new_token(), new_side()))
+        command = [*front.host.inside, "ss", "-Htno", "state", "established", "sport", "=", f":{TCP_PORT}"]
+
+        def kept_alive() -> list[str]:
+            said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+            return [line for line in said.splitlines() if HONEST in line and "timer:(keepalive,5" in line]
+
+        wait_until(kept_alive, what="the front will ask within a minute")
+
+
 def go_on(front: Front, stack: contextlib.ExitStack) -> Callable[[], bool]:
     """Two transfers that move something all the time; returns what tells whether both have, in the last second."""
     moved: dict[socket.socket, float] = {}
