@@ -5,7 +5,9 @@ Without those that need further packages of Debian's, which `misc/first_hour.py`
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,25 @@ def follow(page: Path, base: Path, folder: Path) -> subprocess.CompletedProcess[
     """Run the short form of a page's commands; whatever the exit status."""
     command = [sys.executable, str(PROGRAM), "--short", "--base", str(base), "--wheels", str(folder), str(page)]
     return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+
+
+def test_the_backup_holds_nothing_that_lies_between_the_rows(tmp_path: Path) -> None:
+    database, backup = tmp_path / "usage.sqlite", tmp_path / "backup.sqlite"
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as usage:
+        usage.execute("PRAGMA secure_delete=OFF")  # as SQLite is by itself; not so Debian's
+        usage.execute("CREATE TABLE usage (result TEXT)")
+        usage.executemany("INSERT INTO usage VALUES (?)", [("deleted",)] * 3 + [("kept",)])
+        usage.execute("DELETE FROM usage WHERE result = 'deleted'")
+        (command,) = (
+            line for line in PAGE.read_text().splitlines() if line.startswith("runuser") and "import sqlite3" in line
+        )
+        program = command.partition("python3 -c '")[2].rpartition("'")[0]
+        program = program.replace("/var/lib/relay-gevent/var/relay", str(tmp_path))
+        program = program.replace("/var/lib/relay-gevent/var", str(tmp_path))
+        subprocess.run([sys.executable, "-c", program], timeout=30, check=True)
+    assert b"deleted" in database.read_bytes()
+    assert b"kept" in backup.read_bytes()
+    assert b"deleted" not in backup.read_bytes()
 
 
 @pytest.fixture(scope="module")

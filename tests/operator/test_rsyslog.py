@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -476,6 +477,68 @@ def test_a_central_host_gets_every_line_of_both_machines_once_through_its_restar
             time.sleep(8)  # longer than a session waits
             central.send(signal.SIGCONT)
             assert_all_came_once()
+
+
+@needs_relp
+def test_what_waits_for_the_central_host_is_on_no_disk_where_the_docs_say_how(tmp_path: Path) -> None:
+    told = re.search(r"^ *sed -i '(s\|queue[^']+)'", (CHECKOUT / "docs" / "rsyslog.md").read_text(), re.MULTILINE)
+    assert told is not None
+    port = free_port()
+    forwarding = with_forwarding(port)
+    for commented, block in forwarding.items():
+        changed = subprocess.run(["sed", told[1]], input=block, capture_output=True, text=True, timeout=20, check=True)
+        forwarding[commented] = changed.stdout.rstrip("\n").replace("/var/spool/rsyslog/forward", f"{tmp_path}/memory")
+    (tmp_path / "memory").mkdir()
+    writers = Writers(tmp_path)
+    stamps = re.compile(rb"tRcvdAt:")
+    with contextlib.closing(writers), running(Rsyslog(tmp_path, forwarding)) as rsyslog:
+        writers.write(5)
+        assert_all_arrived(rsyslog, writers)
+        rsyslog.stop()
+        assert any(map(stamps.search, (path.read_bytes() for path in (tmp_path / "memory").iterdir())))
+        assert not any(map(stamps.search, (path.read_bytes() for path in (tmp_path / "spool").iterdir())))
+        rsyslog.start()
+        with running(CentralHost(tmp_path / "central", port)) as central:
+            assert isinstance(central, CentralHost)
+            wait_until(lambda: len(central.totals()) >= 5, PATIENCE, "all lines at the central host")
+            assert central.totals() == [0, 1, 2, 3, 4]
+
+
+CENTRAL_LOG = CHECKOUT / "misc" / "central-log"
+
+
+def central_log(path: Path, first: int, end: int) -> None:
+    """Bring these lines to misc/central-log, as omprog does."""
+    record = '{"started": 1795184400, "total_time": 12.4, "waiting_time": 1.3, "total_bytes": 1000000, "mood": "happy"}'
+    lines = "".join(f"machine {number * len(record)} {record}\n" for number in range(first, end))
+    command = [sys.executable, str(CENTRAL_LOG), str(path)]
+    done = subprocess.run(command, input=lines.encode(), capture_output=True, timeout=60, check=True)
+    assert done.stdout == b"OK\n" * (end - first + 1)
+
+
+def test_the_central_host_knows_what_a_killed_rsyslogd_sends_again(tmp_path: Path) -> None:
+    central_log(tmp_path / "central.log", 0, 100_000)
+    central_log(tmp_path / "central.log", 40_000, 100_001)
+    lines = (tmp_path / "central.log").read_text().splitlines()
+    assert len(lines) == len(set(lines)) == 100_001
+
+
+@needs_logrotate
+def test_nothing_comes_twice_over_a_rotation_at_the_central_host(tmp_path: Path) -> None:
+    log = tmp_path / "relay-gevent-central.log"
+    stanza = CHECKOUT / "etc" / "logrotate.d" / "relay-gevent-central"
+    configuration = tmp_path / "logrotate.conf"
+    configuration.write_text(stanza.read_text().replace("/var/log/relay-gevent-central.log", str(log)))
+    configuration.chmod(0o644)
+    for number in range(3):
+        central_log(log, 10 * number, 10 * number + 15)
+        command = [LOGROTATE, "--force", "--state", str(tmp_path / "state"), str(configuration)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        assert result.returncode == 0, result.stderr
+    written = [path.read_bytes() for path in tmp_path.glob(f"{log.name}.*")]
+    lines = b"".join(gzip.decompress(text) if text.startswith(b"\x1f\x8b") else text for text in written).splitlines()
+    assert len(written) == 3
+    assert len(lines) == len(set(lines)) == 35
 
 
 @needs_relp
