@@ -75,6 +75,8 @@ class Relay:
         self.pairs = Pairs(options, self._places, self._record, self._pings)
         self._matching = self._make_matching(loop)
         self._reception = Reception(loop, options, self._places, self._farewell, self._matching.admit)
+        if options.upstream is not None:
+            self._places.promised = lambda: len(self._reception)
         self._eviction = Eviction(
             self._places,
             self._farewell,

@@ -27,6 +27,7 @@ class Bound(enum.Enum):
     CONNECTIONS = "--max-connections: let new connections wait to be accepted"
     PLACES = "--max-connections: ended what had been idle longest, of whoever had most, for new connections"
     PROXY_HEADER = "--trusted-proxies: closed connections of a proxy whose PROXY header was missing, wrong or too late"
+    NO_WAY_UPSTREAM = "--upstream: turned away clients, since no file descriptor was left for a connection there"
     UNNAMED = (
         "--trusted-proxies: with all places taken, closed connections of which a proxy had not said whose they are"
     )

@@ -42,6 +42,8 @@ class Call:
     address: Address | None = None
     sock: socket.socket | None = None
     watcher: Watcher | None = field(default=None)
+    why: Bound = Bound.UPSTREAM
+    """What keeps its client from being carried, when no address is left to try."""
 
     def let_go(self) -> socket.socket | None:
         """Watch the socket no more, and return it."""
@@ -111,16 +113,18 @@ class Gateway(Matching):
             try:
                 call.sock = _call(call.address)
             except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    call.why = Bound.NO_WAY_UPSTREAM
+                else:
                     self._upstream.failed(call.address)
                 continue
-            self._places.take(None)
+            self._places.take(None)  # which it was promised, at the door
             call.watcher = self._loop.io(call.sock.fileno(), 2)
             call.watcher.start(self._answered, client)
             self._deadlines.set(client, time.monotonic() + CONNECT_SECONDS)
             return
         self.leave(client)
-        self._note(Bound.UPSTREAM)
+        self._note(call.why)
         self._farewell.end(client, Ending("lonely", frames.close(Close(TRY_AGAIN_LATER))))
 
     def _answered(self, client: Client) -> None:

@@ -1,6 +1,7 @@
 """The places of this worker: how many connections it has, whose they are, and whether there is one for another.
 
-Both who waits and who is in a transfer takes a place, from accept until the socket is closed or in other hands.
+Both who waits and who is in a transfer takes a place, from accept until the socket is closed or in other hands. A
+gateway's client takes two: the second one, which is its connection upstream's, is promised to it as soon as it comes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ class Places:
         self.taken = 0
         self.makes_room: Callable[[bytes | None], bool] = lambda source: True
         """Has somebody give way to a newcomer from that source, when all places are taken; False if nobody need."""
+        self.promised: Callable[[], int] = lambda: 0
+        """How many places are not taken yet, but promised to whoever is here."""
+        self.per_newcomer = 1 if options.upstream is None else 2
+        """How many a newcomer takes in the end."""
         self.most = options.max_connections
         self._most_held = options.most_held
         self.guests = 0
@@ -44,18 +49,21 @@ class Places:
         self._on_free = on_free
 
     def is_full(self) -> bool:
-        """Whether all places are taken."""
-        return self.taken - self.guests >= self.most
+        """Whether there is no place for a newcomer."""
+        return self._in_use() + self.per_newcomer > self.most
+
+    def _in_use(self) -> int:
+        return self.taken + self.promised() - self.guests
 
     @property
     def free(self) -> int:
         """For how many newcomers there are places."""
-        return max(0, self.most + self.guests - self.taken)
+        return max(0, (self.most - self._in_use()) // self.per_newcomer)
 
     @property
     def room(self) -> int:
         """For how many connections that siblings hand on there are descriptors."""
-        return max(0, self._most_held - self.taken)
+        return max(0, self._most_held - self.taken - self.promised())
 
     def source_of(self, host: str, *, own: bool) -> bytes | None:
         """Whom a connection from the numeric address `host` counts for; None for one that nobody counts, since it is
@@ -78,16 +86,13 @@ class Places:
         whether anybody is: so somebody may have, or it may not stay.
         """
         bound = None if source is None else self._sources.refuses(source)
-        if bound is None and is_surplus and self._is_overfull() and not self.makes_room(source):
+        if bound is None and is_surplus and self._in_use() > self.most and not self.makes_room(source):
             bound = Bound.CROWDED
         if bound is not None:
             self.bounds_met.note(bound)
         elif source is not None:
             self._sources.add(source)
         return bound is None
-
-    def _is_overfull(self) -> bool:
-        return self.taken - self.guests > self.most
 
     def take(self, source: bytes | None) -> None:
         """A connection from `source` is here."""

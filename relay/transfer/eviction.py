@@ -204,8 +204,11 @@ class Eviction:
 
     def _make_room(self, source: bytes | None) -> bool:
         if self._farewell.lingering:
-            self._places.bounds_met.note(Bound.LINGERING)
-            self._farewell.cut_short()
+            for _ in range(
+                min(self._farewell.lingering, self._places.per_newcomer)
+            ):  # others have as many as they take
+                self._places.bounds_met.note(Bound.LINGERING)
+                self._farewell.cut_short()
             return True
         found = self._found
         first = self._first(found)

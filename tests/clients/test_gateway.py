@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import socket
 import threading
@@ -17,6 +18,7 @@ from websockets.exceptions import ConnectionClosed
 from relay.clients.proxy_header import HeaderReader, ProxyHeader, write_proxy_header
 from relay.clients.upstream import split_targets
 from relay.mistakes import Mistake
+from tests.support.client_frames import BINARY, Sent
 from tests.support.command_line import run
 from tests.support.harness import (
     Relay,
@@ -33,6 +35,8 @@ from tests.support.harness import (
     stopped,
     wait_until,
 )
+from tests.support.hostile import is_open
+from tests.support.kernel_view import without_descriptors
 from tests.support.web import dial_web, read_bytes, read_to_close, web_port
 
 SHAPES = ["one-worker", "two-workers"]
@@ -261,6 +265,73 @@ def test_when_none_can_be_reached_clients_are_told_to_try_again_and_the_log_says
         gateway.stop()
         counted = [line for line in gateway.log_text().splitlines() if "--upstream: turned away" in line]
         assert sum(int(line.rpartition("(")[2].split()[0]) for line in counted) == 3
+
+
+def test_a_client_has_a_place_for_its_connection_upstream_when_it_is_let_in(
+    tmp_path: Path, stack: contextlib.ExitStack
+) -> None:
+    most = 40
+    with Relay(tmp_path, recording=True) as relay:
+        options = ("--upstream", f"127.0.0.1:{relay.port}", "--max-connections", str(most))
+        gateway = stack.enter_context(Gateways(tmp_path / "gateway", *options, count=1))
+        coming = [stack.enter_context(connect(web_port(gateway))) for _ in range(most)]
+        for sock in coming:
+            sock.sendall(UPGRADE)
+        let_in = wait_until(lambda: _spoken_to(coming, most // 2), what="half as many are let in")
+        for sock in let_in:
+            read_exactly(sock, len(UPGRADED))
+            sock.sendall(Sent(BINARY, lines()[0]).wire)
+        wait_until(lambda: relay.row("current")[1] == most // 2, what="all of them are carried")
+        assert len(sockets_of(gateway.pids[0])) <= most + OWN_SOCKETS
+        assert _spoken_to(coming, 0) == [], "nobody else was let in meanwhile, nor anybody sent away"
+        for sock in let_in:
+            sock.close()
+        coming = [sock for sock in coming if sock not in let_in]
+        wait_until(lambda: _spoken_to(coming, most // 2), what="the others are, when these have gone")
+
+
+UPGRADE = (
+    b"GET / HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+UPGRADED = (
+    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
+)
+OWN_SOCKETS = 10
+"""What a worker has beside those of clients: where it listens, and its own log's and event loop's."""
+
+
+def sockets_of(pid: int) -> list[str]:
+    """The sockets that a process has."""
+    names = []
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            names.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
+    return [name for name in names if name.startswith("socket:")]
+
+
+def _spoken_to(socks: list[socket.socket], least: int) -> list[socket.socket]:
+    """Those to whom the gateway has said something, or whom it has ended; none before they are so many."""
+    spoken_to = [sock for sock in socks if not is_open(sock)]
+    return spoken_to if len(spoken_to) >= least else []
+
+
+def test_clients_for_whom_no_descriptor_is_left_are_told_to_try_again_and_the_log_says_why(
+    place: Place, stack: contextlib.ExitStack
+) -> None:
+    pages = [stack.enter_context(dial_web(place.port)) for _ in range(2)]
+    for worker in place.gateway.living():
+        stack.enter_context(without_descriptors(worker))
+    for page in pages:
+        page.send(lines()[0])
+        _, told = read_to_close(page)
+        assert told
+        assert told.code == 1013
+    place.gateway.stop()
+    counted = [line for line in place.gateway.log_text().splitlines() if "no file descriptor was left for a" in line]
+    assert sum(int(line.rpartition("(")[2].split()[0]) for line in counted) == 2
+    assert "no address of it could be reached" not in place.gateway.log_text()
 
 
 def test_a_relay_that_stands_still_holds_up_only_its_own(place: Place) -> None:

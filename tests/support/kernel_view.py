@@ -11,6 +11,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import resource
 import socket
 import struct
 import termios
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.harness import Service, wait_until
+from tests.support.harness import Relay, Service, wait_until
 
 _LISTENING = "0A"  # TCP_LISTEN in /proc/net/tcp, see proc_net_tcp(5)
 _PIDFD_GETFD = 438  # the same number on every architecture, see pidfd_getfd(2)
@@ -186,3 +187,15 @@ def _read_lines(path: Path) -> list[str]:
         return path.read_text().splitlines()
     except FileNotFoundError:  # closed meanwhile
         return []
+
+
+@contextlib.contextmanager
+def without_descriptors(worker: Relay) -> Iterator[None]:
+    """Let `worker` have no further file descriptor, whatever it closes meanwhile."""
+    soft, hard = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{worker.pid}/fd")) // 2, hard))
+    try:
+        yield
+    finally:
+        if worker.pids:
+            resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (soft, hard))

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
-import resource
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +21,6 @@ from tests.support.crowd import Crowd
 from tests.support.current import share
 from tests.support.harness import (
     CHECKOUT,
-    Relay,
     Workers,
     connect,
     handshake,
@@ -34,7 +30,7 @@ from tests.support.harness import (
     wait_until,
 )
 from tests.support.hostile import answer, dial
-from tests.support.kernel_view import holder
+from tests.support.kernel_view import holder, without_descriptors
 
 NOFILE = 200
 MOST = NOFILE - RESERVED_FDS
@@ -43,18 +39,6 @@ LONGEST = GRACE + 5
 LARGER_NOFILE = 400
 FULL = ("--max-connections", str(MOST), "--max-waiting", str(MOST))
 """Each worker accepts as many as it has descriptors for, so that none has room for what another one holds."""
-
-
-@contextlib.contextmanager
-def without_descriptors(worker: Relay) -> Iterator[None]:
-    """Let `worker` have no further file descriptor, whatever it closes meanwhile."""
-    soft, hard = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{worker.pid}/fd")) // 2, hard))
-    try:
-        yield
-    finally:
-        if worker.pids:
-            resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_client_whose_partners_worker_has_no_descriptor_waits_where_it_is_and_meets_it_later(
