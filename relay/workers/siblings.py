@@ -310,7 +310,9 @@ class Siblings:
     def check_terms(self) -> None:
         """Raise Mistake if we must not be of one relay with those whom `join` has found."""
         if self._disagreement is not None:
-            raise Mistake(f"--run-dir {self._run_dir.path}: {self._disagreement}")
+            pids = ", ".join(str(link.pid) for link in self._greeted() if link.pid)  # 0: not to be seen from here
+            named = f" (its workers: {pids})" if pids else ""
+            raise Mistake(f"--run-dir {self._run_dir.path}: {self._disagreement}{named}")
 
     def _heard_sibling(self, link: Link, packet: bytes, fds: list[int]) -> None:
         kind = kind_of(packet)

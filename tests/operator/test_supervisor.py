@@ -194,25 +194,53 @@ def test_a_rolling_restart_ends_no_transfer_and_sends_nobody_away(service: Super
     wait_until(lambda: outcomes() == [("happy", 7)], 5, f"one row for each transfer, and no other: {outcomes()}")
 
 
-def test_a_rolling_restart_to_what_does_not_start_leaves_the_last_worker_and_its_transfers_alone(
-    service: Supervised,
-) -> None:
+def test_a_rolling_restart_to_what_does_not_start_leaves_the_last_worker_and_its_transfers_alone() -> None:
+    with supervised(started=False, options="--grace 20") as service:
+        configured = service.conf.read_text()
+        assert "\nstartretries=10\n" in configured
+        service.conf.write_text(configured.replace("\nstartretries=10\n", "\nstartretries=0\n"))
+        service.start()
+        sender, receiver = met(service.port)
+        sender.sendall(b"the first half, ")
+        assert read_exactly(receiver, 16) == b"the first half, "
+        run_dir = service.relay_folder / "run"
+        run_dir.chmod(0o755)  # which no worker that starts accepts
+        before = service.pids()
+        for _ in range(2):
+            refused = service.try_rolling_restart()
+            assert refused.returncode == 1, refused.stdout
+            assert "the others were left alone" in refused.stderr
+            (left,) = service.pids()
+            assert left in before
+        run_dir.chmod(0o700)
+        service.rolling_restart()
+        assert len(service.pids()) == 2
+        assert not set(before) & set(service.pids())
+        finish(sender, receiver, b"and the second")
+
+
+def test_workers_of_a_supervisord_that_was_killed_are_named_and_can_be_ended(service: Supervised) -> None:
     sender, receiver = met(service.port)
     sender.sendall(b"the first half, ")
     assert read_exactly(receiver, 16) == b"the first half, "
-    run_dir = service.relay_folder / "run"
-    run_dir.chmod(0o755)  # which no worker that starts accepts
-    before = service.pids()
-    for _ in range(2):
-        refused = service.try_rolling_restart()
-        assert refused.returncode == 1, refused.stdout
-        assert "the others were left alone" in refused.stderr
-        (left,) = service.pids()
-        assert left in before
-    run_dir.chmod(0o700)
+    orphans = service.pids()
+    status = [int(pid) for pid in re.findall(r"pid (\d+)", service.control("status", "status"))]
+    killed = service.supervisord_pid()
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: not is_running(killed), 10, "supervisord is gone")
+    try:
+        service.run("-m", "supervisor.supervisord", "-c", str(service.conf))
+        wait_until(lambda: service.states() == ["RUNNING"] * 2, 20, f"two more workers run: {service.logs()}")
+        named = service.try_rolling_restart()
+        assert named.returncode == 1, named.stderr
+        found = re.search(r"kill((?: \d+)+)$", named.stderr)
+        assert found is not None, named.stderr + named.stdout
+        assert sorted(map(int, found[1].split())) == sorted(orphans)
+    finally:
+        for pid in orphans + status:
+            os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: not any(map(is_running, orphans)), 30, f"they end: {service.logs()}")
     service.rolling_restart()
-    assert len(service.pids()) == 2
-    assert not set(before) & set(service.pids())
     finish(sender, receiver, b"and the second")
 
 

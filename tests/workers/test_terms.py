@@ -52,6 +52,7 @@ def test_a_worker_that_would_record_or_allow_something_else_is_refused(tmp_path:
         line = refusal(tmp_path, workers.port, *ours)
         assert f"its relay has {name} " in line
         assert "start this worker with the same" in line
+        assert f"(its workers: {', '.join(map(str, workers.pids))})" in line
         honest_transfer(workers.port) if name != "--max-pair-bytes" else None
         same = workers.start_one()
         assert same.pids
