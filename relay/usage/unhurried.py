@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from typing import Final
 
 from relay.usage.writer import Warn
@@ -15,6 +16,11 @@ from relay.usage.writer import Warn
 LEAST_SECONDS: Final = 60.0
 MOST_SECONDS: Final = 600.0
 """A line comes at most so late, however coarse the blur: an operator has to know that the disk is full."""
+
+
+MOST_LINES: Final = 50
+"""Lines of one moment that are passed on, from its first and as many from its last; those in between, as when a disk is
+full and not full many times a second, are counted."""
 
 
 class Unhurried:
@@ -30,6 +36,8 @@ class Unhurried:
         self._seconds = min(max(LEAST_SECONDS, float(blur_seconds)), MOST_SECONDS)
         self._began = time.monotonic()
         self._lines: list[str] = []
+        self._latest: deque[str] = deque(maxlen=MOST_LINES)  # of those that come after so many
+        self._further = 0
         self._timer: threading.Timer | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -37,7 +45,11 @@ class Unhurried:
     def __call__(self, line: str) -> None:
         """Keep a line until the next moment."""
         with self._lock:
-            self._lines.append(line)
+            if len(self._lines) < MOST_LINES:
+                self._lines.append(line)
+            else:
+                self._latest.append(line)
+                self._further += 1
             if self._timer is None and not self._closed:
                 passed = (time.monotonic() - self._began) % self._seconds
                 self._timer = threading.Timer(self._seconds - passed, self._pass_on)
@@ -48,7 +60,11 @@ class Unhurried:
 
     def _pass_on(self) -> None:
         with self._lock:
-            lines, self._lines = self._lines, []
+            left_out = self._further - len(self._latest)
+            between = [f"{left_out} further lines about trouble with recording are left out"] if left_out else []
+            lines = [*self._lines, *between, *self._latest]
+            self._lines, self._further = [], 0
+            self._latest.clear()
             self._timer = None
         for line in lines:
             self._warn(line)

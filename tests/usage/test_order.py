@@ -19,7 +19,7 @@ import pytest
 from relay.usage import rows as rows_module
 from relay.usage.record import Record
 from relay.usage.recorder import Recorder
-from relay.usage.unhurried import LEAST_SECONDS, MOST_SECONDS, Unhurried
+from relay.usage.unhurried import LEAST_SECONDS, MOST_LINES, MOST_SECONDS, Unhurried
 from tests.support.harness import CHECKOUT, Relay, Workers, connect, met, read_to_end, wait_until
 from tests.support.usage_records import assert_sums_agree, holding_the_lock, recorder_of, recording, rows, wait_for_rows
 from tests.support.usage_worker import UsageWorker
@@ -236,6 +236,18 @@ def test_a_line_about_records_comes_at_a_moment_that_was_fixed_before(
     unhurried("after the end")
     assert said[3:] == ["later", "after the end"]
     assert LEAST_SECONDS <= seconds <= MOST_SECONDS
+
+
+def test_of_very_many_troubles_the_first_and_the_last_are_told_and_the_others_counted() -> None:
+    said: list[str] = []
+    unhurried = Unhurried(said.append, 60)
+    for number in range(1000):
+        unhurried(str(number))
+    assert said == []
+    unhurried.close()
+    told = [*map(str, range(MOST_LINES)), *map(str, range(1000 - MOST_LINES, 1000))]
+    assert [line for line in said if line.isdigit()] == told
+    assert said[MOST_LINES] == f"{1000 - 2 * MOST_LINES} further lines about trouble with recording are left out"
 
 
 def test_a_trouble_is_told_later_and_at_the_end_at_the_latest(tmp_path: Path) -> None:
