@@ -204,6 +204,8 @@ def _full() -> Trouble:
 def _trouble(error: OSError) -> Trouble:
     if error.errno in _NO_SPACE:
         return _full()
+    if error.errno == errno.EFBIG:
+        return Trouble("its file is as large as it may be; raise the limit (ulimit -f), or rotate it", passing=True)
     if error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOTCONN):
         return Trouble("its reader is gone; start it again", kind="gone", passing=True)
     return Trouble(f"cannot be written ({error.strerror})", passing=True)

@@ -153,13 +153,14 @@ def _connect(
         as_it_was = AsItWas(file, blank=blank)
         if not os.path.exists(file):
             _remove_beside(file)
-            os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666))
+            _make(file)
         elif former is not None and not _is_same(file, former.file) and _is_same(file + "-wal", former.wal):
             _remove_beside(file)
         status = os.stat(file)
         flush = flush and (not blank or _may_be_flushed(file))
         # Whoever comes next waits for the folder, so nothing else is waited for here.
         connection = sqlite3.connect(_uri(file, "mode=rw"), uri=True, isolation_level=None, timeout=0.0)
+        connection.text_factory = _text
         try:
             if not flush:
                 connection.execute("PRAGMA synchronous = OFF")
@@ -178,6 +179,22 @@ def _connect(
                 as_it_was.restore()
             raise reason from error
     return connection, status, watched
+
+
+def _text(value: bytes) -> str:
+    """The text of a column, whatever bytes somebody has put there as text."""
+    return value.decode("utf-8", "replace")
+
+
+def _make(file: str) -> None:
+    """Make the file, as the umask has it, but in any case so that its owner may use it."""
+    fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        mode = stat.S_IMODE(os.fstat(fd).st_mode)
+        if mode & 0o600 != 0o600:
+            os.fchmod(fd, mode | 0o600)
+    finally:
+        os.close(fd)
 
 
 def _may_be_flushed(file: str) -> bool:

@@ -18,10 +18,19 @@ from relay.usage.record import Current
 from relay.usage.told import Description
 from relay.usage.trouble import Trouble
 
+
+def _whole(column: str, otherwise: str) -> str:
+    return f"CASE typeof({column}) WHEN 'integer' THEN {column} ELSE {otherwise} END"
+
+
+# Others may have put anything into any column; what is no worker's is nobody's share.
+_OF_A_WORKER: Final = "typeof(pid) = 'integer' AND typeof(process_start) = 'text'"
 _OTHERS: Final = (
-    "SELECT pid, process_start, byte, coalesce(connected, 0), coalesce(waiting, 0), coalesce(partal_bytes, 0) "
-    "FROM worker_share LEFT JOIN lifeline USING (pid, process_start) WHERE NOT (pid = ? AND process_start = ?)"
+    f"SELECT pid, process_start, {_whole('byte', 'NULL')}, {_whole('connected', '0')}, {_whole('waiting', '0')}, "
+    f"{_whole('partal_bytes', '0')} FROM worker_share LEFT JOIN lifeline USING (pid, process_start) "
+    f"WHERE {_OF_A_WORKER} AND NOT (pid = ? AND process_start = ?)"
 )
+_LIFELINES: Final = f"SELECT pid, process_start, {_whole('byte', 'NULL')} FROM lifeline WHERE {_OF_A_WORKER}"
 _ENTER: Final = "REPLACE INTO lifeline (pid, process_start, byte) VALUES (?, ?, ?)"
 _TELL: Final = "REPLACE INTO worker_share (pid, process_start, connected, waiting, partal_bytes) VALUES (?, ?, ?, ?, ?)"
 _DROP_SHARE: Final = "DELETE FROM worker_share WHERE pid = ? AND process_start = ?"
@@ -82,8 +91,8 @@ class Shares:
         return others
 
     def _enter_among(self, connection: sqlite3.Connection) -> None:
-        for pid, start, byte in connection.execute("SELECT pid, process_start, byte FROM lifeline").fetchall():
-            if not self._holds(byte):
+        for pid, start, byte in connection.execute(_LIFELINES).fetchall():
+            if byte is None or not self._holds(byte):
                 connection.execute(_DROP_LIFELINE, (pid, start))
             elif is_of_another_boot(start):
                 raise Trouble(

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import sqlite3
+from typing import Final
 
 from relay.usage.trouble import LOCKED_PATIENCE, Trouble
+
+_BEGINNING_BYTES: Final = 1 << 16
+"""More than an empty database has, and than its -shm begins with."""
+
+_STEP_BYTES: Final = 1 << 15
+"""By so much a -shm grows, and the others by less."""
 
 
 def trouble_of(error: Exception, path: str, *, waited: bool = True) -> Trouble:
@@ -23,6 +32,9 @@ def trouble_of(error: Exception, path: str, *, waited: bool = True) -> Trouble:
     if "locked" in text or text == "locking protocol":
         line = "another program holds its lock"
         return Trouble(line, kind="locked", passing=True, patience=LOCKED_PATIENCE, waited=waited and "locked" in text)
+    limit = _limit_reached(path) if "disk" in text else None
+    if limit is not None:
+        return Trouble(f"the limit of file sizes is {limit} bytes; raise it (ulimit -f, LimitFSIZE=)", kind="limit")
     if "disk is full" in text or _disk_is_full(path):
         return Trouble("no space is left on its disk", kind="full", passing=True)
     if "malformed" in text or "not a database" in text:
@@ -38,6 +50,21 @@ def damaged(reason: str) -> Trouble:
     """Return the trouble of a file that is broken."""
     remedy = "repair it, or move it away together with its -wal and -shm to have a new one made"
     return Trouble(f"it is damaged ({reason}); {remedy}", kind="damaged")
+
+
+def _limit_reached(path: str) -> int | None:
+    """How large a file of this process may be, if the database, or what is beside it, would have to be larger; bytes.
+
+    SQLite says "disk I/O error" to that, too, and the kernel what it says of a full disk.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    sizes = [_BEGINNING_BYTES]
+    for beside in ("", "-wal", "-shm"):
+        with contextlib.suppress(OSError):
+            sizes.append(os.path.getsize(os.path.realpath(path) + beside) + _STEP_BYTES)
+    return limit if limit < max(sizes) else None
 
 
 def _disk_is_full(path: str) -> bool:

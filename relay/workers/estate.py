@@ -12,6 +12,13 @@ from relay.mistakes import Mistake
 from relay.workers.homes import FILES, Homes
 from relay.workers.language import LANGUAGE
 
+_ADVICE = {
+    errno.EMFILE: "raise the limit (ulimit -n)",
+    errno.ENFILE: "raise the limit (ulimit -n)",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f, LimitFSIZE=), which holds for files in memory, too",
+}
+"""What to do when the homes, files in memory, cannot be had."""
+
 
 class Estate:
     """This worker's hold on what is common; nothing as long as no sibling has given it, and it has made none."""
@@ -35,7 +42,7 @@ class Estate:
             reason = errno.EMFILE  # those of a sibling did not all arrive
         except OSError as error:
             reason = error.errno or 0
-        advice = "raise the limit (ulimit -n)" if reason in (errno.EMFILE, errno.ENFILE) else "see memfd_create(2)"
+        advice = _ADVICE.get(reason, "see memfd_create(2)")
         raise Mistake(f"--run-dir {run_dir}: {os.strerror(reason)}; {advice}")
 
     def fds_for(self, language: int) -> list[int]:

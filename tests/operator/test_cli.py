@@ -266,6 +266,17 @@ def test_a_database_that_may_not_be_written_is_a_mistake(tmp_path: Path) -> None
     refused(database, inside=powerless())
 
 
+@pytest.mark.parametrize("kilobytes", [4, 20])
+def test_a_limit_of_file_sizes_that_is_too_low_is_named(tmp_path: Path, kilobytes: int) -> None:
+    with_limit = ["prlimit", f"--fsize={kilobytes * 1024}"]
+    for option in (("--usage-db", str(tmp_path / "db")), ("--run-dir", str(tmp_path / "run"))):
+        told = complaint(*option, inside=with_limit)
+        assert told.startswith(f"{option[0]} {option[1]}: ")
+        assert "the limit of file sizes" in told
+        assert "ulimit -f" in told
+    assert not (tmp_path / "db").exists()
+
+
 # A run directory that cannot be used.
 
 

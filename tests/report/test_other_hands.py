@@ -1,4 +1,4 @@
-"""Anything in any column, as SQLite lets it in: the operator's programs read the rest, without a traceback."""
+"""Anything in any column, as SQLite lets it in: the operator's programs read the rest, and a relay records."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import pytest
 from relay.report import cli
 from relay.report.counters import numbers_of
 from relay.status.source import Source
+from relay.usage.record import Current, Record
+from relay.usage.recorder import open_recorder
 from relay.usage.schema import TABLES, open_database
 from tests.support.harness import CHECKOUT, wait_until
 from tests.support.status import status_of
@@ -43,6 +45,8 @@ COLUMNS = {table: [column.split()[0] for column in columns.partition(", PRIMARY"
 PLACES = [(table, column) for table, columns in COLUMNS.items() for column in columns]
 NOT_NULL = {("service", "id")}
 """A rowid, which takes whole numbers only."""
+
+READ_BY_WORKERS = ("worker_share", "lifeline", "worker_status", "service", "all_time", "refreshed")
 
 
 def made(path: Path) -> Path:
@@ -138,3 +142,19 @@ def test_of_what_a_worker_tells_only_numbers_by_plain_names_count() -> None:
     }
     for text in ("", "[]", "[" * 100_000, '{"a": NaN, "b": Infinity}', '{"\\ud800": 1}', None, 7, b"{}"):
         assert numbers_of(text) == {}
+
+
+@pytest.mark.parametrize("value", ODD.values(), ids=ODD)
+def test_a_relay_that_starts_over_it_records(tmp_path: Path, value: str) -> None:
+    for number, (table, column) in enumerate(PLACES):
+        if (table, column) in NOT_NULL or table not in READ_BY_WORKERS:
+            continue
+        path = made(tmp_path / f"{number}.sqlite")
+        spoil(path, table, column, value)
+        said: list[str] = []
+        recorder = open_recorder(
+            usage_db=str(path), log_fd=None, blur_seconds=None, current=lambda: Current(0, 0, 0), warn=said.append
+        )
+        recorder.record(Record(1700000000.0, 1.0, 0.5, 5, "happy"))
+        assert recorder.close(10) == 0, (table, column, said)
+        assert not [line for line in said if "cannot" in line], (table, column, said)

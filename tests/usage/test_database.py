@@ -133,6 +133,19 @@ def test_an_orderly_end_leaves_no_share_and_nobody_connected(tmp_path: Path) -> 
     assert rows(tmp_path / "db", "worker_share") == []
 
 
+@pytest.mark.parametrize("umask", [0o777, 0o277, 0o477])
+def test_a_umask_that_would_keep_its_owner_out_does_not(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with recording(tmp_path / "db") as recorder:
+            record_numbers(recorder, 1)
+            wait_for_rows(tmp_path / "db", 1)
+            modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("db*")}
+    finally:
+        os.umask(before)
+    assert modes == {0o600}
+
+
 def test_the_mode_of_the_file_and_of_those_beside_it_follows_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
