@@ -382,7 +382,7 @@ def test_the_lowest_limit_of_file_descriptors_is_enough_for_a_transfer_and_two_s
 
 
 def test_beyond_max_connections_new_ones_wait_in_the_listen_queue(relay_factory: Start) -> None:
-    relay = relay_factory("--max-connections", "4")
+    relay = relay_factory("--max-connections", "4", "--max-waiting", "4")  # else the first is sent away for the fourth
     with contextlib.ExitStack() as stack:
         first = [stack.enter_context(connect(relay.port)) for _ in range(4)]
         for client in first:
