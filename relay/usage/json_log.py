@@ -1,7 +1,8 @@
 """Destination: one JSON line for each record, to a file descriptor that the relay was started with.
 
-A line is one `write` of less than 4096 bytes, so that the lines of several workers on one pipe or file never mix. The
-descriptor may be a file, a pipe, a socket or a terminal, blocking or not; it is used as it is and never closed.
+What is written at a time is whole lines of 4096 bytes at the most, so that the lines of several workers on one pipe or
+file never mix: pipe(7), PIPE_BUF. The descriptor may be a file, a pipe, a socket or a terminal, blocking or not; it is
+used as it is and never closed.
 
 But of a FIFO that was opened for both reading and writing, so that a shell did not wait for its reader, only the end
 for writing is kept: with the other one in this process's own hands nobody would notice that there is no reader.
@@ -120,7 +121,9 @@ class JsonLog:
         self._told_of_rotation = False
         self._rest = b""  # of the line of the oldest kept record, when part of it is written
         self._poll: select.poll | None = None
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        kind = stat.S_IFMT(os.fstat(fd).st_mode)
+        self._joins_lines = kind in (stat.S_IFREG, stat.S_IFIFO)
+        if kind != stat.S_IFREG:
             self._poll = select.poll()
             self._poll.register(fd, select.POLLOUT)
 
@@ -133,8 +136,13 @@ class JsonLog:
         if not self._rest:
             self._follow_rotation()
         while kept:
-            line = self._rest or encode(blur(kept[0], self._blur_seconds))
-            if self._write_line(line):
+            lines = [self._rest] if self._rest else self._next_lines(kept)
+            written = self._write_some(b"".join(lines))
+            for line in lines:
+                written -= len(line)
+                if written < 0:
+                    self._keep_rest(line, written + len(line))
+                    break
                 self._rest = b""
                 kept.popleft()
 
@@ -152,22 +160,33 @@ class JsonLog:
         else:
             self._told_of_rotation = False
 
-    def _write_line(self, line: bytes) -> bool:
-        """Write the line in one go; False when it, or what is left of it, has to be tried again at once."""
+    def _next_lines(self, kept: deque[Record]) -> list[bytes]:
+        """The lines of the oldest records that may go out in one piece: of one, where that may be a datagram."""
+        lines: list[bytes] = []
+        size = 0
+        for record in kept:
+            line = encode(blur(record, self._blur_seconds))
+            size += len(line)
+            if lines and (size > select.PIPE_BUF or not self._joins_lines):
+                break
+            lines.append(line)
+        return lines
+
+    def _write_some(self, lines: bytes) -> int:
         try:
             self._wait_for_reader()
-            written = os.write(self._fd, line)
+            return os.write(self._fd, lines)
         except BlockingIOError:
             raise _stalled(waited=False) from None
         except OSError as error:
             raise _trouble(error) from error
-        if written == len(line):
-            return True
-        if self._take_back(written):
+
+    def _keep_rest(self, line: bytes, written: int) -> None:
+        """Only so many bytes of `line` were written."""
+        if written and self._take_back(written):
             self._rest = b""
             raise _full()
-        self._rest = line[written:]  # if there is no space for it, the next attempt says so
-        return False
+        self._rest = line[written:] if written else self._rest  # if there is no space for it, the next attempt says so
 
     def _wait_for_reader(self) -> None:
         # Asked before each line, also when the descriptor blocks: a thread inside write() could not tell anybody.

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
 import socket
+import tempfile
 import threading
 from collections import deque
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from relay.usage.json_log import JsonLog, encode
 from relay.usage.record import Record
@@ -70,7 +73,48 @@ def test_a_blurred_line_has_a_whole_multiple_of_the_seconds_and_a_rounded_size(t
     )
 
 
-def test_each_line_is_one_write_of_its_own() -> None:
+def test_a_file_gets_many_whole_lines_in_each_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writes: list[bytes] = []
+
+    def write(fd: int, some: bytes) -> int:
+        writes.append(some)
+        return len(some)
+
+    monkeypatch.setattr("relay.usage.json_log.os.write", write)
+    with open(append_to(tmp_path / "log"), "ab") as log:
+        JsonLog(log.fileno(), None, print).write(kept := deque(map(numbered, range(500))), set())
+    assert not kept
+    assert all(some.endswith(b"\n") and len(some) <= select.PIPE_BUF for some in writes)
+    assert len(writes) < 500 / 20
+    assert numbers_of_lines(b"".join(writes)) == list(range(500))
+
+
+@pytest.mark.parametrize("flags", [os.O_APPEND, 0], ids=["appending", "at its own place"])
+@given(cuts=st.lists(st.integers(0, 400), min_size=1, max_size=50))
+@settings(max_examples=60)
+def test_wherever_a_write_is_cut_short_each_line_comes_once_and_whole(flags: int, cuts: list[int]) -> None:
+    real_write = os.write
+    left = deque(cuts)
+
+    def write(fd: int, some: bytes) -> int:
+        return real_write(fd, some[: left.popleft()] if left else some)
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        path = Path(folder) / "log"
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | flags)
+        log = JsonLog(fd, None, print)
+        patch.setattr("relay.usage.json_log.os.write", write)
+        kept = deque(map(numbered, range(100)))
+        while kept:
+            with contextlib.suppress(Trouble):
+                log.write(kept, set())
+            if flags:
+                assert path.read_bytes()[-1:] in (b"", b"\n"), "another worker may go on"
+        os.close(fd)
+        assert numbers_of_lines(path.read_bytes()) == list(range(100))
+
+
+def test_where_it_may_be_a_datagram_each_line_is_one_write_of_its_own() -> None:
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     far.settimeout(10)
     with closing(near), closing(far):
