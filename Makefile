@@ -13,7 +13,7 @@ export RELAY_LISTEN RELAY_WEBSOCKET RELAY_STATUS_LISTEN
 # Stamps older than these files are made anew.
 DISTRIBUTION := setup.py setup.cfg pyproject.toml relay/__init__.py
 
-.PHONY: run foreground stop rolling-restart status test lint types check bench bench-paths soak dist test-pythons clean
+.PHONY: run foreground stop rolling-restart status test lint types check bench bench-crowds bench-paths soak dist test-pythons clean
 .DEFAULT_GOAL := run
 
 $(BIN)/python:
@@ -81,8 +81,13 @@ types: $(VENV)/.lint
 
 check: lint types test
 
-bench: $(VENV)/.bench
+# Without options also what tens of thousands of clients are like.
+bench: $(VENV)/.bench $(VENV)/.test
 	$(BIN)/python misc/bench/run.py $(BENCH_OPTIONS)
+	$(if $(BENCH_OPTIONS),,$(BIN)/python misc/multitudes.py)
+
+bench-crowds: $(VENV)/.test
+	$(BIN)/python misc/multitudes.py
 
 # Long paths that lose packets, simulated; needs root. For the whole of it: more than an hour.
 bench-paths: $(VENV)/.bench

@@ -55,7 +55,7 @@ AT_A_TIME = 64
 
 def wait_in_a_crowd(port: int, source: str, number: int, pipe: Connection) -> None:
     """Be so many clients; say when all have shaken hands, and to each question how many of them were cut off."""
-    _all_fds()
+    all_fds()
     poll = select.poll()
     socks = []
     for count in range(number):
@@ -156,7 +156,7 @@ def meet_again_and_again(port: int, pipe: Connection) -> None:
         time.sleep(MEET_SECONDS)
 
 
-def _all_fds() -> None:
+def all_fds() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

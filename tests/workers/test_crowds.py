@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import select
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 
 from tests.support.current import current, share
 from tests.support.harness import (
+    CHECKOUT,
     Relay,
     Workers,
     connect,
@@ -190,3 +194,14 @@ def test_a_crowd_that_leaves_or_speaks_in_one_moment_is_seen_off_a_few_at_a_time
         assert waiting.most_at_once() < AT_ONCE
         if says_something:
             assert {read_exactly(sock, 10) for sock in waiting.clients.values()} == {b"impatient\n"}
+
+
+def test_under_a_crowd_each_worker_is_restarted_in_turn_and_nobody_is_lost() -> None:
+    # The same as `make bench-crowds` does with 20 000 who wait and 6000 pairs.
+    size = ("--workers", "3", "--waiting", "1500", "--pairs", "300", "--moving", "30")
+    command = [sys.executable, str(CHECKOUT / "misc" / "multitudes.py"), "restarts", *size]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout)
+    assert max(found["seconds until each was gone"]) < 5
+    assert [found[what] for what in found if "lost" in what] == [0, 0, 0]
+    assert found["ended otherwise than in good order"] == 0
+    assert found["pings"] > 300
