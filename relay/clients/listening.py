@@ -43,7 +43,8 @@ def resolve(interface: str, port: int) -> tuple[socket.AddressFamily, tuple[Any,
     """The address of `interface` and `port` as the kernel takes it; raises Mistake when it is none."""
     try:
         numeric = socket.AI_PASSIVE | socket.AI_NUMERICHOST
-        found = socket.getaddrinfo(interface, port, type=socket.SOCK_STREAM, flags=numeric)
+        # Of bytes Python wants no tables for names in other scripts, which take a megabyte.
+        found = socket.getaddrinfo(interface.encode("ascii"), port, type=socket.SOCK_STREAM, flags=numeric)
     except (socket.gaierror, UnicodeError):
         raise Mistake(f"--interface {interface}: not an IPv4 or IPv6 address of this machine") from None
     family, _, _, _, address = found[0]

@@ -54,7 +54,7 @@ def test_a_file_is_no_run_directory(place: Path) -> None:
 
 
 def test_its_parent_must_exist(place: Path) -> None:
-    with pytest.raises(Mistake, match=r"--run-dir .*No such file or directory"):
+    with pytest.raises(Mistake, match=r"--run-dir .*run does not exist; make it"):
         RunDir(str(place / "below"))
 
 
