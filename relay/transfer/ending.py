@@ -47,16 +47,23 @@ being silent while anything is unacknowledged, and TCP itself tries for a quarte
 _TCP_INFO_LAST_ACK_RECV = 56  # offset of tcpi_last_ack_recv, milliseconds, in struct tcp_info of linux/tcp.h
 
 
-def patience(pumps: Pumps) -> float | None:
-    """In how many seconds to look again, when nothing happens until then; None if the kernel tells by itself."""
+def patience(pumps: Pumps) -> tuple[float | None, bool]:
+    """In how many seconds to look again, when nothing happens until then, None if the kernel tells by itself; and
+    whether the other side has all of a stream that is over, and so is the one who has to say something."""
     if is_one_gone(pumps):
-        return GONE_CHECK_SECONDS
+        return GONE_CHECK_SECONDS, is_half_closed(pumps) and not owes(pumps)
     if any(pump.waits == OVER for pump in pumps):
-        is_on_its_way = is_half_closed(pumps) and owes(pumps)
-        return HALF_CLOSED_SECONDS / 4 if is_on_its_way else HALF_CLOSED_SECONDS
+        if not is_half_closed(pumps):
+            return HALF_CLOSED_SECONDS, False
+        return (HALF_CLOSED_SECONDS / 4, False) if owes(pumps) else (HALF_CLOSED_SECONDS, True)
     if any(pump.waits == ROOM or _unacknowledged(pump.sink) for pump in pumps):
-        return DEAD_SECONDS / DEAD_CHECKS
-    return None  # keepalive finds out
+        return until_dead_check(), False
+    return None, False  # keepalive finds out
+
+
+def until_dead_check() -> float:
+    """In how many seconds to look whether a side that is owed bytes is dead."""
+    return DEAD_SECONDS / DEAD_CHECKS
 
 
 def is_over(pumps: Pumps) -> bool:

@@ -19,7 +19,7 @@ from relay.clients import frames
 from relay.clients.frames import NORMAL, Close, FrameReader, Payload, Taken
 from relay.clients.handshake import OK
 from relay.clients.masks import mask_function
-from relay.transfer.pump import COPY_BYTES, INPUT, OVER, ROOM, TURN, file_of
+from relay.transfer.pump import COPY_BYTES, INPUT, OVER, ROOM, TURN, file_of, what_is_left
 from relay.transfer.state import PumpState
 from relay.transfer.turns import LARGEST_TURN, Turns
 
@@ -119,12 +119,9 @@ class FramedPump:
                     self._end()
                     continue
                 left = 0 if self._unread else left - got  # more frames than are for one turn
-                if got < COPY_BYTES // 4 and not self._unread and not self._rest:
-                    if left + got == most:
-                        self._turns.moved_little()
-                    if not self._ends:
-                        self.waits = INPUT
-                        return
+                if got < COPY_BYTES // 4 and not self._unread and not self._rest and not self._ends:
+                    self.waits = INPUT
+                    return
         except BlockingIOError:
             self.waits = ROOM if self._rest else INPUT
         except BrokenPipeError:
@@ -161,11 +158,18 @@ class FramedPump:
     def _leave_unread(self, buffer: bytes | bytearray, taken: Taken, end: int) -> None:
         """Keep what the reader has not looked at; what follows a Close or a fault is nothing."""
         if taken.consumed >= end or taken.closed is not None or taken.fault is not None:
-            self._unread, self._unread_at = b"", 0
+            self._keep_unread(b"")
         elif buffer is self._unread:
-            self._unread_at = taken.consumed
+            self._keep_unread(self._unread, taken.consumed)
         else:
-            self._unread, self._unread_at = bytes(_view[taken.consumed : end]), 0
+            self._keep_unread(bytes(_view[taken.consumed : end]))
+
+    def _keep_unread(self, unread: bytes, begin: int = 0) -> None:
+        """Keep `unread`, from `begin` on."""
+        if 2 * begin > len(unread):
+            unread, begin = unread[begin:], 0
+        self._turns.held += len(unread) - len(self._unread)
+        self._unread, self._unread_at = unread, begin
 
     def _hear(self, taken: Taken) -> None:
         """Pass on what the source has said, and answer what it has said to the relay."""
@@ -196,7 +200,7 @@ class FramedPump:
             self._count(taken)
             size -= taken
         self._owed += size
-        self._keep(memoryview(b"".join(out))[taken:])
+        self._keep(what_is_left(memoryview(b"".join(out)), taken))
         raise BlockingIOError
 
     def _count(self, moved: int) -> None:
@@ -214,7 +218,7 @@ class FramedPump:
                 self._keep(memoryview(self._control))
                 self._control = b""
             taken = self.sink.send(self._rest)
-            self._keep(self._rest[taken:] if taken < len(self._rest) else _NOTHING)
+            self._keep(what_is_left(self._rest, taken))
             if not self.frames_out:
                 self._count(taken)
                 self._owed -= taken
@@ -303,12 +307,14 @@ class FramedPump:
     def put_away(self) -> None:
         """Nothing is in a pipe here."""
 
-    def pack(self) -> tuple[PumpState, list[int]]:
+    def pack(self, files: contextlib.ExitStack) -> tuple[PumpState, list[int]]:
         """As `Pump.pack`."""
         unread = self._unread[self._unread_at :]
         rest = bytes(self._rest) + self._control
         content = rest + unread
         fds = [file_of(content)] if len(content) > COPY_BYTES else []
+        for fd in fds:
+            files.callback(os.close, fd)
         state = PumpState(
             self.moved,
             len(content),
@@ -331,7 +337,7 @@ class FramedPump:
             with open(fds[0], "rb", buffering=0) as file:
                 content = os.pread(file.fileno(), state.held, 0)
         begins = len(content) - state.unread
-        self._unread = content[begins:]
+        self._keep_unread(content[begins:])
         if begins:
             self._keep(memoryview(content)[:begins])
         self.resume()
@@ -346,7 +352,7 @@ class FramedPump:
     def abandon(self) -> None:
         """As `Pump.abandon`."""
         self._drop_rest()
-        self._unread, self._unread_at = b"", 0
+        self._keep_unread(b"")
         self.other = None
         self.waits = OVER
 

@@ -198,9 +198,10 @@ class Pair:
                 self.cut_by = bound
                 self._end()
 
-    def pack(self) -> tuple[PairState, list[int]]:
-        """This pair as it is, for another process, and the file descriptors that go with it; after `detach`."""
-        (there, there_fds), (back, back_fds) = (pump.pack() for pump in self.pumps)
+    def pack(self, files: contextlib.ExitStack) -> tuple[PairState, list[int]]:
+        """This pair as it is, for another process, and the file descriptors that go with it; after `detach`. What was
+        opened to go with it `files` closes here: the other process has its own descriptors of it."""
+        (there, there_fds), (back, back_fds) = (pump.pack(files) for pump in self.pumps)
         first_frames, second_frames = (
             b"" if pump.reader is None else pump.reader.state.encode() for pump in self.pumps
         )
@@ -250,7 +251,11 @@ class Pair:
         for pump in self.pumps:
             pump.put_away()
         self.rest.watch(self)
-        self._plan_to_look_around()
+        if self.watched == _BOTH_INPUT and not any(pump.discards for pump in self.pumps):
+            # What was sent a moment ago may be on its way: asking the kernel now is dearer than looking later.
+            self.rest.look_at(self, time.monotonic() + ending.until_dead_check())
+        else:
+            self._plan_to_look_around()
 
     def attend(self, fd: int, events: int) -> None:
         """Something has happened to the side with that descriptor while the pair rests."""
@@ -277,20 +282,24 @@ class Pair:
             self._wake()
         elif out_of.waits == into.waits == INPUT and self.watched == _BOTH_INPUT and not out_of.discards:
             if not self.due:
-                self.rest.look_at(self, time.monotonic() + ending.DEAD_SECONDS / ending.DEAD_CHECKS)
+                self.rest.look_at(self, time.monotonic() + ending.until_dead_check())
         elif ending.is_over(self.pumps):
             self._end()
         else:
-            is_news = self.watched != self.events or self._delivered is None or self._delivered[0] != self.moved
-            self.rest.watch(self)
-            if is_news or not self.due:
-                self._plan_to_look_around()
+            self.rest.settle_soon(self)
+
+    def settle(self) -> None:
+        """Be watched for what the pumps wait for now, and see to it that the pair ends when nothing happens, if it has
+        to."""
+        is_news = self.watched != self.events or self._delivered is None or self._delivered[0] != self.moved
+        self.rest.watch(self)
+        if is_news or not self.due:
+            self._plan_to_look_around()
 
     def _plan_to_look_around(self) -> None:
-        """See to it that the pair ends when nothing happens, if it has to."""
-        patience = ending.patience(self.pumps)
+        patience, is_delivered = ending.patience(self.pumps)
         if patience is not None:
-            self._delivered = (self.moved, ending.is_half_closed(self.pumps) and not ending.owes(self.pumps))
+            self._delivered = (self.moved, is_delivered)
             self.rest.look_at(self, time.monotonic() + patience)
 
     def look_around(self, now: float) -> None:
@@ -361,7 +370,10 @@ class Pair:
             for which, pump in enumerate(self.pumps):
                 waits_at = pump.sink if pump.waits == ROOM else pump.source
                 if pump.waits > 0 and ready.get(waits_at.fileno(), 0) & (pump.waits | POLLERR | POLLHUP):
-                    self._turn(which)
+                    if self.turns.busy():
+                        pump.waits = TURN
+                    else:
+                        self._turn(which)
 
     def _look_back(self, before: list[int]) -> list[int]:
         """Find out what has become of the pumps that had moved so much `before`; returns what they have moved by now.
@@ -389,6 +401,7 @@ class Pair:
                 self._turn(which)
 
     def _turn(self, which: int) -> None:
+        self.turns.look_at_others()
         if self._allowance is None:
             self.pumps[which].turn(self.turns.size())
         else:

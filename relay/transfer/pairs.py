@@ -54,7 +54,7 @@ class Pairs:
         self.counted = 0
         """Bytes moved here since the beginning, as they may be told; as new as the last `count`."""
         self.held_bytes = 0
-        """Bytes that waited in pairs for their receivers at that time."""
+        """Bytes that rested in pairs at that time, as a rule since a receiver did not take them."""
         self._next_idle_check = 0.0
 
     def _limits_of_pairs(self) -> Limits | None:
@@ -82,7 +82,7 @@ class Pairs:
         for pair in self:
             if pair in self._pairs:
                 self._count(pair)
-                held += sum(pump.untaken for pump in pair.pumps)
+                held += sum(pump.held for pump in pair.pumps)
             yield
         self.held_bytes = held
 

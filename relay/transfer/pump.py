@@ -152,11 +152,9 @@ class Pump:
                 if got == 0:
                     self._end()
                     return
-                left -= got
+                left = 0 if self._turns.busy() else left - got
                 self._drain()
                 if got < FEW_BYTES and not self.held:
-                    if left + got == most:
-                        self._turns.moved_little()
                     self.waits = INPUT
                     return
 
@@ -205,7 +203,7 @@ class Pump:
         """Write what is held to the sink, if there is anything, as much as it takes at once."""
         if self._rest:
             taken = self.sink.send(self._rest)
-            self._rest = self._rest[taken:] if taken < len(self._rest) else _NOTHING
+            self._rest = what_is_left(self._rest, taken)
             self._turns.held -= taken
         elif self.held and self._pipe is not None:
             taken = self._splice_out(self._pipe)
@@ -258,9 +256,9 @@ class Pump:
         with contextlib.suppress(OSError):  # the sink has gone; reading from it tells how
             self.sink.shutdown(socket.SHUT_WR)
 
-    def pack(self) -> tuple[PumpState, list[int]]:
+    def pack(self, files: contextlib.ExitStack) -> tuple[PumpState, list[int]]:
         """This pump as it is, for another process, and the file descriptors of what it holds if that is much: of its
-        pipe, or of a file in memory, which is its receiver's to close.
+        pipe, or of a file in memory that `files` closes here.
 
         Raises OSError when there can be no such file.
         """
@@ -270,6 +268,7 @@ class Pump:
             fds = [self._pipe.inlet, self._pipe.outlet]
         elif len(rest) > COPY_BYTES:
             fds = [file_of(rest)]
+            files.callback(os.close, fds[0])
             rest = b""
         return PumpState(self.moved, self.held, self.waits == OVER, self.splices, rest, len(fds)), fds
 
@@ -320,6 +319,13 @@ class Pump:
         self._turns.held -= len(self._rest)
         self._rest = _NOTHING
         self.held = 0
+
+
+def what_is_left(rest: memoryview, taken: int) -> memoryview:
+    """`rest` without the first `taken` bytes, in memory of its own once the most of what it is a part of is gone: a
+    part keeps the whole, and what rests here is bounded by what it is counted as."""
+    left = rest[taken:]
+    return memoryview(bytes(left)) if 2 * len(left) < memoryview(left.obj).nbytes else left
 
 
 def file_of(content: bytes) -> int:

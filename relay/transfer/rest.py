@@ -19,6 +19,7 @@ Rules:
 from __future__ import annotations
 
 import select
+import sys
 import time
 from collections import deque
 from typing import Protocol
@@ -30,6 +31,9 @@ from relay.transfer.turns import Turns
 
 BATCH = 16
 """How many descriptors to ask the kernel for at a time."""
+
+A_FEW = 4
+"""How many to serve between two turns of those who move much."""
 
 SLICE_SECONDS = 0.001
 """How long a call may serve before everybody else gets their turn."""
@@ -52,6 +56,9 @@ class Resting(Protocol):
     def attend(self, fd: int, events: int) -> None:
         """Something has happened to the side with that descriptor."""
 
+    def settle(self) -> None:
+        """Look what there is to wait for now; see `Rest.settle_soon`."""
+
     def look_around(self, now: float) -> None:
         """A deadline has come; `now` in monotonic seconds."""
 
@@ -66,10 +73,13 @@ class Rest:
         self._poll = self._epoll.poll
         self._deadlines: Deadlines[Resting] = Deadlines()
         self._due: deque[Resting] = deque()
-        loop = gevent.get_hub().loop
+        self._unsettled: list[Resting] = []
+        self._hub = gevent.get_hub()
+        loop = self._hub.loop
         self._timer = loop.timer(0.0)
         self._watcher = loop.io(self._epoll.fileno(), 1)
         self._watcher.start(self._serve)
+        turns.look_at_others = self.serve_a_few
 
     def __len__(self) -> int:
         """How many sides are watched."""
@@ -114,15 +124,39 @@ class Rest:
         """Somebody has something to say."""
         self._turns.moved_little()
         until = time.monotonic() + SLICE_SECONDS
-        pairs = self._pairs
         while True:
             ready = self._poll(0, BATCH)
-            for fd, events in ready:
-                pair = pairs.get(fd)
-                if pair is not None:  # it may have ended since the kernel was asked
-                    pair.attend(fd, events)
+            self._attend(ready)
             if len(ready) < BATCH or time.monotonic() > until:
                 return
+
+    def serve_a_few(self) -> None:
+        """Serve those whom the kernel tells of first; called between the turns of those who move much."""
+        if not self._pairs:
+            return
+        ready = self._poll(0, A_FEW)
+        if ready:
+            self._turns.moved_little()
+            try:
+                self._attend(ready)
+            except Exception:  # of one pair, and this is the turn of another
+                self._hub.handle_error(self, *sys.exc_info())
+
+    def _attend(self, ready: list[tuple[int, int]]) -> None:
+        pairs = self._pairs
+        for fd, events in ready:
+            pair = pairs.get(fd)
+            if pair is not None:  # it may have ended since the kernel was asked
+                pair.attend(fd, events)
+        while self._unsettled:
+            pair = self._unsettled.pop()
+            if pair.watched is not None:
+                pair.settle()
+
+    def settle_soon(self, pair: Resting) -> None:
+        """Have `pair`, which attends to something, settle when what was told with that is served: as a rule both sides
+        leave one right after the other, and then there is nothing to settle."""
+        self._unsettled.append(pair)
 
     def every_second(self, now: float) -> None:
         """Have those look around whose deadline has come; `now` in monotonic seconds."""

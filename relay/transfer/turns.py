@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import gevent
@@ -37,6 +38,9 @@ the others' wait is not the round, since only one pump of it goes at a time, but
 
 SHARE = 0.5
 """What the queue gets of the time, as a part of what everything else takes."""
+
+LEAST_SECONDS = 0.0005
+"""What it gets in an iteration of the event loop at the least: an iteration costs as much as a small turn."""
 
 HELD_BYTES = 64 << 20
 WARY_TURN = 64 << 10
@@ -80,6 +84,8 @@ class Turns:
         """Bytes that all pumps of this process have moved since it started."""
         self.held = 0
         """Bytes that pumps have put away, since their receivers do not take them."""
+        self.look_at_others: Callable[[], None] = lambda: None
+        """Called before each turn: serve a few who have only a little to move, if there is anybody."""
         self._considerate = 0
         self._hub = gevent.get_hub()
         self._queue: deque[_Place] = deque()
@@ -133,13 +139,24 @@ class Turns:
     def _next(self) -> None:
         """Runs in the hub, once per iteration of the loop while somebody queues."""
         self._timer.stop()
-        until = time.monotonic()
-        until += SHARE * (until - self._last)
+        now = time.monotonic()
+        left = max(LEAST_SECONDS, SHARE * (now - self._last))
+        ahead = 0.0  # of the others, who are looked at in between
         while self._queue:
+            if ahead <= 0:
+                self.look_at_others()
+                looked = time.monotonic()
+                ahead += looked - now
+                left += SHARE * (looked - now)
+                now = looked
             self._give_a_turn(self._queue.popleft())
-            if time.monotonic() >= until:
+            ended = time.monotonic()
+            ahead -= ended - now
+            left -= ended - now
+            now = ended
+            if left <= 0:
                 break
-        self._last = time.monotonic()
+        self._last = now
         if self._queue:
             self._timer.start(self._next, update=False)
 

@@ -134,7 +134,7 @@ class Household:
             if client.token in self.siblings.tokens.uncertain:
                 self._look_soon([client.token], AGAIN_SECONDS)
             return False
-        if not home.is_trusted:
+        if not home.is_trusted and (client.hops or not home.is_full):
             self.siblings.tokens.doubt([client.token])
             return False
         self._hand_on(client, home)
@@ -232,6 +232,13 @@ class Household:
     def has_room(self, connections: int) -> bool:
         """Whether there are descriptors for so many connections."""
         return self._places.room >= connections
+
+    def send_partners(self, tokens: list[bytes], link: Link) -> None:
+        """Those who wait here for `tokens` go to their partners, who found no room here, at a sibling that has some."""
+        for token in tokens:
+            for client in self._matching.waiting_for(token):
+                if link.has_room(1):
+                    self._uproot(client, link)
 
     def standing(self) -> Standing:
         """How this worker is, for its siblings."""

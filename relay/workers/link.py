@@ -8,6 +8,7 @@ them, whoever has the link decides (see `siblings`).
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import math
 import socket
@@ -123,6 +124,8 @@ class Link:
         self.room = 0
         self.places = 0
         self.refused_at = -math.inf  # monotonic seconds
+        self.is_full = False
+        """Whether, then, it had no room: it hands its own on to us instead, as far as we have."""
         self.handed_clients = 0
         self.handed_pairs = 0
         self._owner = owner
@@ -246,6 +249,7 @@ class Link:
     def _refuse_to_send(self) -> None:
         """No socket can be handed on now: those that were to be must not stand still until one can."""
         self.refused_at = time.monotonic()
+        self.is_full = False
         for parcel in self.take_back_unsent():
             self._owner.came_back(parcel)
         self._send()
@@ -255,8 +259,9 @@ class Link:
         meanwhile. Raises OSError when another one would fare no better."""
         envelope = self._owner.envelope()
         try:
-            packet, fds = _packed(envelope, parcel)
-            self._sock.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+            with contextlib.ExitStack() as files:
+                packet, fds = _packed(envelope, parcel, files)
+                self._sock.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
         except (OSError, ValueError, struct.error) as error:
             if isinstance(error, OSError) and (error.errno not in _LASTING or self.closed):
                 raise
@@ -350,11 +355,12 @@ class Link:
         self._sock.close()
 
 
-def _packed(envelope: Envelope, parcel: Parcel) -> tuple[bytes, list[int]]:
-    """A parcel as a packet, and the file descriptors beside it; raises OSError, ValueError or struct.error."""
+def _packed(envelope: Envelope, parcel: Parcel, files: contextlib.ExitStack) -> tuple[bytes, list[int]]:
+    """A parcel as a packet, and the file descriptors beside it, of which `files` closes what was opened for it; raises
+    OSError, ValueError or struct.error."""
     if parcel.pair is None:
         return encode_clients(envelope, parcel.clients), [client.sock.fileno() for client in parcel.clients]
-    state, fds = parcel.pair.pack()
+    state, fds = parcel.pair.pack(files)
     return encode_pair(envelope, state), fds
 
 

@@ -71,6 +71,9 @@ class Receiver(Protocol):
     def has_room(self, connections: int) -> bool:
         """Whether this worker can take so many connections."""
 
+    def send_partners(self, tokens: list[bytes], link: Link) -> None:
+        """Those who asked for these tokens found no room here; they are over there."""
+
     def handed_on(self, client: Client) -> None:
         """A sibling has taken this client over; our copy of its socket is to be closed."""
 
@@ -100,6 +103,8 @@ class Parcels:
         with sockets_of(fds, len(clients)) as socks:
             if not self._accepts(link, envelope, len(clients), complete=len(clients) == len(socks) and not fds):
                 close_all(fds)
+                if _is_good(envelope):
+                    self._receiver.send_partners([handed.token for handed in clients if handed.token], link)
                 return
             for handed, sock in zip(clients, socks, strict=True):
                 self._receiver.take_in(_client_from(handed, sock), is_guest=link.leaving)
@@ -121,8 +126,7 @@ class Parcels:
     def _accepts(self, link: Link, envelope: Envelope, connections: int, *, complete: bool) -> bool:
         """Confirm or refuse a parcel. Once it is confirmed it is ours, and the sender closes its copies."""
         # To confirm later than now would be too late: the sender might take it back meanwhile. To refuse never is.
-        good = complete and time.monotonic() - envelope.sent <= PARCEL_GOOD_SECONDS
-        if good and self._receiver.has_room(connections) and link.confirm(envelope.serial):
+        if complete and _is_good(envelope) and self._receiver.has_room(connections) and link.confirm(envelope.serial):
             return True
         link.say(encode_answer(REFUSED, envelope.serial))  # too old, or there was no room for all that came
         return False
@@ -150,6 +154,9 @@ class Parcels:
             link.be_gentle()  # it may have room, but was late to open it
         else:
             link.refused_at = time.monotonic()
+            link.is_full = True
+        for client in parcel.clients:
+            client.hops += 1
         self.have_back([parcel])
 
     def is_unfit(self, link: Link, parcel: Parcel) -> None:
@@ -188,6 +195,11 @@ class Parcels:
         """Have at once what was to come back."""
         for _ in self._take_all_back():
             pass
+
+
+def _is_good(envelope: Envelope) -> bool:
+    """Whether a parcel is not too old to be opened."""
+    return time.monotonic() - envelope.sent <= PARCEL_GOOD_SECONDS
 
 
 def _client_from(handed: HandedClient, sock: socket.socket) -> Client:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import tracemalloc
 from collections.abc import Iterator
 
 import pytest
 
 from relay.clients.frames import FrameReader
 from relay.transfer.framed import FramedPump
-from relay.transfer.pump import OVER, ROOM
+from relay.transfer.pipes import PipePool
+from relay.transfer.pump import OVER, ROOM, Pump
 from relay.transfer.turns import LARGEST_TURN, Turns
 from tests.support.client_frames import BINARY, CLOSE, TEXT, Sent
 
@@ -51,3 +53,61 @@ def test_the_end_that_comes_with_more_than_there_is_room_for_comes_behind_it(
     else:
         assert partner.recv(100) == b"last words"
         assert partner.recv(100) == b""
+
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+
+def stalled(stack: contextlib.ExitStack, turns: Turns, kind: str) -> tuple[Pump | FramedPump, socket.socket]:
+    """A pump in which much rests, since its receiver has stopped to read, and the receiver's end."""
+    ends = [stack.enter_context(end) for _ in range(2) for end in socket.socketpair()]
+    for end in ends:
+        end.setblocking(False)
+    client, source, sink, partner = ends
+    pump: Pump | FramedPump
+    if kind == "pipe":
+        pump = Pump(source, sink, PipePool(spare=0), turns)
+    else:
+        pump = FramedPump(source, sink, turns, FrameReader(), frames_out=kind == "frames both ways")
+        pump.other = FramedPump(sink, source, turns, None, frames_out=True)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MIB)  # or as much as this user may
+    if kind == "tiny frames":
+        said = Sent(BINARY, b"x").wire * (140 * KIB)
+    else:
+        said = bytes(MIB) if kind == "pipe" else Sent(BINARY, bytes(MIB)).wire
+    with contextlib.suppress(BlockingIOError):
+        for begin in range(0, len(said), 16 * KIB):
+            client.send(said[begin : begin + 16 * KIB])
+    with contextlib.suppress(BlockingIOError):
+        while kind == "tiny frames":  # there is no room from the first byte on
+            sink.send(bytes(4096))
+    pump.turn(LARGEST_TURN)
+    pump.put_away()
+    return pump, partner
+
+
+@pytest.mark.parametrize("kind", ["pipe", "frames in", "frames both ways", "tiny frames"])
+def test_what_rests_is_told_in_full_and_keeps_no_more_memory_than_twice_that(kind: str) -> None:
+    turns = Turns()
+    with contextlib.ExitStack() as stack:
+        tracemalloc.start()
+        stack.callback(tracemalloc.stop)
+        pumps = [stalled(stack, turns, kind) for _ in range(12)]
+        assert turns.held > 12 * 100 * KIB
+        for _ in range(5000):  # each takes nearly all, and then stops again
+            for pump, partner in pumps:
+                if pump.held > 20 * KIB:
+                    with contextlib.suppress(BlockingIOError):
+                        partner.recv(8 * KIB)
+                    pump.turn(KIB)
+            held = sum(pump.held for pump, _ in pumps)
+            assert held <= turns.held <= 2 * held
+            assert tracemalloc.get_traced_memory()[0] < 2 * held + MIB // 2
+            if held <= 12 * 20 * KIB:
+                break
+        else:
+            raise AssertionError(f"{held} bytes rest")
+        for pump, _ in pumps:
+            pump.abandon()
+        assert turns.held == 0

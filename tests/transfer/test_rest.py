@@ -21,7 +21,7 @@ from relay.transfer import rest as rest_module
 from relay.transfer import turns as turns_module
 from relay.transfer.pump import TURN
 from relay.transfer.rest import BATCH, SLICE_SECONDS, Rest
-from relay.transfer.turns import CONSIDERATE_TURN, HELD_BYTES, SHARE, WARY_TURN, Turns
+from relay.transfer.turns import CONSIDERATE_TURN, HELD_BYTES, LEAST_SECONDS, SHARE, WARY_TURN, Turns
 from tests.support.crowd import Crowd
 from tests.support.harness import Relay, Service, Workers, fill_the_way, met, read_exactly, reset, wait_until
 from tests.support.kernel_view import bytes_in_pipes
@@ -58,6 +58,8 @@ class Speaker:
         self.first, self.second = socket.socketpair()
         self.attended = 0
         self.looked = 0
+        self.settled = 0
+        self.is_broken = False
         self._clock = clock
         self._seconds = seconds
 
@@ -75,7 +77,13 @@ class Speaker:
         """Takes its time and reads."""
         self.attended += 1
         self._clock.now += self._seconds
+        if self.is_broken:
+            raise LookupError
         (self.first if fd == self.first.fileno() else self.second).recv(100)
+
+    def settle(self) -> None:
+        """Takes no time."""
+        self.settled += 1
 
     def look_around(self, now: float) -> None:
         """Takes its time."""
@@ -212,11 +220,121 @@ def test_alone_a_turn_follows_another_and_the_sockets_are_looked_at_in_between(c
     queued = gevent.spawn(_keep_moving, turns, hauler)
     gevent.sleep(0)
     for _ in range(10):
-        before = len(hauler.sizes)
+        before = clock.now
         turns._next()
         gevent.sleep(0)
-        assert len(hauler.sizes) - before <= 2
+        assert 0 < clock.now - before < LEAST_SECONDS + 0.0002
     gevent.kill(queued)
+
+
+def test_between_two_turns_those_who_have_a_little_to_say_are_served(clock: Clock, speakers: Speakers) -> None:
+    turns = Turns()
+    rest = Rest(turns)
+    (speaker,) = speakers(1, 0.00001)
+    rest.watch(speaker)
+    hauler = Hauler(clock, 0.0001)
+    queued = gevent.spawn(_keep_moving, turns, hauler)
+    gevent.sleep(0)
+    attended_before_a_turn: list[int] = []
+    turn = hauler.turn
+
+    def note_and_turn(most: int) -> None:
+        attended_before_a_turn.append(speaker.attended)
+        turn(most)
+        speaker.second.send(b"x")  # while the others move
+
+    hauler.turn = note_and_turn  # type: ignore[method-assign]
+    turns._next()
+    assert attended_before_a_turn == list(range(len(attended_before_a_turn)))
+    assert len(attended_before_a_turn) > 3, "all that within one iteration of the loop"
+    assert set(hauler.sizes[1:]) == {CONSIDERATE_TURN}
+    gevent.kill(queued)
+    rest.forget(speaker)
+    rest.close()
+
+
+def test_however_many_speak_between_two_turns_those_that_move_much_have_their_share(
+    clock: Clock, speakers: Speakers
+) -> None:
+    turns = Turns()
+    rest = Rest(turns)
+    crowd = speakers(100, 0.0001)
+    for speaker in crowd:
+        rest.watch(speaker)
+        speaker.second.send(bytes(100_000))
+    haulers = [Hauler(clock, 0.0001) for _ in range(8)]
+    queued = [gevent.spawn(_keep_moving, turns, hauler) for hauler in haulers]
+    gevent.sleep(0)
+    began = clock.now
+    for _ in range(100):
+        clock.now += 0.002
+        before = clock.now
+        turns._next()
+        assert clock.now - before < 0.006, "and the loop comes round"
+        gevent.sleep(0)
+    busy = sum(hauler.busy for hauler in haulers)
+    others = clock.now - began - busy
+    assert others > 0.25, "they were served in between, too"
+    assert 0.7 * SHARE * others < busy < 1.1 * SHARE * others
+    gevent.killall(queued)
+    for speaker in crowd:
+        rest.forget(speaker)
+    rest.close()
+
+
+def test_a_fault_of_one_that_is_served_between_turns_is_nobody_else_s(
+    clock: Clock, speakers: Speakers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults: list[type[BaseException]] = []
+    hub = gevent.get_hub()
+    monkeypatch.setattr(hub, "handle_error", lambda context, kind, value, trace: faults.append(kind))
+    turns = Turns()
+    rest = Rest(turns)
+    (speaker,) = speakers(1, 0.00001)
+    speaker.is_broken = True
+    rest.watch(speaker)
+    hauler = Hauler(clock, 0.0002)
+    queued = gevent.spawn(_keep_moving, turns, hauler)
+    gevent.sleep(0)
+    speaker.second.send(b"x")
+    turns._next()
+    assert len(hauler.sizes) > 1
+    assert faults
+    assert set(faults) == {LookupError}
+    gevent.kill(queued)
+    rest.forget(speaker)
+    rest.close()
+
+
+def test_who_is_to_settle_does_so_once_what_came_together_is_served_unless_it_has_left(
+    clock: Clock, speakers: Speakers
+) -> None:
+    rest = Rest(Turns())
+    stays, leaves = speakers(2, 0.00001)
+
+    def attend(fd: int, events: int) -> None:
+        Speaker.attend(leaves, fd, events)
+        rest.settle_soon(leaves)
+        if leaves.attended == 2:
+            assert not leaves.settled
+            rest.forget(leaves)
+
+    def attend_and_stay(fd: int, events: int) -> None:
+        Speaker.attend(stays, fd, events)
+        rest.settle_soon(stays)
+
+    leaves.attend = attend  # type: ignore[method-assign]
+    stays.attend = attend_and_stay  # type: ignore[method-assign]
+    for speaker in (leaves, stays):
+        rest.watch(speaker)
+    leaves.second.send(b"x")
+    leaves.first.send(b"x")
+    stays.second.send(b"x")
+    rest._serve()
+    assert (leaves.attended, leaves.settled) == (2, 0)
+    assert (stays.attended, stays.settled) == (1, 1)
+    rest.forget(stays)
+    rest.close()
 
 
 def test_a_pump_whose_turn_goes_wrong_tells_who_waits_for_it_even_when_that_is_being_ended(clock: Clock) -> None:

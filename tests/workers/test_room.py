@@ -41,25 +41,61 @@ FULL = ("--max-connections", str(MOST), "--max-waiting", str(MOST))
 """Each worker accepts as many as it has descriptors for, so that none has room for what another one holds."""
 
 
-def test_a_client_whose_partners_worker_has_no_descriptor_waits_where_it_is_and_meets_it_later(
+def test_a_client_whose_partners_worker_has_no_descriptor_meets_it_where_there_are_some(
     tmp_path: Path, stack: contextlib.ExitStack
 ) -> None:
     workers = stack.enter_context(Workers(tmp_path, "--grace", "0", count=2))
-    token, other_side = new_token(), new_side()
+    token = new_token()
     waiting = stack.enter_context(connect(workers.port))
     waiting.sendall(handshake(token, new_side()))
     wait_until(lambda: workers.rows("current")[0]["waiting"] == 1, what="it waits")
     home = holder(workers.pids, waiting)
     with without_descriptors(next(worker for worker in workers.workers if worker.pid == home)):
-        partners = [stack.enter_context(connect(workers.port)) for _ in range(4)]
-        for sock in partners:
-            sock.sendall(handshake(token, other_side))
-        wait_until(lambda: workers.rows("current")[0]["waiting"] == 5, what="the others wait, too")
-        partners.pop().close()
-        records = workers.wait_for_records(1)
-        assert [record["mood"] for record in records] == ["lonely"]
-    assert waiting.recv(3) == b"ok\n"
-    assert sorted(sock.recv(3) for sock in partners) == [b"", b"", b"ok\n"]
+        partner = stack.enter_context(connect(workers.port))
+        partner.sendall(handshake(token, new_side()))
+        assert waiting.recv(3) == partner.recv(3) == b"ok\n"
+
+
+@pytest.mark.parametrize("share", [1.0, 0.9])
+def test_partners_of_those_who_wait_at_a_full_worker_meet_them_at_the_one_that_has_room(
+    tmp_path: Path, stack: contextlib.ExitStack, share: float
+) -> None:
+    workers = stack.enter_context(Workers(tmp_path, *FULL, count=1, nofile=NOFILE))
+    tokens = [new_token() for _ in range(int(MOST * share))]
+    waiting = [stack.enter_context(connect(workers.port)) for _ in tokens]
+    for sock, token in zip(waiting, tokens, strict=True):
+        sock.sendall(handshake(token, new_side()))
+    wait_until(lambda: workers.rows("current")[0]["waiting"] == len(tokens), what="all wait")
+    workers.start_one()
+    for begin in range(0, 30, 10):
+        partners = [stack.enter_context(connect(workers.port)) for _ in range(10)]
+        for sock, token in zip(partners, tokens[begin:], strict=False):
+            sock.sendall(handshake(token, new_side()))
+        for sock in (*partners, *waiting[begin : begin + 10]):
+            assert sock.recv(3) == b"ok\n"
+    wait_until(lambda: workers.rows("current")[0]["waiting"] == len(tokens) - 30, what="the others still wait")
+
+
+def test_when_all_who_may_wait_came_from_a_worker_that_left_their_partners_meet_them_at_its_successor(
+    tmp_path: Path, stack: contextlib.ExitStack
+) -> None:
+    most = (LARGER_NOFILE - RESERVED_FDS) * 7 // 8 // 2  # the default for a relay of which one worker may leave
+    workers = stack.enter_context(Workers(tmp_path, "--max-waiting", "1000", count=2, nofile=LARGER_NOFILE))
+    tokens = [new_token() for _ in range(2 * most)]
+    waiting = {token: stack.enter_context(connect(workers.port)) for token in tokens}
+    for token, sock in waiting.items():
+        sock.sendall(handshake(token, new_side()))
+    wait_until(lambda: workers.rows("current")[0]["waiting"] == len(tokens), what="all wait")
+    leaving = workers.workers[0]
+    leaving.process.send_signal(signal.SIGTERM)
+    assert leaving.wait(20) == 0
+    workers.start_one()
+    for begin in range(0, 40, 10):
+        partners = [stack.enter_context(connect(workers.port)) for _ in range(10)]
+        for sock, token in zip(partners, tokens[begin:], strict=False):
+            sock.sendall(handshake(token, new_side()))
+        for sock, token in zip(partners, tokens[begin:], strict=False):
+            assert waiting[token].recv(3) == sock.recv(3) == b"ok\n"
 
 
 def test_a_worker_whose_sibling_refuses_everything_ends_in_time_and_serves_until_then(tmp_path: Path) -> None:
