@@ -110,10 +110,12 @@ def _bulk_figures(pairs: int) -> tuple[Figure, ...]:
         cost = (Goal("at most", 1.15, C_LOOP), Goal("at most", 0.8, HAPROXY), Goal("at most", 0.3, TWISTED))
         speed = (Goal("at least", 0.95, C_LOOP), Goal("at least", 2, TWISTED))
     elif pairs == 8:
-        cost = (Goal("at most", 0.9, HAPROXY), Goal("at most", 0.4, TWISTED))
-        speed = (Goal("at least", 2, TWISTED),)
+        cost = (Goal("at most", 1.35, C_LOOP), Goal("at most", 0.9, HAPROXY), Goal("at most", 0.4, TWISTED))
+        speed = (Goal("at least", 0.95, C_LOOP), Goal("at least", 2, TWISTED))
+    elif pairs == 64:
+        cost = (Goal("at most", 1.2, C_LOOP),)
     elif pairs == 256:
-        cost = (Goal("at most", 1.5, against_figure="cpu-1"),)
+        cost = (Goal("at most", 1.15, C_LOOP), Goal("at most", 1.5, against_figure="cpu-1"))
     return (
         Figure(f"cpu-{pairs}", f"CPU of the relay, {word}", "s/GiB", 3, cost),
         Figure(f"rate-{pairs}", f"throughput, {word}", "MB/s", 0, speed),
@@ -140,16 +142,15 @@ def _bulk_case(pairs: int) -> Case:
 
 def _latency_figures(pairs: int) -> tuple[Figure, ...]:
     beside = "nobody" if pairs == 0 else "1 bulk pair" if pairs == 1 else f"{pairs} bulk pairs"
-    half = (Goal("at most", 0.5, TWISTED),)
+    half = (Goal("at most", 0.5, TWISTED),) if pairs == 8 else ()
+    median: tuple[Goal, ...] = ()
+    longest: tuple[Goal, ...] = (Goal("at most", 0.8 if pairs == 0 else 1.0, TWISTED),)
+    if pairs >= 8:
+        median = (Goal("at most", 4, C_LOOP), *half)
+        longest = (Goal("at most", 1.5, C_LOOP), *half)
     return (
-        Figure(f"p50-{pairs}", f"round trip beside {beside}, p50", "µs", 0, half if pairs == 8 else ()),
-        Figure(
-            f"p99-{pairs}",
-            f"round trip beside {beside}, p99",
-            "µs",
-            0,
-            half if pairs == 8 else (Goal("at most", 0.8, TWISTED),) if pairs == 0 else (),
-        ),
+        Figure(f"p50-{pairs}", f"round trip beside {beside}, p50", "µs", 0, median),
+        Figure(f"p99-{pairs}", f"round trip beside {beside}, p99", "µs", 0, longest),
     )
 
 
@@ -328,7 +329,7 @@ def _start_case() -> Case:
         "start",
         (
             Figure("start", "start to the first accepted pair", "s", 3, (Goal("at most", 0.3),)),
-            Figure("memory", "memory before the first client, PSS", "MB", 1, (Goal("at most", 20),)),
+            Figure("memory", "memory before the first client, PSS", "MB", 1, (Goal("at most", 16),)),
             Figure("memory-rss", "memory before the first client, RSS", "MB", 1),
         ),
         measure_fresh=_measure_start,
@@ -336,7 +337,8 @@ def _start_case() -> Case:
 
 
 def _plain_pairs_case() -> Case:
-    return _pairs_case("pairs", "without recording", rate=(Goal("at least", 1.6, TWISTED),))
+    rate, cpu = Goal("at least", 1.6, TWISTED), Goal("at most", 1.6, C_LOOP)
+    return _pairs_case("pairs", "without recording", rate=(rate,), cpu=(cpu,))
 
 
 def _recorded_pairs_case() -> Case:
@@ -344,7 +346,7 @@ def _recorded_pairs_case() -> Case:
         "recorded",
         "with database and JSON lines",
         rate=(Goal("at least", 4, TWISTED_DB),),
-        cpu=(Goal("at most", 0.35, TWISTED_DB),),
+        cpu=(Goal("at most", 0.35, TWISTED_DB), Goal("at most", 1.15, against_figure="pairs-cpu")),
     )
 
 
@@ -365,5 +367,7 @@ def _waiting_case(scale: Scale) -> Case:
 
 def _idle_case() -> Case:
     return Case(
-        "idle", (Figure("pair-memory", "memory of an idle pair, PSS", "KiB", 2),), measure_fresh=_measure_idle_pairs
+        "idle",
+        (Figure("pair-memory", "memory of an idle pair, PSS", "KiB", 2, (Goal("at most", 1.5),)),),
+        measure_fresh=_measure_idle_pairs,
     )

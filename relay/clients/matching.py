@@ -222,6 +222,8 @@ class Matching:
     def dismiss_spares(self, token: bytes) -> None:
         """`token` was matched elsewhere: send those away who had asked before."""
         last_match = self.elsewhere.last_match(token)
+        if not last_match:
+            return
         for client in self._room.all_for(token):
             if client.asked < last_match:
                 self.dismiss(client)

@@ -120,6 +120,11 @@ class Homes:
                 return pid_of(owner), True
         return self._pid, False
 
+    def is_ours(self, token: bytes) -> bool:
+        """Whether we are home to `token` for certain, as `settle` would find for twice as much: nobody takes from a
+        worker what it is home to."""
+        return self._buckets.look(self._first_place_of(token)) == self._me
+
     def _note_further(self, first: int, key: int) -> None:
         self._further.setdefault(first, set()).add(key)
         _MOMENT.pack_into(self._memory, _LAST_FURTHER, time.monotonic())

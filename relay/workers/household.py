@@ -307,7 +307,8 @@ class Household:
             if not self._matching.waiting_for(token):
                 self.give_up(token)
                 continue
-            home = _once_ready(partial(self.siblings.tokens.home, token))
+            tokens = self.siblings.tokens
+            home = None if tokens.are_ours(token) else _once_ready(partial(tokens.home, token))
             if home is None:
                 self._matching.dismiss_spares(token)
                 continue

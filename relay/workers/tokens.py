@@ -47,6 +47,13 @@ class Tokens:
             self.uncertain[token] = None
         return self._live.get(pid)
 
+    def are_ours(self, token: bytes) -> bool:
+        """Whether those who wait here for `token` belong here for certain."""
+        if self.leaving or self._estate.homes is None or not self._estate.homes.is_ours(token):
+            return False
+        self.uncertain.pop(token, None)
+        return True
+
     def _can_be_home(self, pid: int) -> bool:
         if pid in self._live:
             return True

@@ -85,7 +85,8 @@ def count_here(folder: str) -> None:
             _COUNTS.pack_into(counts, 0, looks, most_at_once, now - began)
         at_once, began = 0, now
 
-    _wrap(Homes, "settle", look)
+    for way in ("settle", "is_ours"):
+        _wrap(Homes, way, look)
     for kind, method in ((Matching, "leave"), (Household, "handed_on"), (Farewell, "close")):
         _wrap(kind, method, something)
     # The loop calls this before it waits for what comes next; the watcher must not be collected.

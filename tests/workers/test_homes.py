@@ -75,6 +75,18 @@ def test_to_settle_twice_is_to_settle_once(start: Start, homes: Homes) -> None:
     assert second.settle(token) == (second.pid, True)
 
 
+def test_a_worker_knows_what_it_is_home_to_for_certain(start: Start, homes: Homes) -> None:
+    (other,) = start(1)
+    ours, theirs, nobodys = (new_token().encode() for _ in range(3))
+    assert homes.settle(ours, lambda pid: True) == (os.getpid(), True)
+    other.settle(theirs.decode())
+    assert [homes.is_ours(token) for token in (ours, theirs, nobodys)] == [True, False, False]
+    assert homes.settle(theirs, lambda pid: False) == (os.getpid(), False), "for the time being"
+    assert not homes.is_ours(theirs)
+    homes.give_up(ours)
+    assert not homes.is_ours(ours)
+
+
 def test_nobody_gives_up_what_another_is_home_to(start: Start) -> None:
     first, second = start(2)
     token, never_settled = new_token(), new_token()
