@@ -80,12 +80,18 @@ class Shares:
         """Say how this worker is known; return whether there are others.
 
         Raises:
-            Trouble: one of them is on another machine.
+            Trouble: one of them is on another machine, or knows the file by another name.
         """
         if self._has_lifeline:
             self._enter_among(connection)
         others = any(self._lives(share) for share in self._others(connection))
-        others = others or (self._has_lifeline and lifeline.is_any_held(self._fd))
+        if not others and self._has_lifeline and lifeline.is_any_held(self._fd):
+            others = True  # it has not come to enter itself yet
+            if os.fstat(self._fd).st_nlink > 1:  # or does so in a -wal of its own, beside another name
+                raise Trouble(
+                    "another relay records into it under another of its names (hard links), and each would lose what "
+                    "the other writes; give both the same path"
+                )
         if not others:
             told.begin_anew(connection)
         return others

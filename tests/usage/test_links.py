@@ -6,6 +6,8 @@ A relay that runs as root must not write to, nor make, a file of that user's cho
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 
 from relay.usage.recorder import UsageError
 from relay.usage.reopen import FollowedFile
+from tests.support.harness import CHECKOUT, Relay, met
 from tests.support.usage_records import append_to, numbers_of_lines, record_numbers, recording, wait_for_rows
 
 SOMEBODY = 4321
@@ -109,3 +112,17 @@ def test_a_database_whose_place_is_taken_by_a_link_is_not_made_where_that_leads(
         record_numbers(recorder, 2)
     assert not (tmp_path / "new").exists()
     assert "it is a link that belongs to another user" in warnings[0]
+
+
+def test_a_database_into_which_another_relay_records_under_another_name_is_refused(tmp_path: Path) -> None:
+    with Relay(tmp_path, recording=True) as relay:
+        other = tmp_path / "elsewhere"
+        other.mkdir()
+        os.link(relay.usage_db, other / "usage.sqlite")
+        command = [sys.executable, "-m", "relay", "--port", "0", "--usage-db", str(other / "usage.sqlite")]
+        found = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=30)
+        assert found.returncode == 2
+        assert "records into it under another of its names (hard links)" in found.stderr
+        for sock in met(relay.port):
+            sock.close()
+        assert len(relay.wait_for_rows("usage", 1)) == 1
