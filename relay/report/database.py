@@ -192,7 +192,7 @@ def _copied(path: Path, folder: Path) -> Path:
     copy = folder / "usage.sqlite"
     try:
         shutil.copyfile(path, copy)
-        shutil.copyfile(f"{path}-wal", f"{copy}-wal")
+        shutil.copyfile(_name_beside(path, "-wal"), f"{copy}-wal")
     except OSError as error:
         raise ReportError(f"{path}: {error.strerror} while copying it and its -wal to {folder}") from error
     return copy
@@ -210,9 +210,14 @@ def _sums(connection: sqlite3.Connection, table: str) -> Sums:
 
 def _beside(path: Path, suffix: str) -> bool:
     try:
-        return Path(f"{path}{suffix}").stat().st_size > 0
+        return os.stat(_name_beside(path, suffix)).st_size > 0
     except OSError:
         return False
+
+
+def _name_beside(path: Path, suffix: str) -> str:
+    """The name of what SQLite keeps beside the file: of a link, beside what it leads to."""
+    return os.path.realpath(path) + suffix
 
 
 def has_shm(path: Path) -> bool:
@@ -245,7 +250,7 @@ def _check_schema(path: Path, connection: sqlite3.Connection) -> None:
 
 def _reason(path: Path, error: sqlite3.Error) -> str:
     text = str(error)
-    if "unable to open" in text and not all(_readable(f"{path}{suffix}") for suffix in ("", "-wal", "-shm")):
+    if "unable to open" in text and not all(_readable(_name_beside(path, suffix)) for suffix in ("", "-wal", "-shm")):
         return NO_PERMISSION
     if "not a database" in text:
         return "not a database"

@@ -1,4 +1,6 @@
-r"""A database in a folder whose name is no UTF-8, and its operator's programs, which say such names as in ``\xff``."""
+r"""Databases with odd names, and their operator's programs: a folder's name that is no UTF-8, which they say as in
+``\xff``; and a link, beside which there is nothing of what SQLite keeps beside the file.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ import pytest
 from relay.usage.schema import open_database
 from tests.operator.test_import import PROGRAM as IMPORTER
 from tests.operator.test_import import twisted_database
-from tests.support.harness import CHECKOUT
+from tests.support.harness import CHECKOUT, Relay, met, wait_until
 from tests.support.status import status_of
 
 MUNIN = CHECKOUT / "misc" / "munin" / "relay_"
@@ -126,3 +128,26 @@ def test_a_rolling_restart_tells_no_answer_from_no_worker(tmp_path: Path, answer
     assert ended.stderr.startswith("rolling-restart: ")
     assert ended.stderr.count("\n") == 1
     assert ("no worker runs" in ended.stderr) == ("STOPPED" in answer)
+
+
+def test_by_the_name_of_a_link_they_read_what_a_running_relay_has_written(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "usage.sqlite"
+    real.mkdir()
+    (real / "usage.sqlite").touch()
+    link.symlink_to(real / "usage.sqlite")
+    plugin = tmp_path / "relay_all_time"
+    plugin.symlink_to(MUNIN)
+    source = tmp_path / "twisted.sqlite"
+    twisted_database(source, 3)
+    with Relay(tmp_path, "--usage-db", str(link)) as relay, status_of(link, folder=tmp_path) as status:
+        for sock in met(relay.port):
+            sock.close()
+        relay.wait_for_rows("usage", 1)
+        status.wait_for_health(200, "idle")
+        wait_until(lambda: status.document()["all_time"]["happy"] == 1, what="it is seen")
+        usage = json.loads(run(sys.executable, "-m", "relay.report.cli", "--json", link).stdout)
+        assert usage["all_time"]["connections"] == 1
+        assert run(sys.executable, plugin, database=str(link)).stdout.splitlines()[0] == "happy.value 1"
+        assert run(sys.executable, IMPORTER, source, link).returncode == 0
+        again = run(sys.executable, IMPORTER, "--dry-run", source, link)
+        assert again.stdout.startswith("0 records would be imported")
