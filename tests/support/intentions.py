@@ -16,7 +16,9 @@ from tests.support.client_frames import BINARY, CLOSE, CONT, PING, TEXT, Sent
 from tests.support.harness import handshake, new_side, new_token
 from tests.support.model_clients import REQUEST
 
-_GARBAGE = random.Random(6).randbytes(1 << 16)
+GARBAGE = random.Random(6).randbytes(1 << 16)
+TINY_FRAMES = 500
+"""So many frames of one byte are said at a time."""
 
 
 class Hostile:
@@ -112,7 +114,7 @@ class GarbageSender(Hostile):
         self.sock = self.dial()
 
     def step(self) -> None:
-        if not say(self.sock, _GARBAGE) or self.age > 10:
+        if not say(self.sock, GARBAGE) or self.age > 10:
             self.hang_up()
 
 
@@ -215,7 +217,7 @@ class BadPartner(Hostile):
             except OSError:
                 self.hang_up()
         else:
-            say(self.left, _GARBAGE)
+            say(self.left, GARBAGE)
         if not self.over and self.age > 4:
             self.hang_up(reset=random.random() < 0.7)
 
@@ -231,14 +233,14 @@ class WebHostile(Hostile):
         ways = {
             "half a request": (REQUEST[: random.randint(1, len(REQUEST) - 1)], b""),
             "a head without end": (REQUEST[:-2] + b"X: ", b"x" * 1000),
-            "no request": (_GARBAGE[: random.randint(1, 5000)], _GARBAGE),
+            "no request": (GARBAGE[: random.randint(1, 5000)], GARBAGE),
             "half a line": (REQUEST + line[: random.randint(0, len(line) - 1)], b""),
             "text": (REQUEST + Sent(TEXT, b"please relay").wire, b""),
             "a frame that breaks the protocol": (REQUEST + line + random.choice(WRONG).wire, b""),
-            "noise for frames": (REQUEST + line, _GARBAGE),
+            "noise for frames": (REQUEST + line, GARBAGE),
             "pings without end": (REQUEST + line, Sent(PING).wire * 1000),
             "empty frames without end": (REQUEST + line[:50], Sent(CONT, final=False).wire * 1000),
-            "a frame without end": (REQUEST + frame, _GARBAGE),
+            "a frame without end": (REQUEST + frame, GARBAGE),
             "a Close, and more": (REQUEST + line + Sent(CLOSE, b"\x03\xe8").wire, line),
             "a Close at once": (REQUEST + Sent(CLOSE).wire, b""),
         }
@@ -279,8 +281,8 @@ class WebBadPartner(Hostile):
         self.answers = {self.left: b"", self.right: b""}
         self.met = False
         endless = b"\x82\xff" + struct.pack("!Q", 1 << 40) + bytes(4)
-        self.more = random.choice([Sent(BINARY, b"x").wire * 500, Sent(PING, b"x").wire * 500, _GARBAGE])
-        self.first = endless if self.more is _GARBAGE else b""
+        self.more = random.choice([Sent(BINARY, b"x").wire * TINY_FRAMES, Sent(PING, b"x").wire * 500, GARBAGE])
+        self.first = endless if self.more is GARBAGE else b""
 
     def step(self) -> None:
         if not self.met:
