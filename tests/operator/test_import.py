@@ -567,8 +567,9 @@ def test_no_exact_copy_is_left_when_its_terminal_is_lost_or_it_is_told_to_end(
     temporary.mkdir()
     with closing(sqlite3.connect(ours, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
+        default = "--default-signal=HUP,INT,TERM"  # what nohup(1), or a shell's background, has ignored is inherited
         importing = subprocess.Popen(
-            [sys.executable, str(PROGRAM), "--blur-usage", "600", str(source), str(ours)],
+            ["env", default, sys.executable, str(PROGRAM), "--blur-usage", "600", str(source), str(ours)],
             env={**os.environ, "TMPDIR": str(temporary)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
