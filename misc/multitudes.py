@@ -2,10 +2,10 @@
 """What a relay of several workers is like that holds tens of thousands of clients, and when it is restarted under them.
 
     misc/multitudes.py                                  # both, as docs/performance.md has them
-    misc/multitudes.py standing --clients 60000
+    misc/multitudes.py standing --clients 60000 --in-pairs 0.1
     misc/multitudes.py restarts --waiting 20000 --pairs 6000 --moving 200
 
-`standing`: of so many clients most wait, and a tenth are in pairs that are idle. It prints the memory for each client,
+`standing`: of so many clients most wait, and a part is in pairs that are idle. It prints the memory for each client,
 at a sixth of them and at all; how long a new pair takes to meet then, and beside nobody; and the CPU of all workers
 while nobody speaks. `restarts`: each worker is restarted in turn while so many wait, and so many pairs are there, some
 of which exchange a byte all the time. It prints how long each worker took to be gone, the longest times that a byte was
@@ -35,9 +35,6 @@ import crowds
 from crowds import AT_A_TIME, CLIENTS_PER_PROCESS, Aside
 
 from tests.support.harness import Workers, cpu_seconds, met, pss, wait_until
-
-IDLE_PART = 0.1
-"""Which part of the clients that stand are in pairs."""
 
 MEETINGS = 300
 QUIET_SECONDS = 10.0
@@ -160,8 +157,8 @@ def multitude(count: int) -> Iterator[Multitude]:
         yield Multitude(workers, stack)
 
 
-def standing(count: int, clients: int) -> dict[str, object]:
-    """See above, for so many workers and clients."""
+def standing(count: int, clients: int, in_pairs: float) -> dict[str, object]:
+    """See above, for so many workers and clients, of which that part is in pairs."""
     with multitude(count) as here:
         alone = here.meet()
         time.sleep(1)
@@ -169,7 +166,7 @@ def standing(count: int, clients: int) -> dict[str, object]:
         memory = []
         there = 0
         for size in (clients // 6, clients):
-            pairs = int((size - there) * IDLE_PART / 2)
+            pairs = int((size - there) * in_pairs / 2)
             here.add(waiting=size - there - 2 * pairs, pairs=pairs)
             there = size
             time.sleep(2)
@@ -180,7 +177,7 @@ def standing(count: int, clients: int) -> dict[str, object]:
         time.sleep(QUIET_SECONDS)
         cpu = sum(cpu_seconds(pid) for pid in here.workers.pids) - sum(before)
     return {
-        "workers, clients": [count, clients],
+        "workers, clients, part in pairs": [count, clients, in_pairs],
         "memory of a client, bytes, at a sixth and at all": [round(each) for each in memory],
         "ratio": round(memory[1] / memory[0], 2),
         "a new pair meets, median, us, beside nobody and all": [round(1e6 * each) for each in (alone, among_all)],
@@ -229,12 +226,13 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=("standing", "restarts"))
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--clients", type=int, default=60_000)
+    parser.add_argument("--in-pairs", type=float, default=0.1)
     parser.add_argument("--waiting", type=int, default=20_000)
     parser.add_argument("--pairs", type=int, default=6_000)
     parser.add_argument("--moving", type=int, default=200)
     words = parser.parse_args()
     if words.what != "restarts":
-        print(json.dumps(standing(words.workers, words.clients)), flush=True)
+        print(json.dumps(standing(words.workers, words.clients, words.in_pairs)), flush=True)
     if words.what != "standing":
         print(json.dumps(restarts(words.workers, waiting=words.waiting, pairs=words.pairs, moving=words.moving)))
 

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gevent
 from gevent.event import Event
@@ -22,7 +22,6 @@ from relay.clients.client import EventLoop
 from relay.clients.congestion import take_over
 from relay.clients.door import Door, is_at, open_port
 from relay.clients.farewell import Farewell
-from relay.clients.health_port import HealthPort
 from relay.clients.matching import Matching
 from relay.clients.pings import Pings
 from relay.clients.places import Places
@@ -41,6 +40,9 @@ from relay.workers.household import Household
 from relay.workers.run_dir import RunDir
 from relay.workers.telling import Telling
 from relay.workers.terms import terms_of
+
+if TYPE_CHECKING:
+    from relay.clients.health_port import HealthPort
 
 CURRENT_SECONDS = 300.0
 """How often the `current` table is refreshed when nothing else does it."""
@@ -218,6 +220,8 @@ class Relay:
         """Begin to accept from `ports`, and to record with `recorder`; raises Mistake when --health cannot be had."""
         self._recorder = recorder
         if self.options.health is not None:
+            from relay.clients.health_port import HealthPort  # not before: its pool of greenlets takes 0.6 MB
+
             number, interface = self.options.health
             self._health = HealthPort(interface, number)
         upstream = self.options.upstream
