@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import random
 import resource
 import select
 import socket
@@ -34,19 +35,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import crowds
 from crowds import AT_A_TIME, CLIENTS_PER_PROCESS, Aside
 
-from tests.support.harness import Workers, cpu_seconds, met, pss, wait_until
+from tests.support.harness import Workers, met, pss, wait_until
 
 MEETINGS = 300
 QUIET_SECONDS = 10.0
+SETTLE_SECONDS = 25.0
+"""After that nothing is done any more for who came before: a pair looks once, after 20, whether all has arrived."""
 PING_SECONDS = 0.1
+
+
+def new_source() -> str:
+    """An address of this machine of which no port is in use, as good as surely: there are 28 000 of each."""
+    return f"127.{random.randint(1, 254)}.{random.randint(0, 255)}.{random.randint(1, 254)}"
 
 
 def stay_in_pairs(port: int, number: int, pipe: Connection) -> None:
     """Be so many pairs that are idle; to each question answer of how many a byte does not pass each way any more."""
     crowds.all_fds()
     pairs = []
+    source = new_source()
     for count in range(number):
-        pairs.append(met(port))
+        pairs.append(met(port, source=source))
         if count % AT_A_TIME == 0:
             time.sleep(0.008)
     while True:
@@ -68,7 +77,8 @@ def _passes(left: socket.socket, right: socket.socket) -> bool:
 def keep_pinging(port: int, number: int, pipe: Connection) -> None:
     """Be so many pairs that exchange a byte each tenth of a second, not all at once; to each question answer how long
     each byte was under way since the one before, in seconds, and how many pairs are broken."""
-    pairs = [met(port) for _ in range(number)]
+    source = new_source()
+    pairs = [met(port, source=source) for _ in range(number)]
     poll = select.poll()
     sent: dict[int, float] = {}
     due = {}
@@ -117,8 +127,8 @@ class Multitude:
         """Let so many more wait, and so many more pairs stand idle; returns their processes, once all are there."""
         added: list[Aside] = []
         for left in range(waiting, 0, -CLIENTS_PER_PROCESS):
-            source = f"127.0.{len(added) + 1}.{1 + waiting % 200}"
-            added.append(Aside(crowds.wait_in_a_crowd, self.workers.port, source, min(left, CLIENTS_PER_PROCESS)))
+            size = min(left, CLIENTS_PER_PROCESS)
+            added.append(Aside(crowds.wait_in_a_crowd, self.workers.port, new_source(), size))
         most = CLIENTS_PER_PROCESS // 2
         added += [Aside(stay_in_pairs, self.workers.port, min(left, most)) for left in range(pairs, 0, -most)]
         for some in added:
@@ -131,12 +141,18 @@ class Multitude:
         """Of all workers, in bytes, each page that they share counted once."""
         return sum(pss(pid) for pid in self.workers.pids)
 
+    def cpu(self) -> float:
+        """Seconds that all threads of all workers have run so far."""
+        tasks = (task for pid in self.workers.pids for task in Path(f"/proc/{pid}/task").iterdir())
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
     def meet(self) -> float:
         """The median of the seconds that new pairs take."""
         took = []
+        source = new_source()
         for _ in range(MEETINGS):
             began = time.monotonic()
-            pair = met(self.workers.port)
+            pair = met(self.workers.port, source=source)
             took.append(time.monotonic() - began)
             for sock in pair:
                 sock.close()
@@ -172,10 +188,10 @@ def standing(count: int, clients: int, in_pairs: float) -> dict[str, object]:
             time.sleep(2)
             memory.append((here.memory() - empty) / there)
         among_all = here.meet()
-        time.sleep(2)
-        before = [cpu_seconds(pid) for pid in here.workers.pids]
+        time.sleep(SETTLE_SECONDS)
+        before = here.cpu()
         time.sleep(QUIET_SECONDS)
-        cpu = sum(cpu_seconds(pid) for pid in here.workers.pids) - sum(before)
+        cpu = here.cpu() - before
     return {
         "workers, clients, part in pairs": [count, clients, in_pairs],
         "memory of a client, bytes, at a sixth and at all": [round(each) for each in memory],

@@ -36,7 +36,7 @@ ROUND_BYTES = 256 << 20
 """Once so many pumps are busy that they would move more than this in a round, their turns become smaller. What bounds
 the others' wait is not the round, since only one pump of it goes at a time, but busy pairs wait for each other."""
 
-SHARE = 0.5
+SHARE = 0.75
 """What the queue gets of the time, as a part of what everything else takes."""
 
 LEAST_SECONDS = 0.0005
