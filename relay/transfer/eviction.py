@@ -204,9 +204,8 @@ class Eviction:
 
     def _make_room(self, source: bytes | None) -> bool:
         if self._farewell.lingering:
-            for _ in range(
-                min(self._farewell.lingering, self._places.per_newcomer)
-            ):  # others have as many as they take
+            # One for each place that the newcomer takes.
+            for _ in range(min(self._farewell.lingering, self._places.per_newcomer)):
                 self._places.bounds_met.note(Bound.LINGERING)
                 self._farewell.cut_short()
             return True

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -557,43 +558,27 @@ def test_a_usage_table_of_other_columns_is_told_of_as_the_twisted_database_s(tmp
     assert not ours.exists()
 
 
-@pytest.mark.parametrize("ending", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
-def test_no_exact_copy_is_left_when_its_terminal_is_lost_or_it_is_told_to_end(
-    tmp_path: Path, ending: signal.Signals
-) -> None:
-    source, ours, temporary = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite", tmp_path / "tmp"
-    twisted_database(source, 10)
-    open_database(str(ours)).close()
-    temporary.mkdir()
-    with closing(sqlite3.connect(ours, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        default = "--default-signal=HUP,INT,TERM"  # what nohup(1), or a shell's background, has ignored is inherited
-        importing = subprocess.Popen(
-            ["env", default, sys.executable, str(PROGRAM), "--blur-usage", "600", str(source), str(ours)],
-            env={**os.environ, "TMPDIR": str(temporary)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            wait_until(lambda: list(temporary.glob("*/twisted.sqlite")), what="the copy")
-            importing.send_signal(ending)
-            assert importing.wait(10) in (128 + ending, 130)
-        finally:
-            importing.kill()
-            importing.wait()
-    assert list(temporary.iterdir()) == []
-    assert usage(ours) == []
+@dataclass
+class Held:
+    """An import that has made its copy and waits, since `other` has the database `ours`."""
+
+    importing: subprocess.Popen[bytes]
+    other: sqlite3.Connection
+    ours: Path
+    temporary: Path
 
 
-def test_one_whose_terminal_may_go_imports_to_the_end(tmp_path: Path) -> None:
-    source, ours, temporary = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite", tmp_path / "tmp"
+@contextlib.contextmanager
+def held_up(folder: Path, *before: str) -> Iterator[Held]:
+    """One of 10 records, started by the command `before`; what is left of it in the end is ended."""
+    source, ours, temporary = folder / "twisted.sqlite", folder / "ours.sqlite", folder / "tmp"
     twisted_database(source, 10)
     open_database(str(ours)).close()
     temporary.mkdir()
     with closing(sqlite3.connect(ours, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         importing = subprocess.Popen(
-            ["nohup", sys.executable, str(PROGRAM), str(source), str(ours)],
+            [*before, sys.executable, str(PROGRAM), "--blur-usage", "600", str(source), str(ours)],
             env={**os.environ, "TMPDIR": str(temporary)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -601,10 +586,27 @@ def test_one_whose_terminal_may_go_imports_to_the_end(tmp_path: Path) -> None:
         )
         try:
             wait_until(lambda: list(temporary.glob("*/twisted.sqlite")), what="the copy")
-            importing.send_signal(signal.SIGHUP)
-            other.execute("ROLLBACK")
-            assert importing.wait(20) == 0
+            yield Held(importing, other, ours, temporary)
         finally:
             importing.kill()
             importing.wait()
-    assert len(usage(ours)) == 10
+
+
+@pytest.mark.parametrize("ending", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_no_exact_copy_is_left_when_its_terminal_is_lost_or_it_is_told_to_end(
+    tmp_path: Path, ending: signal.Signals
+) -> None:
+    # What nohup(1), or a shell's background, has ignored is inherited.
+    with held_up(tmp_path, "env", "--default-signal=HUP,INT,TERM") as held:
+        held.importing.send_signal(ending)
+        assert held.importing.wait(10) in (128 + ending, 130)
+    assert list(held.temporary.iterdir()) == []
+    assert usage(held.ours) == []
+
+
+def test_one_whose_terminal_may_go_imports_to_the_end(tmp_path: Path) -> None:
+    with held_up(tmp_path, "nohup") as held:
+        held.importing.send_signal(signal.SIGHUP)
+        held.other.execute("ROLLBACK")
+        assert held.importing.wait(20) == 0
+    assert len(usage(held.ours)) == 10
