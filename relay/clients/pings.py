@@ -5,6 +5,7 @@ RFC 6455, 5.5.2. No pong is needed: whether somebody is dead is found out otherw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -24,19 +25,21 @@ class Pings:
     """Who is pinged, and when.
 
     Args:
-        interval: seconds after which somebody who was told nothing is pinged, once and a half as many at the most; 0 is
-            never.
+        interval: seconds after which somebody who was told nothing is pinged, at the latest, if `ping` is called every
+            second: it is kept to a second, so nobody is silent for over one more, or for over two where it is less; 0
+            is never.
     """
 
     def __init__(self, interval: float) -> None:
-        self._interval = interval
+        self._step = interval / 2
         self._deadlines: Deadlines[Pinged] = Deadlines()
 
     def add(self, somebody: Pinged, now: float) -> None:
         """Ping `somebody` from now on, until that finds nobody; `now` in monotonic seconds."""
         self._deadlines.clear(somebody)
-        if self._interval:
-            self._deadlines.set(somebody, now + self._interval / 2)
+        if self._step:
+            # Twice in an interval, and never too late by what whole seconds take: but after `now`, whose turn it was.
+            self._deadlines.set(somebody, max(now + self._step - 1, math.floor(now) + 1))
 
     def remove(self, somebody: Pinged) -> None:
         """Ping `somebody` no more."""

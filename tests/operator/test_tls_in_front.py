@@ -38,8 +38,8 @@ from tests.support.proxies import (
 )
 from tests.support.web import web_options, web_port
 
-PATIENCE = 2
-"""Seconds after which the proxies cut what is silent."""
+PATIENCE = 4
+"""Seconds after which the proxies cut what is silent: twice what the least interval of pings comes to."""
 
 pytestmark = needs_openssl
 
@@ -174,14 +174,14 @@ def test_a_client_waits_longer_than_its_proxy_does_and_is_matched(
             token = new_token()
             with dial_tls(port, certificate) as page:
                 page.send(handshake(token, new_side()))
-                page.rest(2.5 * PATIENCE)
+                page.rest(1.75 * PATIENCE)
                 with connect_tcp(relay.port) as client:
                     client.sendall(handshake(token, new_side()))
                     assert page.recv() == b"ok\n"
                     assert read_exactly(client, 3) == b"ok\n"
                     page.send(b"to the client")
                     assert read_exactly(client, 13) == b"to the client"
-                    page.rest(1.5 * PATIENCE)
+                    page.rest(1.25 * PATIENCE)
                     client.sendall(b"and back")
                     assert page.recv() == b"and back"
             wait_until(lambda: [one for one in relay.records() if one["mood"] == "happy"], what="the record")
