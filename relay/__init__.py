@@ -14,10 +14,11 @@ in which order to read it:
 `report/`             `relay-usage`, which reads the database for a person
 `status/`             `relay-status`, the relay seen live
 `process/`            what a process is before it is either: standard streams, limits, signals
+`dataclass`           as the standard library's, in a fraction of the memory
 ====================  =================================================================================
 
 Imports run downwards only: `server`, `workers`, `transfer`, `clients`, the records of `usage`; `process/`,
-`options` and `mistakes` are below all. (``make lint`` checks it.) A part that needs something above it is given it.
+`options`, `mistakes` and `dataclass` are below all. (``make lint`` checks it.) A part that needs something above it is given it.
 Pure modules know no sockets and no gevent. Nothing is monkey-patched: the threads of `usage` are real ones.
 """
 

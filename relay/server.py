@@ -11,7 +11,6 @@ import math
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import gevent
@@ -27,6 +26,7 @@ from relay.clients.pings import Pings
 from relay.clients.places import Places
 from relay.clients.reception import Reception
 from relay.clients.speech import Speech
+from relay.dataclass import dataclass
 from relay.mistakes import Mistake
 from relay.options import Options
 from relay.transfer.eviction import Eviction

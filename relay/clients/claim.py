@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+
+from relay.dataclass import dataclass
 
 _LAYOUT = struct.Struct("!?BB")  # whether it is local, lengths of the two addresses
 

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from relay.clients.masks import mask_function
+from relay.dataclass import dataclass, field
 
 Buffer = bytes | bytearray | memoryview
 Payload = bytes | memoryview

@@ -11,7 +11,6 @@ import errno
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 from relay.clients import frames
 from relay.clients.bounds import Bound
@@ -25,6 +24,7 @@ from relay.clients.places import Places
 from relay.clients.proxy_header import write_proxy_header
 from relay.clients.speech import Ending
 from relay.clients.upstream import Address, Upstream
+from relay.dataclass import dataclass
 from relay.options import Options
 
 CONNECT_SECONDS = 3.0
@@ -41,7 +41,7 @@ class Call:
     untried: list[Address]
     address: Address | None = None
     sock: socket.socket | None = None
-    watcher: Watcher | None = field(default=None)
+    watcher: Watcher | None = None
     why: Bound = Bound.UPSTREAM
     """What keeps its client from being carried, when no address is left to try."""
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import enum
 import re
-from dataclasses import dataclass
+
+from relay.dataclass import dataclass
 
 OK = b"ok\n"
 """What both sides read when they have met."""

@@ -7,7 +7,6 @@ the hub and must not wait.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Protocol
 
 from relay.clients.bounds import Bound
@@ -18,6 +17,7 @@ from relay.clients.iteration import Iteration
 from relay.clients.pings import Pings
 from relay.clients.places import Places
 from relay.clients.waiting_room import WaitingRoom
+from relay.dataclass import replace
 from relay.options import Options
 
 

@@ -23,10 +23,10 @@ import enum
 import functools
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 
 from relay.clients.sources import canonical
+from relay.dataclass import dataclass
 
 LONGEST_LINE = 107
 """Bytes in the longest header of version 1, its end of line included (section 2.1)."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 from relay.clients.bounds import Bound
@@ -21,6 +20,7 @@ from relay.clients.iteration import Iteration
 from relay.clients.origins import Origins
 from relay.clients.places import Places
 from relay.clients.speech import PLAIN, Speech
+from relay.dataclass import replace
 from relay.options import Options
 
 

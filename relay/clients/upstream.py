@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import socket
 import time
-from dataclasses import dataclass
 from typing import Any
 
+from relay.dataclass import dataclass
 from relay.mistakes import Mistake
 
 AVOIDED_SECONDS = 5.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from relay.clients import frames
@@ -15,6 +14,7 @@ from relay.clients.handshake import OK, Handshake, Refusal, read_handshake
 from relay.clients.line import MOST_IDLE_FRAMES, Line
 from relay.clients.speech import UNDECIDED, Either, Ending, Speaker, Speech
 from relay.clients.websocket import LONGEST_HEAD, Answer, Outcome, RequestHead
+from relay.dataclass import replace
 
 if TYPE_CHECKING:
     from relay.clients.pings import Pings

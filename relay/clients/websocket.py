@@ -16,7 +16,8 @@ import binascii
 import enum
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+
+from relay.dataclass import dataclass
 
 try:
     # As `random` does with _sha512: hashlib would load all of OpenSSL for it, 3.6 MB in each worker.

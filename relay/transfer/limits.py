@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import gevent
 
 from relay.clients.bounds import Bound
+from relay.dataclass import dataclass
 from relay.transfer.ending import Pumps
 from relay.transfer.pace import Pace
 from relay.transfer.turns import Turns

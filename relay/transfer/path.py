@@ -23,8 +23,9 @@ import struct
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final, Literal
+
+from relay.dataclass import dataclass
 
 LEAST_BYTES: Final = 1_000_000
 """A smaller transfer is over before its paths show what they are."""

@@ -14,8 +14,8 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from dataclasses import dataclass
 
+from relay.dataclass import dataclass
 from relay.process.fd_limit import fd_limit
 
 PIPE_BYTES = 1 << 20

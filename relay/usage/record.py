@@ -5,8 +5,9 @@ Pure: no clock, no file, no thread. Whatever is written about a client passes th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+from relay.dataclass import dataclass
 
 Mood = Literal["happy", "lonely", "errory"]
 

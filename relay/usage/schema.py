@@ -11,9 +11,9 @@ import sqlite3
 import stat
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final, TypeVar
 
+from relay.dataclass import dataclass
 from relay.usage.folder import BESIDE, AsItWas, alone_in, can_be_flushed, check_link, check_writable, why_refused
 from relay.usage.sqlite_trouble import damaged, trouble_of
 from relay.usage.trouble import LOCKED_PATIENCE, Trouble, UsageError

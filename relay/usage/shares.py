@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
+from relay.dataclass import dataclass
 from relay.usage import lifeline, told
 from relay.usage.processes import UNKNOWN_BOOT, is_ending, is_living, is_of_another_boot, process_start
 from relay.usage.record import Current

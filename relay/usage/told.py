@@ -16,8 +16,9 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
+
+from relay.dataclass import dataclass, field
 
 if TYPE_CHECKING:  # SQLite takes 1.5 MB, and a relay without a database does without it
     import sqlite3

@@ -7,9 +7,9 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final
 
+from relay.dataclass import dataclass
 from relay.usage import schema
 from relay.usage.sqlite_trouble import damaged
 from relay.usage.trouble import LOCKED_PATIENCE, Trouble

@@ -27,9 +27,9 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from relay.dataclass import asdict, dataclass, field
 from relay.transfer.state import PairState, PumpState
 
 LANGUAGE = 6

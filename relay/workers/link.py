@@ -16,12 +16,12 @@ import struct
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import gevent
 
 from relay.clients.client import Client
+from relay.dataclass import dataclass
 from relay.transfer.pair import Pair
 from relay.workers.language import (
     CLIENT_BYTES,

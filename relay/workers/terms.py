@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from typing import Final
 
+from relay.dataclass import asdict
 from relay.options import Options
 
 NETWORK = "network namespace"
@@ -69,9 +69,9 @@ _WRITTEN: Final[Mapping[str, Callable[[Options], object]]] = {
 def terms_of(options: Options) -> dict[str, str]:
     """The terms of this worker; for an option its value as an operator would write it, “none” without."""
     terms = {
-        _NAMED.get(field.name) or "--" + field.name.replace("_", "-"): _write(field.name, options)
-        for field in fields(Options)
-        if field.name not in MAY_DIFFER
+        _NAMED.get(name) or "--" + name.replace("_", "-"): _write(name, options)
+        for name in asdict(options)
+        if name not in MAY_DIFFER
     }
     for name, kind in _NAMESPACES.items():
         try:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from relay.cli import USAGE
+from relay.dataclass import replace
 from relay.options import Options
 from relay.workers.terms import CLOCKS, MAY_DIFFER, NETWORK, PROCESSES, disagreement, terms_of
 from tests.support.harness import CHECKOUT, Relay, Workers, free_port
@@ -100,26 +100,25 @@ def test_bounds_of_another_size_are_a_disagreement() -> None:
 OTHERWISE = {"bool": True, "int | None": 7, "str | None": "other", "tuple[int, str] | None": (7, "::1")}
 """By the type of an option, a value that is not its default."""
 
-TERMS_OF_OPTIONS = [field for field in fields(Options) if field.name not in MAY_DIFFER]
+TERMS_OF_OPTIONS = {name: kind for name, kind in Options.__annotations__.items() if name not in MAY_DIFFER}
 
 SHOWN_OR_CHECKED = {"--check", "--help", "--version", "--websocket-url"}
 """Options of the command line that no worker runs with."""
 
 
-@pytest.mark.parametrize("name", [field.name for field in TERMS_OF_OPTIONS])
+@pytest.mark.parametrize("name", TERMS_OF_OPTIONS)
 def test_every_option_is_a_term_unless_it_is_named_as_one_that_may_differ(name: str) -> None:
-    (kind,) = (str(field.type) for field in TERMS_OF_OPTIONS if field.name == name)
     usual = terms_of(Options())
-    other = terms_of(replace(Options(), **{name: OTHERWISE[kind]}))  # type: ignore[arg-type]
+    other = terms_of(replace(Options(), **{name: OTHERWISE[TERMS_OF_OPTIONS[name]]}))  # type: ignore[arg-type]
     assert disagreement(usual, other) is not None
 
 
 def test_what_may_differ_are_options() -> None:
-    assert MAY_DIFFER.keys() <= {field.name for field in fields(Options)}
+    assert MAY_DIFFER.keys() <= Options.__annotations__.keys()
 
 
 def test_no_option_of_the_command_line_is_anything_else() -> None:
-    known = {"--" + field.name.replace("_", "-") for field in fields(Options)} | SHOWN_OR_CHECKED | {"--log-stdout"}
+    known = {"--" + name.replace("_", "-") for name in Options.__annotations__} | SHOWN_OR_CHECKED | {"--log-stdout"}
     written = set(re.findall(r"^  (?:-\w, )?(--[a-z-]+)", USAGE, re.MULTILINE))
     assert len(written) > 30
     assert written <= known
