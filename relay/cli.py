@@ -159,6 +159,7 @@ def _serve(options: Options, log: OwnLog) -> None:
     from relay.server import Relay
     from relay.usage.recorder import UsageError, open_recorder
 
+    gevent.config.format_context = "builtins.repr"  # its own choice, pprint, imports inspect and dataclasses: 1 MB
     hub = gevent.get_hub()
     if hub.loop.backend != "epoll":  # refused, and libev has taken something else, which not all of this can live with
         raise _cannot_do_without(OSError(0, "epoll_create1"))
