@@ -8,6 +8,7 @@ it ends for a newcomer.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import socket
 import time
 from collections import Counter, OrderedDict
@@ -28,7 +29,7 @@ KINDS = ("bad_handshake", "left_before_handshake", "impatient", "no_partner", "l
 """How a connection can end without a partner: what it said was no handshake, or came too late; it left before one; it
 spoke before it was told ok; no partner came, or another of its side was matched; it left while it waited."""
 
-_scrap = bytearray(1 << 16)
+_scrap = mmap.mmap(-1, 1 << 16, mmap.MAP_PRIVATE)  # takes memory as it fills
 
 
 def kind_of(ending: Ending) -> str:

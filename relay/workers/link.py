@@ -11,6 +11,7 @@ import array
 import contextlib
 import errno
 import math
+import mmap
 import socket
 import struct
 import time
@@ -60,7 +61,7 @@ _LASTING = (errno.EBADF, errno.EMSGSIZE)
 
 _ANCILLARY_BYTES = socket.CMSG_SPACE(CLIENTS_PER_PACKET * array.array("i").itemsize)
 
-_buffer = bytearray(LARGEST_PACKET)
+_buffer = mmap.mmap(-1, LARGEST_PACKET, mmap.MAP_PRIVATE)  # takes memory as it fills: most packets are a few bytes
 _view = memoryview(_buffer)
 
 
