@@ -18,7 +18,8 @@ in which order to read it:
 ====================  =================================================================================
 
 Imports run downwards only: `server`, `workers`, `transfer`, `clients`, the records of `usage`; `process/`,
-`options`, `mistakes` and `dataclass` are below all. (``make lint`` checks it.) A part that needs something above it is given it.
+`options`, `mistakes` and `dataclass` are below all. (``make lint`` checks it.) A part that needs something above it
+is given it.
 Pure modules know no sockets and no gevent. Nothing is monkey-patched: the threads of `usage` are real ones.
 """
 

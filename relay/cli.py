@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from relay import __version__
 from relay.clients.trusted_proxies import TrustedProxies
-from relay.clients.upstream import split_targets
 from relay.mistakes import Mistake
 from relay.options import Options
 from relay.preflight import check, check_log_fd
@@ -316,6 +315,8 @@ def _upstream(given: dict[str, Any]) -> str | None:
         if given["--send-proxy"]:
             raise Mistake("--send-proxy: it is for a gateway; give --upstream, too")
         return None
+    from relay.clients.upstream import split_targets  # not before: few relays are gateways
+
     split_targets(text)
     if given["--websocket"] is None:
         raise Mistake(f"--upstream {text}: a gateway is for WebSocket clients; give --websocket, too")

@@ -14,7 +14,6 @@ from relay.clients.congestion import check_congestion_control
 from relay.clients.listening import check_interface
 from relay.mistakes import Mistake
 from relay.options import Options
-from relay.workers.run_dir import check_run_dir
 
 
 def check(options: Options, closed: Collection[int] = ()) -> None:
@@ -26,6 +25,8 @@ def check(options: Options, closed: Collection[int] = ()) -> None:
     """
     check_log_fd(options, closed)
     if options.run_dir is not None:
+        from relay.workers.run_dir import check_run_dir  # not before: see `relay.server`
+
         check_run_dir(options.run_dir)
     if options.usage_db is not None:
         _check_database(options.usage_db)

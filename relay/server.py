@@ -36,13 +36,11 @@ from relay.usage.record import Current, Record
 from relay.usage.recorder import Recorder
 from relay.usage.told import Description
 from relay.workers.departure import Departure
-from relay.workers.household import Household
-from relay.workers.run_dir import RunDir
 from relay.workers.telling import Telling
-from relay.workers.terms import terms_of
 
 if TYPE_CHECKING:
     from relay.clients.health_port import HealthPort
+    from relay.workers.household import Household
 
 CURRENT_SECONDS = 300.0
 """How often the `current` table is refreshed when nothing else does it."""
@@ -128,6 +126,11 @@ class Relay:
         return Gateway(loop, *parts, self.pairs.carry)
 
     def _make_household(self, run_dir: str) -> Household:
+        # Not before: a worker that is alone has 0.5 MB more without them.
+        from relay.workers.household import Household
+        from relay.workers.run_dir import RunDir
+        from relay.workers.terms import terms_of
+
         return Household(
             RunDir(run_dir),
             terms_of(self.options),

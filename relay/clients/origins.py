@@ -12,12 +12,13 @@ and not for long.
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
+from functools import partial
 
 from relay.clients.claim import Claim
 from relay.clients.client import Client, Recorded
 from relay.clients.forwarded_for import named_client
 from relay.clients.places import Places, is_own
-from relay.clients.proxied import Proxied
 from relay.clients.sources import is_same
 from relay.clients.speech import Speech
 from relay.clients.trusted_proxies import TrustedProxies
@@ -38,7 +39,11 @@ class Origins:
 
     def __init__(self, options: Options, places: Places) -> None:
         self._trusted = TrustedProxies(options.trusted_proxies)
-        self._header_required = options.proxy_protocol
+        self._proxied: Callable[[str, Speech], Speech] = lambda host, speech: speech
+        if self._trusted:
+            from relay.clients.proxied import Proxied  # not before: few relays stand behind proxies
+
+            self._proxied = partial(Proxied, required=options.proxy_protocol)
         self._places = places
         self._unnamed: dict[Client, None] = {}  # in the order in which they came
 
@@ -56,7 +61,7 @@ class Origins:
         self._places.take(source)
         client = Client(sock)
         client.source = source
-        client.speech = Proxied(host, speech, required=self._header_required) if trusted else speech
+        client.speech = self._proxied(host, speech) if trusted else speech
         if own or trusted:
             client.recorded = Recorded.WITH_A_BYTE
         if is_surplus:

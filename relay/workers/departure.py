@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from gevent.event import Event
 
@@ -20,7 +21,9 @@ from relay.clients.places import Places
 from relay.clients.reception import Reception
 from relay.transfer.pairs import Pairs
 from relay.transfer.slices import in_slices
-from relay.workers.household import Household
+
+if TYPE_CHECKING:
+    from relay.workers.household import Household
 
 HANDING_SECONDS = 2.5
 """How long a worker goes on after its grace if by then the others have room for everything."""
