@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from relay.usage.folder import alone_in, can_be_flushed
 from relay.usage.record import Current, Record, blur, blur_size
 from relay.usage.rows import Row
 from relay.usage.shares import Shares
+from relay.usage.sqlite import sqlite3
 from relay.usage.sqlite_trouble import damaged, trouble_of
 from relay.usage.told import Description, Histograms
 from relay.usage.trouble import LOCKED_PATIENCE, Trouble

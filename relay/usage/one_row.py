@@ -7,13 +7,13 @@ told: `all_time` from the rows of `usage`, `current` from the workers' shares; `
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
 from typing import Final
 
 from relay.usage.record import Current
 from relay.usage.rows import Row
 from relay.usage.schema import ONE_ROW_TABLES
+from relay.usage.sqlite import sqlite3
 
 # The numbers of each table; that of `refreshed` may be null.
 _SUMS: Final = ("bytes", "connections", "mood_happy", "mood_lonely", "mood_errory")

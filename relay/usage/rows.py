@@ -11,11 +11,12 @@ The program that imports a Twisted relay's records numbers its rows in the same 
 from __future__ import annotations
 
 import os
-import sqlite3
 import struct
 from collections.abc import Sequence
 from itertools import chain
 from typing import Final
+
+from relay.usage.sqlite import sqlite3
 
 Row = tuple[float, float, "float | None", int, str]
 """started, total_time, waiting_time, bytes, result."""

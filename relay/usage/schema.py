@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sqlite3
 import stat
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Final, TypeVar
 
 from relay.dataclass import dataclass
 from relay.usage.folder import BESIDE, AsItWas, alone_in, can_be_flushed, check_link, check_writable, why_refused
+from relay.usage.sqlite import sqlite3
 from relay.usage.sqlite_trouble import damaged, trouble_of
 from relay.usage.trouble import LOCKED_PATIENCE, Trouble, UsageError
 from relay.usage.write_ahead_log import WriteAheadLog

@@ -7,7 +7,6 @@ without one is of a worker of an earlier version, or of one that cannot have one
 from __future__ import annotations
 
 import os
-import sqlite3
 from collections.abc import Callable
 from typing import Final
 
@@ -15,6 +14,7 @@ from relay.dataclass import dataclass
 from relay.usage import lifeline, told
 from relay.usage.processes import UNKNOWN_BOOT, is_ending, is_living, is_of_another_boot, process_start
 from relay.usage.record import Current
+from relay.usage.sqlite import sqlite3
 from relay.usage.told import Description
 from relay.usage.trouble import Trouble
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import sqlite3
 from typing import Final
 
+from relay.usage.sqlite import sqlite3
 from relay.usage.trouble import LOCKED_PATIENCE, Trouble
 
 _BEGINNING_BYTES: Final = 1 << 16

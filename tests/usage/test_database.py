@@ -310,7 +310,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> type[_FailingConnection]:
         )
         return real(database, uri=uri, isolation_level=isolation_level, timeout=timeout, factory=factory)
 
-    monkeypatch.setattr(sqlite3, "connect", connect)
+    monkeypatch.setattr("relay.usage.sqlite.sqlite3.connect", connect)
     monkeypatch.setattr(_FailingConnection, "fails_before", "")
     monkeypatch.setattr(_FailingConnection, "fails_after", "")
     return _FailingConnection
@@ -553,7 +553,7 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
         connection: sqlite3.Connection = real(*arguments, **keywords)
         return connection
 
-    monkeypatch.setattr(sqlite3, "connect", connect)
+    monkeypatch.setattr("relay.usage.sqlite.sqlite3.connect", connect)
 
 
 @pytest.mark.usefixtures("slow_disk")

@@ -162,7 +162,7 @@ def test_blurred_rows_whose_commit_is_in_doubt_are_neither_lost_nor_doubled(
         )
         return connection
 
-    monkeypatch.setattr(sqlite3, "connect", connect)
+    monkeypatch.setattr("relay.usage.sqlite.sqlite3.connect", connect)
     with recording(tmp_path / "db", blur=60) as recorder:
         record_in_order(recorder, 1)
         wait_for_rows(tmp_path / "db", 1)
