@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import sys
@@ -14,6 +13,7 @@ from relay.clients.trusted_proxies import TrustedProxies
 from relay.mistakes import Mistake
 from relay.options import Options
 from relay.preflight import check, check_log_fd
+from relay.process import log
 from relay.process.fd_limit import fd_limit, raise_fd_limit
 from relay.process.program import NotUnderstood, fail, get_ready, read_command_line
 from relay.process.signals import be_ready_for_signals, end_by_signal
@@ -116,8 +116,6 @@ SIGN_OFF_SECONDS = 1.0
 
 W = TypeVar("W", int, None)
 
-logger = logging.getLogger("relay")
-
 _ENDPOINT = re.compile(r"tcp:(\d+)(?::interface=((?:[^:\\]|\\.)+))?")
 
 
@@ -138,20 +136,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             check(options, closed)
             return
         check_log_fd(options, closed)
-        log = _log_to_stderr()
+        own_log = _log_to_stderr()
         try:
             if complaint:
-                logger.warning("%s", complaint)
-            _serve(options, log)
+                log.tell(complaint)
+            _serve(options, own_log)
         finally:
-            log.finish(LOG_SECONDS)
+            own_log.finish(LOG_SECONDS)
     except Mistake as mistake:
         fail("relay-gevent", mistake)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _serve(options: Options, log: OwnLog) -> None:
+def _serve(options: Options, own_log: OwnLog) -> None:
     # gevent and what builds on it is imported only now: --help and a mistake need not wait for it.
     import gevent
 
@@ -162,7 +160,7 @@ def _serve(options: Options, log: OwnLog) -> None:
     hub = gevent.get_hub()
     if hub.loop.backend != "epoll":  # refused, and libev has taken something else, which not all of this can live with
         raise _cannot_do_without(OSError(0, "epoll_create1"))
-    hub.exception_stream = log
+    hub.exception_stream = own_log
     try:
         relay = Relay(options)
     except OSError as error:
@@ -177,7 +175,7 @@ def _serve(options: Options, log: OwnLog) -> None:
                 log_fd=options.log_fd,
                 blur_seconds=options.blur_usage,
                 current=relay.current,
-                warn=logger.warning,
+                warn=log.tell,
                 describe=relay.describe,
             )
         except UsageError as error:
@@ -197,7 +195,7 @@ def _serve(options: Options, log: OwnLog) -> None:
     finally:
         relay.close()
     recorder.close(RECORDS_SECONDS)
-    logger.info("stopped")
+    log.tell("stopped")
 
 
 def _cannot_do_without(error: OSError) -> Mistake:
@@ -211,14 +209,14 @@ def _cannot_do_without(error: OSError) -> Mistake:
 def _log_to_stderr() -> OwnLog:
     """Send the log to stderr, a line each: what it holds is starting, stopping and what goes wrong."""
     try:
-        log = OwnLog()
+        own_log = OwnLog()
     except RuntimeError:
         raise Mistake(
             "the system lets this process have no further thread; raise its limit of processes (ulimit -u, or pids.max "
             "of its cgroup)"
         ) from None
-    logging.basicConfig(handlers=[log], level=logging.INFO)
-    return log
+    log.send_to(own_log.write)
+    return own_log
 
 
 def read_options(arguments: Sequence[str]) -> Options:

@@ -6,7 +6,6 @@ It decides nothing about a single client. Newcomers come through the `door` to t
 
 from __future__ import annotations
 
-import logging
 import math
 import socket
 import time
@@ -29,6 +28,7 @@ from relay.clients.speech import Speech
 from relay.dataclass import dataclass
 from relay.mistakes import Mistake
 from relay.options import Options
+from relay.process import log
 from relay.transfer.eviction import Eviction
 from relay.transfer.pairs import Pairs
 from relay.transfer.slices import in_slices
@@ -49,8 +49,6 @@ TICK_SECONDS = 1.0
 
 MOST_MISTAKES = 100
 """So often in a second is gone on after a mistake of ours with one of those whose time has come."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,19 +242,19 @@ class Relay:
         self._current_greenlet = gevent.spawn(self._keep_current_fresh)
         self._door.start()
         address, port = ports.plain.getsockname()[:2]
-        logger.info("listening on %s port %d", address, port)
+        log.tell("listening on %s port %d", address, port)
         if ports.web is not None:
             assert self._door.twin is not None
             self._door.twin.start()
             address, port = ports.web.getsockname()[:2]
         if ports.web is not None or ports.shared:
-            logger.info("WebSocket on %s port %d", address, port)
+            log.tell("WebSocket on %s port %d", address, port)
         elif upstream is not None:
-            logger.info("WebSocket on %s port %d, carried to %s", address, port, upstream)
+            log.tell("WebSocket on %s port %d, carried to %s", address, port, upstream)
         if self._health is not None:
             self._health.start()
             address, port = self._health.address[:2]
-            logger.info("health checks on %s port %d", address, port)
+            log.tell("health checks on %s port %d", address, port)
         if self._household is not None:
             self._household.open(self._door, ports.plain, ports.web)
 
@@ -318,7 +316,7 @@ class Relay:
         self._close_door()
         self._tick.stop()
         for line in self._bounds_met.lines(math.inf):
-            logger.warning("%s", line)
+            log.tell(line)
         self._eviction.close()
         for greenlet in (self._current_greenlet, self._due_are_looked_after):
             if greenlet is not None:
@@ -326,7 +324,7 @@ class Relay:
         if self._household is not None:
             self._household.close()
         if self.pairs:
-            logger.warning("cutting off %d transfers that have not finished", len(self.pairs))
+            log.tell("cutting off %d transfers that have not finished", len(self.pairs))
         self.pairs.cut_off()
         self._matching.cut_off()
         self._reception.cut_off()
@@ -368,7 +366,7 @@ class Relay:
         if not self._stopping:
             self._eviction.every_second()
         for line in self._bounds_met.lines(now):
-            logger.warning("%s", line)
+            log.tell(line)
         self._telling.every_second(now)
 
     def _look_after_who_is_due(self) -> None:
@@ -406,6 +404,6 @@ def _go_well(steps: Iterator[None]) -> bool:
         for _ in in_slices(steps):
             pass
     except Exception:  # whatever it is, all the others would wait for their ends, or for a ping, until it is mended
-        logger.exception("a mistake with one of those whose time has come; going on with the others")
+        log.tell_mistake("a mistake with one of those whose time has come; going on with the others")
         return False
     return True

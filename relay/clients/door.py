@@ -13,7 +13,6 @@ else to be quicker stops, and every now and then each looks whether somebody sta
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import select
 import socket
@@ -27,6 +26,7 @@ from relay.clients.bounds import Bound
 from relay.clients.congestion import choose_congestion_control
 from relay.clients.listening import prepare, resolve, set_option, wrong_interface
 from relay.mistakes import Mistake
+from relay.process import log
 
 BACKLOG = 4096
 """Connections that may wait to be accepted; the kernel cuts it to ``net.core.somaxconn``."""
@@ -49,8 +49,6 @@ FULL_PAUSE_SECONDS = 1.0
 unless one of ours is closed before."""
 
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-
-logger = logging.getLogger(__name__)
 
 
 def open_port(
@@ -283,7 +281,7 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
             self._note(Bound.EXHAUSTED)
         elif not self._is_refused:
             self._is_refused = True
-            logger.warning("the system lets nobody in (%s); new connections wait until it does", error.strerror)
+            log.tell("the system lets nobody in (%s); new connections wait until it does", error.strerror)
         self.stop_accepting()
         if self.shared and self._pass_on():
             self._has_turn = False

@@ -4,20 +4,18 @@ that a gateway makes itself (tcp(7), socket(7))."""
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import socket
 from typing import Any
 
 from relay.clients.congestion import pace
 from relay.mistakes import Mistake
+from relay.process import log
 
 KEEPALIVE_IDLE_SECONDS = 60
 KEEPALIVE_PROBES = 6
 KEEPALIVE_PROBE_SECONDS = 20
 """A peer that is silent for so long, and then for so many probes so far apart, is dead: three minutes in all."""
-
-logger = logging.getLogger(__name__)
 
 
 def prepare(sock: socket.socket) -> None:
@@ -36,7 +34,7 @@ def set_option(sock: socket.socket, level: int, option: int, value: int) -> None
     try:
         sock.setsockopt(level, option, value)
     except OSError as error:
-        logger.info("the kernel refuses a socket option (%s); the relay goes on with its default", error.strerror)
+        log.tell("the kernel refuses a socket option (%s); the relay goes on with its default", error.strerror)
 
 
 def resolve(interface: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:

@@ -3,6 +3,7 @@
 =============  ========================================================================================
 `program`      what every program here does around its own work, whatever it was started with
 `signals`      what each signal means to a worker
+`log`          the lines that it tells the operator
 `fd_limit`     how many file descriptors this process may have
 `shown`        the name of a file for people and programs to read
 `temporary`    a folder for what a program needs for a moment

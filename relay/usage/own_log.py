@@ -7,12 +7,13 @@ lost, and counted.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
 from queue import SimpleQueue
 from typing import Final
+
+from relay.process import log
 
 MOST_LINES: Final = 1000
 """Lines that are kept while the log's reader stands still; further ones are lost."""
@@ -20,47 +21,32 @@ MOST_LINES: Final = 1000
 STDERR: Final = 2
 
 
-class OwnLog(logging.Handler):
-    """Queues lines, and writes them to a file descriptor.
+class OwnLog:
+    """Queues what is told, and writes it to a file descriptor.
 
     Args:
         fd: where to; errors of writing are nobody's business, since there is nowhere to tell them.
     """
 
     def __init__(self, fd: int = STDERR) -> None:
-        super().__init__()
-        self.setFormatter(
-            logging.Formatter("%(asctime)s relay-gevent[%(process)d] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-        )
         self._fd = fd
         self._queue: SimpleQueue[bytes | None] = SimpleQueue()
         self._lost = 0
         self._thread = threading.Thread(target=self._write, name="writer of the log", daemon=True)
         self._thread.start()
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Queue the line, or what was logged with a traceback; never waits."""
+    def write(self, text: str) -> None:
+        """Queue `text`: a line, a traceback, or what others print; never waits."""
         if self._queue.qsize() >= MOST_LINES:
             self._lost += 1
             return
         if self._lost:
             lost, self._lost = self._lost, 0
-            self._put(
-                logging.makeLogRecord(
-                    {**record.__dict__, "msg": f"{lost} lines are lost: nobody read them", "args": (), "exc_info": None}
-                )
-            )
-        self._put(record)
+            self._put(log.line(f"{lost} lines are lost: nobody read them"))
+        self._put(text)
 
-    def write(self, text: str) -> None:
-        """Queue `text` as it is: for tracebacks that others print."""
-        if self._queue.qsize() >= MOST_LINES:
-            self._lost += 1
-            return
+    def _put(self, text: str) -> None:
         self._queue.put(text.encode(errors="backslashreplace"))
-
-    def _put(self, record: logging.LogRecord) -> None:
-        self._queue.put(f"{self.format(record)}\n".encode(errors="backslashreplace"))
 
     def _write(self) -> None:
         while (line := self._queue.get()) is not None:

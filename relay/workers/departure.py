@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from gevent.event import Event
 from relay.clients.matching import Matching
 from relay.clients.places import Places
 from relay.clients.reception import Reception
+from relay.process import log
 from relay.transfer.pairs import Pairs
 from relay.transfer.slices import in_slices
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 HANDING_SECONDS = 2.5
 """How long a worker goes on after its grace if by then the others have room for everything."""
-
-logger = logging.getLogger(__name__)
 
 
 class Departure:
@@ -107,7 +105,7 @@ class Departure:
         if self._grace_ends is None:
             self._grace_ends = time.monotonic() + self._grace
             lack = "; the other workers have no room for them" if has_siblings else ""
-            logger.info("stopping: %d transfers have %g seconds to finish%s", len(self._pairs), self._grace, lack)
+            log.tell("stopping: %d transfers have %g seconds to finish%s", len(self._pairs), self._grace, lack)
         if not has_siblings and not self._given_up and not self._hopes():
             self._give_up()
         return False

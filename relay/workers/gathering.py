@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import socket
@@ -13,6 +12,7 @@ from typing import Any
 import gevent
 
 from relay.mistakes import Mistake
+from relay.process import log
 from relay.workers.language import Greeting
 from relay.workers.link import Link
 from relay.workers.run_dir import RunDir, same_user
@@ -25,8 +25,6 @@ KNOCK_SECONDS = 0.5
 
 VISIT_SECONDS = 1.0
 """How long it waits at the door of each."""
-
-logger = logging.getLogger(__name__)
 
 
 class Gathering:
@@ -161,7 +159,7 @@ class Gathering:
         self._own_socket.close()
         self._own_socket = own_socket
         self.open()
-        logger.warning("made our socket in %s again; somebody had removed it", self._run_dir.path)
+        log.tell("made our socket in %s again; somebody had removed it", self._run_dir.path)
         return True
 
     def _stop_visits(self) -> None:

@@ -8,7 +8,6 @@ connections, in `relay.clients.door`; what becomes of all that, whoever is `AtHo
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import time
@@ -19,6 +18,7 @@ import gevent
 
 from relay import __version__
 from relay.mistakes import Mistake
+from relay.process import log
 from relay.workers.estate import Estate
 from relay.workers.gathering import Gathering
 from relay.workers.language import (
@@ -58,8 +58,6 @@ having been stopped ourselves we must not take everybody else for dead."""
 
 SETTLE_SECONDS = 0.02
 """How often to look whether nothing is under way any more."""
-
-logger = logging.getLogger(__name__)
 
 
 class AtHome(Receiver, Protocol):
@@ -140,9 +138,7 @@ class Siblings:
             link.say(encode_still_here(self._at_home.standing()))
         self._gathering.unlock()
         pids = ", ".join(str(link.pid) for link in self._greeted())
-        logger.info(
-            "joined the relay in %s: %s", self._run_dir.path, f"siblings {pids}" if pids else "the first worker"
-        )
+        log.tell("joined the relay in %s: %s", self._run_dir.path, f"siblings {pids}" if pids else "the first worker")
         self._change()
 
     def leave(self) -> None:
@@ -186,7 +182,7 @@ class Siblings:
     def _tell_what_was_handed_on(self, link: Link) -> None:
         if self.leaving and link.handed_something:
             counts = (link.pid, link.handed_clients, link.handed_pairs)
-            logger.info("handed to worker %d: clients without a partner %d, transfers %d", *counts)
+            log.tell("handed to worker %d: clients without a partner %d, transfers %d", *counts)
 
     def _new_link(self, sock: socket.socket, pid: int, opened_by_sibling: bool) -> Link:
         link = Link(self, sock, pid, opened_by_sibling=opened_by_sibling)
@@ -263,7 +259,7 @@ class Siblings:
                 return
             if link.silent:
                 link.silent = False
-                logger.info("worker %d answers again", link.pid)
+                log.tell("worker %d answers again", link.pid)
                 self._change()
             self._heard_sibling(link, packet, fds)
         except Misunderstood as error:
@@ -283,7 +279,7 @@ class Siblings:
             self.lost(link)
             return
         if greeting.language != LANGUAGE:
-            logger.warning(
+            log.tell(
                 "worker %d is relay-gevent %s, which speaks another language: each finishes what it holds by itself",
                 link.pid,
                 greeting.version,
@@ -327,7 +323,7 @@ class Siblings:
         elif kind == READY:
             link.ready = True
             link.say(encode_still_here(self._at_home.standing()))  # or it would know only in a second what room we have
-            logger.info("worker %d has joined", link.pid)
+            log.tell("worker %d has joined", link.pid)
             self._change()
         elif kind == LEAVING:
             link.leaving = True
@@ -355,7 +351,7 @@ class Siblings:
         parcels = link.take_back_unsent() + link.take_back()
         link.close()
         if link.ready:
-            logger.info("worker %d has left" if link.leaving else "worker %d has died", link.pid)
+            log.tell("worker %d has left" if link.leaving else "worker %d has died", link.pid)
         self._tell_what_was_handed_on(link)
         self._change()
         self._parcels.have_back(parcels)
@@ -399,7 +395,7 @@ class Siblings:
     def _pass_over(self, link: Link) -> None:
         if not link.silent:
             link.silent = True
-            logger.warning("worker %d does not answer; its siblings do without it until it does", link.pid)
+            log.tell("worker %d does not answer; its siblings do without it until it does", link.pid)
             self._change()
         self._parcels.have_back(link.take_back_unsent() + link.take_back(older_than=PARCEL_LOST_SECONDS))
 
@@ -407,4 +403,4 @@ class Siblings:
         """Log a warning, but each only once."""
         if text not in self._warned:
             self._warned.add(text)
-            logger.warning(text, *values)
+            log.tell(text, *values)

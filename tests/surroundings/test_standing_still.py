@@ -95,10 +95,10 @@ def test_lines_that_nobody_reads_are_counted_and_the_others_arrive_when_somebody
     outlet, inlet = os.pipe()
     fcntl.fcntl(inlet, F_SETPIPE_SZ, 4096)
     program = (
-        "import logging; from relay.usage.own_log import MOST_LINES, OwnLog; log = OwnLog();"
-        "logging.basicConfig(handlers=[log], level=logging.INFO);"
-        "[logging.info('line %d', number) for number in range(MOST_LINES + 500)]; print(flush=True);"
-        "import sys; sys.stdin.read(1); logging.info('after'); log.finish(10)"
+        "from relay.process import log; from relay.usage.own_log import MOST_LINES, OwnLog; own_log = OwnLog();"
+        "log.send_to(own_log.write);"
+        "[log.tell('line %d', number) for number in range(MOST_LINES + 500)]; print(flush=True);"
+        "import sys; sys.stdin.read(1); log.tell('after'); own_log.finish(10)"
     )
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
     writer = subprocess.Popen(
