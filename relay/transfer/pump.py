@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import socket
 from collections.abc import Sequence
@@ -54,7 +55,7 @@ splicing, for whatever reason; then copying shows what it is about the connectio
 _SPLICE = getattr(os, "splice", None)
 _FLAGS = getattr(os, "SPLICE_F_MOVE", 1) | getattr(os, "SPLICE_F_NONBLOCK", 2)
 
-_buffer = memoryview(bytearray(COPY_BYTES))  # empty between two turns
+_buffer = memoryview(mmap.mmap(-1, COPY_BYTES, mmap.MAP_PRIVATE))  # empty between two turns; takes memory as it fills
 _NOTHING = memoryview(b"")
 
 
