@@ -231,6 +231,12 @@ def why_missing(peer: Peer) -> str | None:
     return None
 
 
+def compile_relay(checkout: Path) -> None:
+    """Compiles it as pip does when it installs one. Where the environment forbids Python to keep what it has compiled
+    (PYTHONDONTWRITEBYTECODE), each start of a checkout takes half as long again, and 1.3 MB more."""
+    subprocess.run([sys.executable, "-m", "compileall", "-q", str(checkout / "relay")], stdout=subprocess.DEVNULL)
+
+
 def knows_run_dir(peer: Peer) -> bool:
     assert peer.checkout is not None
     shown = subprocess.run(

@@ -16,7 +16,7 @@ from docopt import docopt
 from figures import Figure, Samples, as_text, lines_of, verdicts_of
 from machine import Conditions, describe
 from page import Run, draw_plots, read_run, write_page, write_run
-from peers import Peer, PeerError, Server, why_missing
+from peers import Peer, PeerError, Server, compile_relay, why_missing
 from rows import QUICK, Bench, Case, Group, Scale, groups
 from web_rows import web_groups
 
@@ -143,6 +143,8 @@ def measure_all(choice: Choice, scale: Scale, *, copy: bool, pin: bool, patient:
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as name:
         folder = Path(name)
         program, c_loops = compile_programs(folder)
+        for checkout in choice.checkouts:
+            compile_relay(checkout)
         load = Load(
             program, cpus=",".join(map(str, cpus[1:])) if pinned else None, copies=copy, tries=5 if patient else 1
         )
