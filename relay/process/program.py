@@ -19,10 +19,6 @@ from typing import Any, NoReturn
 
 from relay.mistakes import Mistake
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # Python 3.12 and later have something to say when they compile docopt 0.6.2
-    import docopt
-
 STANDARD_FDS = (0, 1, 2)
 
 
@@ -106,6 +102,9 @@ def read_command_line(usage: str, arguments: Sequence[str], version: str | None 
         NotUnderstood: it is not as `usage` says.
         Mistake: the help cannot be printed.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python 3.12 and later have something to say when they compile docopt 0.6.2
+        import docopt
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
@@ -115,6 +114,8 @@ def read_command_line(usage: str, arguments: Sequence[str], version: str | None 
     except SystemExit:
         say(printed.getvalue())
         raise
+    finally:
+        sys.modules.pop("docopt", None)  # it is needed once
 
 
 def say(text: str) -> None:
