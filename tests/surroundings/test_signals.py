@@ -144,7 +144,7 @@ sys.meta_path.insert(0, Sender())
 """
 """A sitecustomize.py that sends a signal to its own process when a module is about to be imported."""
 
-MOMENTS = ["relay.cli", "relay.process.program", "docopt", "gevent", "relay.server", "relay.usage.database", "sqlite3"]
+MOMENTS = ["relay.cli", "relay.process.program", "docopt", "gevent", "relay.server", "relay.usage.database", "_sqlite3"]
 
 
 def run_with_signal(folder: Path, module: str, number: int, *arguments: str) -> subprocess.CompletedProcess[str]:

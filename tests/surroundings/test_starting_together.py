@@ -56,10 +56,10 @@ def test_a_worker_that_may_not_join_has_signed_off_and_was_never_a_sibling(tmp_p
 def test_a_worker_whose_database_cannot_be_used_was_never_a_sibling(tmp_path: Path) -> None:
     (tmp_path / "refusing").mkdir()
     (tmp_path / "refusing" / "sitecustomize.py").write_text(
-        "import sqlite3\n"
+        "import _sqlite3\n"
         "def refuse(*a, **k):\n"
-        "    raise sqlite3.OperationalError('disk I/O error')\n"
-        "sqlite3.connect = refuse\n"
+        "    raise _sqlite3.OperationalError('disk I/O error')\n"
+        "_sqlite3.connect = refuse\n"
     )
     with Workers(tmp_path, count=1) as workers:
         workers.env = {"PYTHONPATH": f"{tmp_path / 'refusing'}:{CHECKOUT}"}

@@ -237,12 +237,12 @@ def test_a_worker_told_to_stop_while_its_only_sibling_is_still_starting_waits_fo
     (tmp_path / "slow").mkdir()
     # Whoever opens the database late joins late: its siblings know of it, but it is not ready.
     (tmp_path / "slow" / "sitecustomize.py").write_text(
-        "import os, sqlite3, time\nconnect, began = sqlite3.connect, time.monotonic()\n"
+        "import os, _sqlite3, time\nconnect, began = _sqlite3.connect, time.monotonic()\n"
         "def slowly(*a, **k):\n"
         "    open('it opens the database', 'w').close()\n"
         "    while not os.path.exists('it may') and time.monotonic() < began + 4:\n        time.sleep(0.01)\n"
         "    return connect(*a, **k)\n"
-        "sqlite3.connect = slowly\n"
+        "_sqlite3.connect = slowly\n"
     )
     with Workers(tmp_path, count=1) as workers, Crowd(workers.port) as crowd:
         transfers = [start(crowd, 100_000) for _ in range(5)]
