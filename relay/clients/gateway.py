@@ -78,7 +78,7 @@ class Gateway(Matching):
         self._on_reached = on_reached
         self._calls: dict[Client, Call] = {}
 
-    def admit(self, client: Client) -> None:
+    def admit(self, client: Client, *, asks_now: bool = True) -> None:  # the relay upstream judges that
         """Connect upstream for a client whose handshake is whole."""
         if self._judge(client):
             return

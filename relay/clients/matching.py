@@ -111,20 +111,23 @@ class Matching:
         """Who waits for `token`; they may go meanwhile."""
         return self._room.all_for(token)
 
-    def admit(self, client: Client) -> None:
-        """See a client whose handshake is whole to its token's home."""
+    def admit(self, client: Client, *, asks_now: bool = True) -> None:
+        """See a client whose handshake is whole to its token's home; `asks_now` if it is so in this moment."""
         if client.speech.reader is not None and self._judge(client):
             return  # it has said what it wants and left in one breath, and only here is that known
         if self._room.waiting_for(client.token) or not self.elsewhere.sees_home(client):
-            self._meet(client)
+            self._meet(client, asks_now=asks_now)
 
     def readmit(self, client: Client) -> None:
         """The same for one that was under way between workers, and may have left or spoken meanwhile."""
         if not self._judge(client):
-            self.admit(client)
+            self.admit(client, asks_now=False)
 
-    def _meet(self, client: Client) -> None:
+    def _meet(self, client: Client, *, asks_now: bool) -> None:
         """Pair `client`, or let it wait."""
+        if asks_now and not self._room.waiting_for(client.token):
+            self._wait(client)  # whatever was matched, was matched before
+            return
         last_match = self.elsewhere.last_match(client.token)
         if client.asked < last_match:
             self._vacate(client.token)
@@ -140,7 +143,7 @@ class Matching:
                     self._match(partner, client)
                 return
             if not self._room.waiting_for(client.token):
-                self.admit(client)  # nobody is home to it now
+                self.admit(client, asks_now=asks_now)  # nobody is home to it now
                 return
         self._wait(client)
 

@@ -132,7 +132,8 @@ class Pair:
     @property
     def speaks_websocket(self) -> bool:
         """Whether either side does."""
-        return any(pump.reader is not None for pump in self.pumps)
+        there, back = self.pumps
+        return there.reader is not None or back.reader is not None
 
     def be_pinged(self, pings: Pings) -> None:
         """Have the sides that speak WebSocket pinged."""
@@ -154,9 +155,10 @@ class Pair:
 
     def start(self) -> None:
         """Begin to pump, or go on: at rest, until there is much to move."""
-        for pump in self.pumps:
-            pump.resume()
-        if any(pump.waits == TURN for pump in self.pumps):
+        there, back = self.pumps
+        there.resume()
+        back.resume()
+        if there.waits == TURN or back.waits == TURN:
             self._wake()
         else:
             self._go_to_rest()
@@ -248,10 +250,11 @@ class Pair:
         return _events(there, back), _events(back, there)
 
     def _go_to_rest(self) -> None:
-        for pump in self.pumps:
-            pump.put_away()
+        there, back = self.pumps
+        there.put_away()
+        back.put_away()
         self.rest.watch(self)
-        if self.watched == _BOTH_INPUT and not any(pump.discards for pump in self.pumps):
+        if self.watched == _BOTH_INPUT and not (there.discards or back.discards):
             # What was sent a moment ago may be on its way: asking the kernel now is dearer than looking later.
             self.rest.look_at(self, time.monotonic() + ending.until_dead_check())
         else:

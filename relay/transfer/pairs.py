@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -97,11 +96,13 @@ class Pairs:
 
     def glue(self, waited: Client, newcomer: Client) -> None:
         """Make a pair of two clients that match, and tell them so."""
-        first, second = sorted((waited, newcomer), key=lambda client: client.arrived)
+        first, second = (waited, newcomer) if waited.arrived <= newcomer.arrived else (newcomer, waited)
         for client in (waited, newcomer):
             client.stop_listening()
-            with contextlib.suppress(OSError):  # one that has just gone: the pair will see it
+            try:
                 client.sock.send(client.speech.ok())
+            except OSError:
+                pass  # it has just gone: the pair will see it
         self.begin(
             self._new_pair(
                 first.sock,

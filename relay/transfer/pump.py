@@ -254,8 +254,10 @@ class Pump:
     def _end(self) -> None:
         """Pass the source's end of stream on to the sink."""
         self.waits = OVER
-        with contextlib.suppress(OSError):  # the sink has gone; reading from it tells how
+        try:
             self.sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # the sink has gone; reading from it tells how
 
     def pack(self, files: contextlib.ExitStack) -> tuple[PumpState, list[int]]:
         """This pump as it is, for another process, and the file descriptors of what it holds if that is much: of its

@@ -108,11 +108,13 @@ class Buckets:
         finally:
             lockf(self._fd, LOCK_UN, 1, root)
 
-    def drop(self, key: int) -> None:
-        """Own `key` no longer; nothing happens if we do not."""
+    def drop(self, key: int) -> bool:
+        """Own `key` no longer; False, and nothing happens, if we do not."""
         slot = self._find(root_of(key), key)
-        if slot and self._words[slot + _OWNER] == self._me:
-            self._words[slot] = 0
+        if not slot or self._words[slot + _OWNER] != self._me:
+            return False
+        self._words[slot] = 0
+        return True
 
     def fence(self) -> None:
         """Let what we have stored so far be seen by whoever takes a key that we drop from now on."""

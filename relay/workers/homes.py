@@ -133,26 +133,35 @@ class Homes:
         """The process id of a worker that is home to `token`, unless it is this one; None if nobody is, as far as
         can be seen from outside: it may change in this moment."""
         first = self._first_place_of(token)
-        # All but the first are of no use as long as nobody stands still.
-        lately = time.monotonic() - _MOMENT.unpack_from(self._memory, _LAST_FURTHER)[0] < FURTHER_SECONDS
-        for key in range(first, first + PLACES if lately else first + 1):
+        of_use = PLACES if self._further_are_of_use(time.monotonic()) else 1
+        for key in range(first, first + of_use):
             owner = self._buckets.look(key)
             if owner and owner != self._me and self._lives.has(owner):
                 return pid_of(owner)
         return None
 
-    def give_up(self, token: bytes) -> None:
-        """Be home to `token` no longer; nothing happens if we are not."""
+    def _further_are_of_use(self, now: float) -> bool:
+        """Whether places after the first may have an owner: as a rule none has, as long as nobody stands still."""
+        last: float = _MOMENT.unpack_from(self._memory, _LAST_FURTHER)[0]
+        return now - last < FURTHER_SECONDS
+
+    def give_up(self, token: bytes) -> bool:
+        """Be home to `token` no longer; nothing happens if we are not. Whether we were for certain, at its first place:
+        then nobody else was, unless somebody has stood still lately."""
         first = self._first_place_of(token)
-        self._buckets.drop(first)
+        was_ours = self._buckets.drop(first)
         if self._further:
             for key in self._further.pop(first, ()):
                 self._buckets.drop(key)
+        return was_ours
 
-    def note_match(self, token: bytes, when: float) -> None:
-        """Tell all workers that two sides were matched for `token`, at `when` in seconds of CLOCK_MONOTONIC."""
+    def match(self, token: bytes, when: float) -> int | None:
+        """Tell all workers that two sides were matched for `token`, at `when` in seconds of CLOCK_MONOTONIC, and be
+        home to it no longer. What `holder` says then."""
         self._matches.note(self._number_of(token), when)
         self._buckets.fence()
+        was_ours = self.give_up(token)
+        return None if was_ours and not self._further_are_of_use(when) else self.holder(token)
 
     def last_match(self, token: bytes) -> float:
         """When any worker last matched two sides for `token`, as far as that is not forgotten; 0 if it is."""

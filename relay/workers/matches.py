@@ -19,6 +19,8 @@ forgotten: with a thousand pairs a second, of those matched a second ago not one
 
 _MATCH = struct.Struct("=QQ")  # the token's number XOR the next; when, in nanoseconds of CLOCK_MONOTONIC
 _PLACES = struct.Struct(f"={2 * PLACES_OF_A_TOKEN}Q")  # so many of those
+_WORD = 8
+_FIRST_WORDS = range(0, 2 * PLACES_OF_A_TOKEN, 2)  # of the places, where each begins
 
 SIZE = MATCHES * _MATCH.size
 """Bytes of the table; all zeros is an empty one."""
@@ -36,20 +38,22 @@ class Matches:
         nanoseconds = int(when * 1e9)
         first = self.first_place_of(number)
         held = _PLACES.unpack_from(self._memory, first)
-        times = held[1::2]
-        place = times.index(min(times))
-        for own, (mixed, before) in enumerate(zip(held[::2], times, strict=True)):
-            if mixed ^ before == number:
-                place = own
-        _MATCH.pack_into(self._memory, first + place * _MATCH.size, number ^ nanoseconds, nanoseconds)
+        place = 0
+        for word in _FIRST_WORDS:
+            if held[word] ^ held[word + 1] == number:
+                place = word
+                break
+            if held[word + 1] < held[place + 1]:
+                place = word
+        _MATCH.pack_into(self._memory, first + place * _WORD, number ^ nanoseconds, nanoseconds)
 
     def last(self, number: int) -> float:
         """When any worker last matched two sides for a token, as far as that is not forgotten; 0 if it is."""
         held = _PLACES.unpack_from(self._memory, self.first_place_of(number))
         latest = 0  # of several that workers have written at the same time
-        for mixed, nanoseconds in zip(held[::2], held[1::2], strict=True):
-            if mixed ^ nanoseconds == number and nanoseconds > latest:
-                latest = nanoseconds
+        for word in _FIRST_WORDS:
+            if held[word] ^ held[word + 1] == number and held[word + 1] > latest:
+                latest = held[word + 1]
         return latest / 1e9
 
     def first_place_of(self, number: int) -> int:

@@ -82,9 +82,8 @@ class Tokens:
         go another one can be home to it, too; who waits there is a spare."""
         homes = self._estate.homes
         assert homes is not None
-        homes.note_match(token, time.monotonic())
-        self.give_up(token)
-        if self._links and homes.holder(token) is not None:
+        self.uncertain.pop(token, None)
+        if homes.match(token, time.monotonic()) is not None:
             for link in self._links:
                 if link.greeting is not None:
                     link.say(encode_matched(token))

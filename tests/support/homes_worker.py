@@ -63,9 +63,10 @@ class HomesWorker(ToldProcess):
         if self.process.returncode is None:
             self.ask("leave", token)
 
-    def note_match(self, token: str, when: float) -> None:
-        """`Homes.note_match`."""
-        self.ask("note-match", token, repr(when))
+    def match(self, token: str, when: float) -> int | None:
+        """`Homes.match`."""
+        said = self.ask("match", token, repr(when))
+        return None if said == "None" else int(said)
 
     def last_match(self, token: str) -> float:
         """`Homes.last_match`."""
@@ -92,9 +93,9 @@ def _obey(homes: Homes, absent: set[int], command: str, words: list[str]) -> str
         return str(homes.holder(tokens[0]))
     if command == "last-match":
         return repr(homes.last_match(tokens[0]))
-    if command == "note-match":
-        homes.note_match(tokens[0], float(words[1]))
-    elif command == "give-up":
+    if command == "match":
+        return str(homes.match(tokens[0], float(words[1])))
+    if command == "give-up":
         for token in tokens:
             homes.give_up(token)
     elif command == "absent":

@@ -109,6 +109,20 @@ def test_the_holder_is_another_worker_and_never_oneself(start: Start) -> None:
     assert (first.holder(token), second.holder(token)) == (second.pid, None)
 
 
+def test_a_match_gives_the_token_up_and_tells_of_another_home_there_may_be(start: Start) -> None:
+    first, second = start(2)
+    token, contested = new_token(), new_token()
+    first.settle(token)
+    assert first.match(token, time.monotonic()) is None
+    assert second.settle(token) == (second.pid, True)
+    assert first.match(token, time.monotonic()) == second.pid
+    first.settle(contested)
+    second.absent(first.pid)
+    assert second.settle(contested) == (second.pid, False)
+    assert first.match(contested, time.monotonic()) == second.pid, "at a further place"
+    assert second.match(contested, time.monotonic()) is None
+
+
 def test_to_ask_for_the_holder_makes_nobody_home(start: Start, homes: Homes) -> None:
     first, second = start(2)
     token = new_token()
@@ -232,11 +246,11 @@ def test_everybody_knows_when_a_token_was_last_matched(start: Start) -> None:
     token, other = new_token(), new_token()
     assert first.last_match(token) == second.last_match(token) == 0.0
     now = time.monotonic()
-    first.note_match(token, now)
+    first.match(token, now)
     for worker in (first, second, third):
         assert abs(worker.last_match(token) - now) < 1e-6
         assert worker.last_match(other) == 0.0
-    second.note_match(token, now + 1.5)
+    second.match(token, now + 1.5)
     first.kill()
     assert abs(third.last_match(token) - now - 1.5) < 1e-6
     (newcomer,) = start(1)
@@ -247,7 +261,7 @@ def test_a_match_is_forgotten_only_for_later_ones_in_its_places(homes: Homes) ->
     now = time.monotonic()
     tokens = [new_token().encode() for _ in range(4000)]
     for number, token in enumerate(tokens):
-        homes.note_match(token, now + number)
+        homes.match(token, now + number)
     found = [homes.last_match(token) for token in tokens]
     assert all(when == 0.0 or abs(when - now - number) < 1e-6 for number, when in enumerate(found))
     # 65 536 places in groups of four: that a fifth of 4000 comes into one happens in one of eleven runs.
@@ -270,11 +284,11 @@ def test_of_those_with_the_same_places_the_one_matched_longest_ago_is_forgotten(
     now = time.monotonic()
     tokens = in_one_group(homes, PLACES_OF_A_TOKEN + 1)
     for number, token in enumerate(tokens[:-1]):
-        homes.note_match(token, now + number)
-    homes.note_match(tokens[0], now + 10)  # once more, in its own place
+        homes.match(token, now + number)
+    homes.match(tokens[0], now + 10)  # once more, in its own place
     found = [homes.last_match(token) - now for token in tokens[:-1]]
     assert found == pytest.approx([10, *range(1, PLACES_OF_A_TOKEN)])
-    homes.note_match(tokens[-1], now + 11)
+    homes.match(tokens[-1], now + 11)
     assert [token for token in tokens if not homes.last_match(token)] == [tokens[1]]
 
 
@@ -283,7 +297,7 @@ def test_half_a_match_is_none(homes: Homes) -> None:
     for half in (slice(0, 8), slice(8, 16)):
         token = new_token().encode()
         place = homes._matches.first_place_of(homes._number_of(token))
-        homes.note_match(token, time.monotonic())
+        homes.match(token, time.monotonic())
         assert homes.last_match(token) > 0
         match = bytearray(homes._memory[place : place + 16])
         match[half] = os.urandom(8)

@@ -199,7 +199,7 @@ def test_of_two_homes_of_one_token_the_one_without_the_match_closes_its_spares(t
         side = new_side()
         spares = [crowd.call(theirs, side) for _ in range(3)]
         crowd.run_until(lambda: current(workers) == (2, 3), 10, "they wait")
-        homes.note_match(theirs.encode(), time.monotonic())
+        homes.match(theirs.encode(), time.monotonic())
         link.send(b"M" + theirs.encode())
         crowd.run_until(lambda: all(spare.closed for spare in spares), 10, "they are closed")
         assert [(spare.answer, spare.error) for spare in spares] == [(b"", None)] * 3
