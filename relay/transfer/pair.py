@@ -27,7 +27,7 @@ from relay.transfer.pipes import PipePool
 from relay.transfer.pump import INPUT, OVER, ROOM, TURN, Pump
 from relay.transfer.rest import Rest
 from relay.transfer.state import PairState
-from relay.transfer.turns import Turns
+from relay.transfer.turns import PROMPT_FOR, Turns
 
 if TYPE_CHECKING:
     from relay.clients.frames import FrameReader
@@ -65,6 +65,7 @@ class Pair:
         "_idle_since",
         "_moved_a_second_ago",
         "_moved_then",
+        "_spoke",
         "arrived",
         "counted",
         "cut_by",
@@ -110,6 +111,7 @@ class Pair:
         self.due = 0
         self.watched: tuple[int, int] | None = None
         self._delivered: tuple[int, bool] | None = None
+        self._spoke = -2 * PROMPT_FOR  # at rest: after how many turns of all, and which side; see `attend`
         self.on_over = on_over
         self.on_ending: Callable[[Pair], None] | None = None
         """Called with the pair just before, when its sockets are still open."""
@@ -268,6 +270,10 @@ class Pair:
         there, back = self.pumps
         out_of, into = (there, back) if there.source.fileno() == fd else (back, there)
         much = False
+        spoke, before = self.turns.had << 1 | (out_of is there), self._spoke
+        if (spoke ^ before) & 1 and spoke - before < 2 * PROMPT_FOR:
+            self.turns.converse()
+        self._spoke = spoke
         try:
             if not events & (EPOLLIN | EPOLLOUT):
                 ending.raise_error_of(out_of.source)

@@ -8,7 +8,7 @@ little to move goes first.
 The time is shared: in each iteration of the loop the queue gets one turn at the least, and goes on until it has had
 `SHARE` of what everything else has taken since. Otherwise thousands of pairs that each say one byte now and then would
 leave one turn, in each iteration, to all that move gigabytes. And as long as there is somebody who moves only a little,
-the turns of the others are smaller.
+the turns of the others are smaller, and smaller still while two sides converse.
 """
 
 from __future__ import annotations
@@ -29,8 +29,14 @@ CONSIDERATE_TURN = 256 << 10
 CONSIDERATE_FOR = 64
 """Bytes a pump moves in a turn instead while somebody has moved only a little in one of the last so many turns."""
 
+PROMPT_TURN = 64 << 10
+PROMPT_FOR = 8
+"""And while two sides converse, that is, one of them has answered the other within so many turns: each waits for us
+then, and the turn under way is most of what it waits for. A gigabyte is half as dear again in such turns, so it is not
+enough that somebody says something: thousands who do, and wait for no answer, would leave less to all who move much."""
+
 SMALLEST_TURN = 128 << 10
-"""Bytes a pump moves in a turn however many are busy."""
+"""Bytes a pump moves in a turn however many are busy, if nobody converses."""
 
 ROUND_BYTES = 256 << 20
 """Once so many pumps are busy that they would move more than this in a round, their turns become smaller. What bounds
@@ -86,7 +92,10 @@ class Turns:
         """Bytes that pumps have put away, since their receivers do not take them."""
         self.look_at_others: Callable[[], None] = lambda: None
         """Called before each turn: serve a few who have only a little to move, if there is anybody."""
+        self.had = 0
+        """How many turns pumps have had."""
         self._considerate = 0
+        self._prompt = 0
         self._hub = gevent.get_hub()
         self._queue: deque[_Place] = deque()
         self._timer = self._hub.loop.timer(0.0)
@@ -100,6 +109,10 @@ class Turns:
         """Bytes that a pump may move in the turn it is about to have."""
         if self.held > HELD_BYTES:
             return WARY_TURN
+        self.had += 1
+        if self._prompt:
+            self._prompt -= 1
+            return PROMPT_TURN
         if self._considerate:
             self._considerate -= 1
             largest = CONSIDERATE_TURN
@@ -110,6 +123,10 @@ class Turns:
     def moved_little(self) -> None:
         """A pump has moved only a little, and its source has no more: bytes that somebody waits for, perhaps."""
         self._considerate = CONSIDERATE_FOR
+
+    def converse(self) -> None:
+        """A side has just answered the other one, which waits for that, and so on, perhaps."""
+        self._prompt = PROMPT_FOR
 
     def wait(self, pump: Moving | None = None) -> None:
         """Let the event loop look at all sockets, and the pumps go that have queued before.
