@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sqlite3
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Final
 
@@ -15,6 +15,9 @@ Numbers = Mapping[str, float]
 
 MOST: Final = 1 << 63
 """No worker counts so far."""
+
+STEP: Final = 1 / 1024
+"""Of what fractions are multiples; see `relay.usage.told`, which has it so."""
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_.+-]{1,100}")
 _BOUND: Final = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,20})?(?:e[+-]?[0-9]{1,2})?|inf")
@@ -39,12 +42,20 @@ def _is_number(value: object) -> bool:
 
 
 def added(lots: Iterable[Numbers]) -> dict[str, float]:
-    """Numbers of the same names, added up."""
-    total: Counter[str] = Counter()
+    """Numbers of the same names, added up; the sum is the same in whatever order they come, and never less when two of
+    them are one: fractions that are no multiples of a `STEP`, as an earlier release has them, are rounded up together.
+    """
+    by_name: dict[str, list[float]] = {}
     for numbers in lots:
         for name, value in numbers.items():
-            total[name] += value  # type: ignore[assignment]  # a Counter takes fractions as well
-    return dict(total)
+            by_name.setdefault(name, []).append(value)
+    return {name: _sum(values) for name, values in by_name.items()}
+
+
+def _sum(values: list[float]) -> float:
+    if all(isinstance(value, int) for value in values):
+        return sum(values)
+    return math.ceil(math.fsum(values) / STEP) * STEP
 
 
 def below(counters: Numbers, prefix: str) -> dict[str, float]:

@@ -6,15 +6,20 @@ worker has a row of `worker_status`. When one leaves, or is found to be dead, it
 anew, whoever comes and goes. Workers of an earlier release know nothing of this: what they leave behind of a row, the
 next that does takes care of.
 
+That holds to the last digit, since whoever collects counters takes a sum that is less for one that began anew: all
+counters are whole numbers, or multiples of `STEP`, which come to the same in whatever order they are added. Of sums of
+an earlier release, which were any fractions, each is rounded up when it is settled, and the sum over all rows when it is
+read (`relay.report.counters`): so what is read does not go back as these become fewer.
+
 Nothing in here is about one client, and sizes are blurred as everywhere. No time of a client's doing is kept.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -37,6 +42,13 @@ HISTOGRAMS: Final[Mapping[str, tuple[int, Sequence[float]]]] = {
     "total": (1, SECONDS),
 }
 """Of what in a row of `usage` there are counts by bucket: its place there, and the bounds."""
+
+STEP: Final = 1 / 1024
+"""What sums of times are told in, in seconds: up to 2^43 seconds (ten thousand transfers at a time, for 27 years) a
+float has them without rounding."""
+
+_MOST: Final = 1 << 63
+"""No worker counts so far."""
 
 _TELL: Final = "REPLACE INTO worker_status (pid, process_start, gauges, counters) VALUES (?, ?, ?, ?)"
 _ASK: Final = "SELECT counters FROM worker_status WHERE pid = ? AND process_start = ?"
@@ -78,11 +90,12 @@ class Histograms:
             self._sums[name] += total
 
     def counters(self) -> dict[str, float]:
-        """The counts, by name: of each bucket for itself, and the sum of all values."""
+        """The counts, by name: of each bucket for itself, and the sum of all values, rounded down to a `STEP`."""
         counters: dict[str, float] = {}
         for name, (_, bounds) in HISTOGRAMS.items():
             counters |= {f"{name}.{bound}": n for bound, n in zip((*bounds, "inf"), self._counts[name], strict=True)}
-            counters[f"{name}.sum"] = self._sums[name]
+            total = self._sums[name]
+            counters[f"{name}.sum"] = total if isinstance(total, int) else math.floor(total / STEP) * STEP
         return counters
 
 
@@ -98,8 +111,9 @@ def settle(connection: sqlite3.Connection, worker: tuple[int, str]) -> None:
         return
     connection.execute(_DROP, worker)
     began, counters = connection.execute(_SERVICE).fetchone() or (None, None)
-    total = Counter(_numbers(counters))
-    total.update(_numbers(row[0]))
+    total = _numbers(counters)
+    for name, value in _numbers(row[0]).items():
+        total[name] = total.get(name, 0) + value
     connection.execute(_SET_SERVICE, (began, json.dumps(total)))
 
 
@@ -115,10 +129,16 @@ def begin_anew(connection: sqlite3.Connection) -> None:
     connection.execute(_SET_SERVICE, (int(time.time()), "{}"))
 
 
-def _numbers(text: object) -> dict[str, int]:
-    """What is a number in the JSON of a row; somebody may have written there."""
+def _numbers(text: object) -> dict[str, float]:
+    """What is a number in the JSON of a row, fractions rounded up to a `STEP`; somebody may have written there."""
     try:
         found = json.loads(text) if isinstance(text, str) else {}
     except ValueError:
         return {}
-    return {name: value for name, value in found.items() if type(value) in (int, float)} if type(found) is dict else {}
+    if type(found) is not dict:
+        return {}
+    return {name: _exact(value) for name, value in found.items() if type(value) in (int, float) and 0 <= value <= _MOST}
+
+
+def _exact(value: float) -> float:
+    return value if isinstance(value, int) else math.ceil(value / STEP) * STEP

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import sqlite3
 import threading
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from relay.report.counters import read_counters
 from relay.usage import told
 from relay.usage.schema import TABLES, open_database
 from tests.support.harness import (
@@ -223,5 +225,58 @@ def test_a_bucket_holds_what_is_not_above_its_bound() -> None:
         "waiting.sum": 3.0,
         "total.0.1": 1,
         "total.inf": 1,
-        "total.sum": 99_999.1,
+        "total.sum": 99_999 + 102 / 1024,
     }
+
+
+class Told:
+    """The rows of three workers, and what is read of them together."""
+
+    def __init__(self) -> None:
+        self.database = sqlite3.connect(":memory:")
+        for table in ("worker_status", "service", "worker_share"):
+            self.database.execute(f"CREATE TABLE {table} ({TABLES[table]})")
+        told.begin_anew(self.database)
+        self.draw = random.Random(7)
+        self.seen = 0.0
+
+    def tell(self, pid: int, counters: dict[str, float]) -> None:
+        told.tell(self.database, (pid, "x"), told.Description({}, counters))
+
+    def read(self) -> float:
+        """The sum of all times; it has not become less."""
+        total = read_counters(self.database)["total.sum"]
+        assert total >= self.seen
+        self.seen = total
+        return total
+
+
+def test_sums_of_times_never_go_back_by_a_last_digit_in_whatever_order_workers_tell_of_them_and_leave() -> None:
+    rows = Told()
+    histograms = [told.Histograms() for _ in range(3)]
+    for _ in range(300):
+        for one in histograms:
+            one.note([(0, rows.draw.random() * 30, None, 0, "happy")])
+        for pid in rows.draw.sample(range(3), 3):
+            rows.tell(pid, histograms[pid].counters())
+        before = rows.read()
+        for pid in rows.draw.sample(range(3), 3):
+            rows.tell(pid, histograms[pid].counters())
+        gone = rows.draw.randrange(3)
+        told.settle(rows.database, (gone, "x"))
+        histograms[gone] = told.Histograms()
+        rows.tell(gone, histograms[gone].counters())
+        assert rows.read() == before
+
+
+def test_workers_that_take_the_places_of_an_earlier_release_make_no_sum_of_times_less_nor_jump() -> None:
+    rows = Told()
+    sums = [1000 * rows.draw.random() for _ in range(50)]
+    for pid, seconds in enumerate(sums):
+        rows.tell(pid, {"total.sum": seconds})
+    as_before = rows.seen = sum(sums)  # what relay-status of that release said
+    for pid in rows.draw.sample(range(50), 50):
+        told.settle(rows.database, (pid, "x"))
+        rows.tell(pid, told.Histograms().counters())
+        rows.read()
+    assert rows.read() < as_before + 0.1
