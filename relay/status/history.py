@@ -37,10 +37,24 @@ MOST_DAYS: Final = 31
 
 @dataclass(slots=True)
 class History:
-    """The last days, in UTC, as they were counted, and `all_time` of that moment."""
+    """The last days, in UTC, as they were counted.
+
+    Attributes:
+        days: what was counted.
+        of: what `all_time` would be if all its connections, and no others, were among these: what it says beyond that
+            has ended since.
+        least: what `all_time` said of connections when the count began. It says less only of another file.
+    """
 
     days: dict[Day, Sums] = field(default_factory=dict)
     of: Sums = NOTHING
+    least: int = 0
+
+    def counted_with(self, all_time: Sums) -> None:
+        """`all_time` is this after the count. If that is less than what was counted, rows are there that it never knew
+        of, and go on being there: whatever it says beyond this has ended since."""
+        if all_time.connections < self.of.connections:
+            self.of = all_time
 
     def by_day(self, all_time: Sums, today: Day) -> dict[Day, Sums]:
         """The same with what has ended since, when `all_time` is this."""
@@ -87,6 +101,7 @@ def counting(read: Reader, all_time: Sums, into: History) -> Iterator[None]:
     into.days = {day: days[day] for day in latest}
     # Fewer than `all_time` says only where somebody has deleted rows: those are of no day, and not of today.
     into.of = all_time if counted.connections < all_time.connections else counted
+    into.least = all_time.connections
 
 
 def _extent(connection: sqlite3.Connection) -> tuple[int | None, int | None]:

@@ -26,6 +26,10 @@ T = TypeVar("T")
 COUNT_AGAIN_AFTER: Final = 6 * 3600.0
 """Seconds after which all rows are counted anew, in case that somebody has changed them."""
 
+PATIENCE: Final = 100.0
+"""When rows cannot be counted to the end (one of the file's pages is damaged, somebody locks it), that is tried again
+after so many times as long as it took."""
+
 NOT_ASKED_YET: Final = "it was not read yet"
 
 
@@ -61,6 +65,7 @@ class Observer:
         self._ended = False
         self._history: History | None = None
         self._count_at = 0.0
+        self._not_before = 0.0  # to be counted, since that failed
         self._imported = 0
         self._thread = threading.Thread(target=self._run, name=f"observer of {source.path}", daemon=True)
 
@@ -103,14 +108,15 @@ class Observer:
 
     def _is_to_be_counted(self) -> bool:
         reading = self.seen.reading
-        if reading is None:
+        now = time.monotonic()
+        if reading is None or now < self._not_before:
             return False
         history = self._history
         return (
             history is None
-            or time.monotonic() >= self._count_at
+            or now >= self._count_at
             or reading.imported != self._imported
-            or reading.all_time.connections < history.of.connections  # it is another file
+            or reading.all_time.connections < history.least  # it is another file
         )
 
     def _count(self) -> None:
@@ -118,11 +124,17 @@ class Observer:
         assert reading is not None
         history = History()
         steps = counting(self._ask, reading.all_time, history)
+        began = time.monotonic()
         try:
             if not count(steps, self._pause):
                 return
         except Unreadable:
+            now = time.monotonic()
+            self._not_before = now + PATIENCE * (now - began)
             return
+        self._look()
+        if self.seen.reading is not None:
+            history.counted_with(self.seen.reading.all_time)
         self._history = history
         self._imported = reading.imported
         self._count_at = time.monotonic() + COUNT_AGAIN_AFTER

@@ -7,9 +7,9 @@ anew, whoever comes and goes. Workers of an earlier release know nothing of this
 next that does takes care of.
 
 That holds to the last digit, since whoever collects counters takes a sum that is less for one that began anew: all
-counters are whole numbers, or multiples of `STEP`, which come to the same in whatever order they are added. Of sums of
-an earlier release, which were any fractions, each is rounded up when it is settled, and the sum over all rows when it is
-read (`relay.report.counters`): so what is read does not go back as these become fewer.
+counters are whole numbers, or multiples of `STEP`, which come to the same in whatever order they are added. Sums of an
+earlier release were any fractions: each is rounded up when it is settled, and the sum over all rows when it is read
+(`relay.report.counters`), so that what is read does not go back as these become fewer.
 
 Nothing in here is about one client, and sizes are blurred as everywhere. No time of a client's doing is kept.
 """
