@@ -53,6 +53,7 @@ def _workers(reading: Reading) -> list[dict[str, Any]]:
     return [
         {
             "pid": worker.pid,
+            "start": worker.start,
             "connected": worker.connected,
             "waiting": worker.waiting,
             "partial_bytes": worker.partial_bytes,

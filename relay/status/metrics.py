@@ -114,11 +114,11 @@ def _gauges(readings: _Readings) -> Iterator[Metric]:
 
 def _worker_gauges(readings: _Readings) -> Iterator[Metric]:
     for key, name, says in WORKER_GAUGES:
-        family = GaugeMetricFamily(_name(name), says, labels=["database", "pid"])
+        family = GaugeMetricFamily(_name(name), says, labels=["database", "pid", "start"])
         for path, reading in readings:
             for worker in reading.living:
                 if key in worker.gauges:
-                    family.add_metric([path, str(worker.pid)], worker.gauges[key])
+                    family.add_metric([path, str(worker.pid), worker.start], worker.gauges[key])
         yield family
 
 

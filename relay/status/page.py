@@ -197,7 +197,7 @@ def _counted(reading: Reading, prefix: str, nothing: str) -> str:
 def _workers(reading: Reading) -> str:
     if not reading.living:
         return _section("Workers", '<p class="faint">None lives.</p>')
-    rows = "".join(_worker(worker) for worker in reading.living)
+    rows = "".join(_worker(name, worker) for name, worker in zip(reading.names, reading.living, strict=True))
     return _section(
         "Workers",
         '<div class="wide"><table><thead><tr><th>process</th><th>load</th><th>transfers</th><th>waiting</th>'
@@ -206,7 +206,7 @@ def _workers(reading: Reading) -> str:
     )
 
 
-def _worker(worker: Worker) -> str:
+def _worker(name: str, worker: Worker) -> str:
     gauges = worker.gauges
     load = f"{gauges['load']:.0%}" if "load" in gauges else UNKNOWN
     connections = UNKNOWN
@@ -215,7 +215,7 @@ def _worker(worker: Worker) -> str:
     held = size(gauges["held_bytes"]) if "held_bytes" in gauges else UNKNOWN
     cells = (load, worker.connected, worker.waiting, _whole(gauges, "handshakes"), connections, held,
              _whole(gauges, "kept_records"))  # fmt: skip
-    return f"<tr><th>{worker.pid}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    return f"<tr><th>{escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
 def _whole(gauges: Mapping[str, float], name: str) -> str:

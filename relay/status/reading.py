@@ -7,6 +7,7 @@ them) are simply not there.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -19,9 +20,14 @@ STALE_AFTER = 600
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One worker as it last described itself; `lives` is what the kernel says of it now."""
+    """One worker as it last described itself; `lives` is what the kernel says of it now.
+
+    Its number, `pid`, is that of its own PID namespace: in two containers over one volume two have the same. With
+    `start`, when it began as its kernel counts it, no two that live have.
+    """
 
     pid: int
+    start: str
     lives: bool
     connected: int
     waiting: int
@@ -54,6 +60,15 @@ class Reading:
     counters: Numbers
     imported: int = 0
     disk_is_full: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """What to call each of the workers that live: by its number, and its start where two have the same number."""
+        numbers = Counter(worker.pid for worker in self.living)
+        return [
+            str(worker.pid) if numbers[worker.pid] == 1 else f"{worker.pid} (start {worker.start})"
+            for worker in self.living
+        ]
 
     @property
     def living(self) -> list[Worker]:

@@ -35,7 +35,7 @@ REFRESHED: Final = "SELECT at FROM refreshed ORDER BY rowid LIMIT 1"
 IMPORTED: Final = "SELECT count(*) FROM imported"
 SHARES: Final = (
     "SELECT pid, process_start, connected, waiting, partal_bytes FROM worker_share "
-    "WHERE typeof(pid) = 'integer' ORDER BY pid LIMIT 1000"
+    "WHERE typeof(pid) = 'integer' ORDER BY pid, process_start LIMIT 1000"
 )
 LIFELINES: Final = "SELECT pid, process_start, byte FROM lifeline LIMIT 1000"
 TOLD: Final = "SELECT pid, process_start, gauges, counters FROM worker_status LIMIT 1000"
@@ -124,7 +124,8 @@ def _read(connection: sqlite3.Connection, fd: int, path: Path) -> Reading:
     for pid, start, connected, waiting, partial in rows("worker_share", SHARES):
         lives = _lives(fd, bytes_of.get((pid, start)), pid, start)
         gauges, _ = told.get((pid, start), (None, None))
-        workers.append(Worker(pid, lives, whole(connected), whole(waiting), whole(partial), numbers_of(gauges)))
+        shares = whole(connected), whole(waiting), whole(partial)
+        workers.append(Worker(pid, _since_boot(start), lives, *shares, numbers_of(gauges)))
     began, counters = _first(rows("service", SERVICE), (None, None))
     connected, waiting, partial = map(whole, _first(rows("current", CURRENT), (0, 0, 0)))
     (refreshed,) = _first(rows("refreshed", REFRESHED), (None,))
@@ -147,6 +148,11 @@ def _read(connection: sqlite3.Connection, fd: int, path: Path) -> Reading:
 
 def _first(rows: list[Any], otherwise: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(rows[0]) if rows else otherwise
+
+
+def _since_boot(start: object) -> str:
+    """When a process began, without which boot that was since: all that live are of one."""
+    return start.partition("/")[2] if isinstance(start, str) else ""
 
 
 def _lives(fd: int, byte: object, pid: int, start: str) -> bool:

@@ -16,7 +16,7 @@ from relay.status.reading import Reading, Worker, together
 from relay.transfer.path import PathCounts, Side, limit_of
 
 NOTHING = Sums(0, 0, 0, 0, 0)
-WORKER = Worker(pid=1, lives=True, connected=0, waiting=0, partial_bytes=0)
+WORKER = Worker(pid=1, start="100", lives=True, connected=0, waiting=0, partial_bytes=0)
 READING = Reading(
     at=1_000_000.0,
     connected=0,
@@ -119,6 +119,12 @@ def test_readings_of_several_machines_add_up() -> None:
     assert (both.connected, both.bytes, both.began, len(both.living)) == (3, 15, 800_000, 4)
     assert both.counters == {"bytes": 15, "refused.x": 1}
     assert together([]) is None
+
+
+def test_workers_are_called_by_their_numbers_and_by_more_where_these_are_the_same() -> None:
+    twins = [dataclasses.replace(WORKER, start=start) for start in ("100", "107")]
+    workers = (*twins, dataclasses.replace(WORKER, pid=3), dataclasses.replace(WORKER, pid=3, lives=False))
+    assert dataclasses.replace(READING, workers=workers).names == ["1 (start 100)", "1 (start 107)", "3"]
 
 
 def test_the_counts_of_paths_end_in_what_to_do() -> None:

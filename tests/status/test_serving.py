@@ -26,6 +26,7 @@ from tests.support.harness import (
     new_token,
     open_fds,
     read_exactly,
+    running,
     wait_until,
 )
 from tests.support.status import COMMAND, Status, status_of
@@ -124,6 +125,30 @@ def test_two_relays_are_added_up_and_one_that_is_missing_is_named(tmp_path: Path
             assert "no &lt;i&gt;such&lt;/i&gt;.sqlite" in page
             assert "<i>" not in page
             assert "The relay runs with 1 worker" in page
+
+
+def test_the_workers_of_two_containers_over_one_volume_are_told_apart(tmp_path: Path) -> None:
+    inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    allowed = subprocess.run([*inside, "true"], capture_output=True, text=True, check=False)
+    if allowed.returncode != 0:
+        pytest.skip(f"only root may do that, where the kernel lets it: {allowed.stderr.strip()}")
+    path = tmp_path / "usage.sqlite"
+    relay = [*inside, sys.executable, "-m", "relay", "--port", "0", "--interface", "127.0.0.1", "--usage-db", str(path)]
+    with (
+        running(relay, tmp_path / "one.log", cwd=CHECKOUT),
+        running(relay, tmp_path / "other.log", cwd=CHECKOUT),
+        status_of(path, folder=tmp_path) as status,
+    ):
+        status.wait_for_health(200, "2 workers")
+        wait_until(lambda: status.get("/metrics").text.count("relay_gevent_worker_connections{") == 2)
+        lines = status.get("/metrics").text.splitlines()
+        series = [line.rpartition(" ")[0] for line in lines if not line.startswith("#")]
+        assert len(set(series)) == len(series), "none stands there twice"
+        one, other = status.document()["workers"]
+        assert one["pid"] == other["pid"] == 1
+        for worker in (one, other):
+            assert status.sample("worker_connections", pid="1", start=worker["start"]) == 0
+            assert f"<th>1 (start {worker['start']})</th>" in status.get("/").text
 
 
 def test_a_scrape_reads_no_table_whole(tmp_path: Path) -> None:
