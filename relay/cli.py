@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             if complaint:
                 log.tell(complaint)
-            _serve(options, own_log)
+            _serve(options)
         finally:
             own_log.finish(LOG_SECONDS)
     except Mistake as mistake:
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _serve(options: Options, own_log: OwnLog) -> None:
+def _serve(options: Options) -> None:
     gc.collect()  # docopt, and what it made of the options, is 0.17 MB that what comes now can have
     # gevent and what builds on it is imported only now: --help and a mistake need not wait for it.
     import gevent
@@ -162,7 +162,7 @@ def _serve(options: Options, own_log: OwnLog) -> None:
     hub = gevent.get_hub()
     if hub.loop.backend != "epoll":  # refused, and libev has taken something else, which not all of this can live with
         raise _cannot_do_without(OSError(0, "epoll_create1"))
-    hub.exception_stream = own_log
+    hub.print_exception = log.tell_uncaught
     try:
         relay = Relay(options)
     except OSError as error:

@@ -259,6 +259,14 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
     def _is_turn_over(self) -> bool:
         return self._accepted >= TURN_CONNECTIONS or self._is_busy() or time.monotonic() > self._turn_ends
 
+    def do_handle(self, *connection: Any) -> None:  # noqa: ANN401  # gevent has no types
+        """Give it to `admit`. Of a mistake in there gevent would print the address, and let nobody in for a while."""
+        try:
+            self._handle(*connection)
+        except Exception:  # whatever it is, the next one wants to come in
+            log.tell_mistake("a mistake with somebody who has just connected, and is sent away")
+            connection[0].close()
+
     def do_close(self, *_: object) -> None:
         """Nothing: an accepted connection lives on after `admit` has returned."""
 

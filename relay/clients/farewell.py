@@ -67,11 +67,16 @@ class Farewell:
 
     def end(self, client: Client, ending: Ending) -> None:
         """End a connection in this way."""
-        if ending.mood is not None:
-            self.finish(client, ending.mood)
-            self.turned_away[kind_of(ending)] += 1
-        if ending.bound is not None:
-            self._places.bounds_met.note(ending.bound)
+        try:
+            if ending.mood is not None:
+                self.finish(client, ending.mood)
+                self.turned_away[kind_of(ending)] += 1
+            if ending.bound is not None:
+                self._places.bounds_met.note(ending.bound)
+        finally:
+            self._take_leave(client, ending)
+
+    def _take_leave(self, client: Client, ending: Ending) -> None:
         if ending.gone:
             with contextlib.suppress(OSError):
                 client.sock.send(ending.words)
@@ -98,11 +103,11 @@ class Farewell:
             if reply:
                 client.sock.send(reply)
             client.sock.shutdown(socket.SHUT_WR)
+            client.listen(self._loop, self._on_readable)
         except OSError:
             self.close(client)
             return
         self._lingering[client] = time.monotonic() + LINGER_SECONDS
-        client.listen(self._loop, self._on_readable)
         self._places.look_again()
 
     def close(self, client: Client) -> None:

@@ -17,6 +17,7 @@ from gevent.pool import Pool
 from gevent.server import StreamServer
 
 from relay.clients.door import open_port
+from relay.process import log
 
 MOST_CHECKS = 16
 """Checks that are answered at a time; further ones wait."""
@@ -39,6 +40,13 @@ class HealthPort(StreamServer):  # type: ignore[misc]  # gevent has no types
         listener = open_port(interface, port, option="--health", by_each_worker=True)
         super().__init__(listener, handle=_answer, spawn=Pool(MOST_CHECKS))
 
+    def do_handle(self, *connection: Any) -> None:  # noqa: ANN401  # gevent has no types
+        """Answer it. Where no greenlet is to be had for that gevent would print the address."""
+        try:
+            super().do_handle(*connection)
+        except Exception:  # whatever it is, the next check wants an answer
+            log.tell_mistake("a health check could not be answered")
+
     def do_read(self) -> tuple[socket.socket, object] | None:
         """Accept one; where the system lets nobody in, rest for a while. The relay's own door says so in the log."""
         try:
@@ -53,9 +61,12 @@ class HealthPort(StreamServer):  # type: ignore[misc]  # gevent has no types
 
 def _answer(sock: socket.socket, address: object) -> None:
     """Whatever is asked gets the answer to a GET; who only connects, and leaves, has its answer already."""
-    with gevent.Timeout(CHECK_SECONDS, False), contextlib.suppress(OSError):
-        if sock.recv(4096):
-            sock.sendall(ANSWER)
-            sock.shutdown(socket.SHUT_WR)
-            while sock.recv(4096):
-                pass
+    try:
+        with gevent.Timeout(CHECK_SECONDS, False), contextlib.suppress(OSError):
+            if sock.recv(4096):
+                sock.sendall(ANSWER)
+                sock.shutdown(socket.SHUT_WR)
+                while sock.recv(4096):
+                    pass
+    except Exception:  # of a greenlet that ends with one gevent would print the address
+        log.tell_mistake("a health check could not be answered")

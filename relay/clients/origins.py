@@ -58,7 +58,6 @@ class Origins:
         is_surplus = trusted and self._places.is_full()
         if not is_surplus and not self._places.admits(source):
             return None
-        self._places.take(source)
         client = Client(sock)
         client.source = source
         client.speech = self._proxied(host, speech) if trusted else speech
@@ -66,6 +65,7 @@ class Origins:
             client.recorded = Recorded.WITH_A_BYTE
         if is_surplus:
             self._unnamed[client] = None
+        self._places.take(source)  # at last: nothing can go wrong any more
         return client
 
     def came_within(self, seconds: float, now: float) -> int:

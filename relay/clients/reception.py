@@ -19,9 +19,10 @@ from relay.clients.handshake import Handshake, Refusal
 from relay.clients.iteration import Iteration
 from relay.clients.origins import Origins
 from relay.clients.places import Places
-from relay.clients.speech import PLAIN, Speech
+from relay.clients.speech import PLAIN, Ending, Speech
 from relay.dataclass import replace
 from relay.options import Options
+from relay.process import log
 
 
 class Reception:
@@ -32,7 +33,7 @@ class Reception:
         options: the operator's bounds and patience.
         places: where a newcomer's place comes from.
         farewell: takes those who are turned away.
-        admit: takes those whose handshake is whole.
+        admit: takes those whose handshake is whole, for good, also when it raises something.
     """
 
     def __init__(
@@ -95,16 +96,10 @@ class Reception:
 
     def _shake_hands(self, client: Client) -> None:
         try:
-            verdict = client.speech.hear(client)
-            while client.claim is not None:
-                if not self._origins.settle(client):
-                    self.let_go(client)
-                    self._farewell.close(client)
-                    return
-                if verdict is None:
-                    verdict = client.speech.hear(client)
-        except BlockingIOError:
-            verdict = None
+            verdict = self._hear_out(client)
+        except Exception:  # whatever it is, it is of this one, and others come
+            log.tell_mistake("a mistake with somebody who has just come, and is sent away")
+            verdict = Ending("errory", gone=True)
         if verdict is None:
             self._expect_more(client)
             return
@@ -115,6 +110,19 @@ class Reception:
             self._admit(client)
         else:
             self._farewell.end(client, verdict)
+
+    def _hear_out(self, client: Client) -> Handshake | Ending | None:
+        """What `client` has come to say, or how it ends; None when there is more to come."""
+        try:
+            verdict = client.speech.hear(client)
+            while client.claim is not None:
+                if not self._origins.settle(client):
+                    return Ending(None, gone=True)
+                if verdict is None:
+                    verdict = client.speech.hear(client)
+        except BlockingIOError:
+            return None
+        return verdict
 
     def _expect_more(self, client: Client) -> None:
         """Wait for the rest of a handshake. When too many are waited for, the oldest gives way: it has had the most

@@ -5,6 +5,7 @@
 `signals`      what each signal means to a worker
 `log`          the lines that it tells the operator
 `fd_limit`     how many file descriptors this process may have
+`discreet`     what the log tells of an exception, and nothing of whom it was with
 `shown`        the name of a file for people and programs to read
 `temporary`    a folder for what a program needs for a moment
 =============  ========================================================================================

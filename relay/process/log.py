@@ -6,11 +6,15 @@ The standard library's `logging` would take 0.3 MB of each worker, and have thre
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from types import TracebackType
+
+from relay.process.discreet import discreet
 
 
 def _to_stderr(text: str) -> None:
@@ -33,7 +37,20 @@ def tell(text: str, *values: object) -> None:
 
 def tell_mistake(text: str, *values: object) -> None:
     """Tell a line, and the exception that is being handled, with its traceback."""
-    _write(line(text, *values) + traceback.format_exc())
+    _write(line(text, *values) + discreet(traceback.format_exc()))
+
+
+def tell_uncaught(
+    context: object, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Tell of an exception that nobody has caught.
+
+    In place of `gevent.hub.Hub.print_exception`, which also prints what the greenlet or the watcher was for, and so the
+    addresses of sockets.
+    """
+    with contextlib.suppress(Exception):  # the event loop calls this, and goes on whatever comes of it
+        lines = traceback.format_exception(kind, error, trace)
+        _write(line("a mistake, and the relay goes on") + discreet("".join(lines)))
 
 
 def line(text: str, *values: object) -> str:
