@@ -216,9 +216,13 @@ def close_with_everything_on_its_way(service: Service, sender: socket.socket, re
     received = 0
     sender.shutdown(socket.SHUT_WR)
     with relays_end(service.pids, sender) as end:
-        while unacknowledged(sender) > 0:
+        while (left := unacknowledged(sender)) > 0:
             received += len(receiver.recv(64 << 10))
-            time.sleep(0.001)
+            # What the relay's kernel had no room for, the sender's sends again, which takes it a while: nearly all that
+            # was sent must not be read meanwhile.
+            patience = time.monotonic() + (0.001 if sent - received > 4 * MIB else 0.5)
+            while unacknowledged(sender) == left and time.monotonic() < patience:
+                time.sleep(0.001)
         # TCP_INFO begins with the state; 8 is CLOSE_WAIT: the end of the stream has come.
         wait_until(lambda: end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == 8, what="end of stream")
     sender.close()
