@@ -2,6 +2,7 @@
 """What everybody else notices when workers come, go, die and stand still while tens of thousands wait.
 
     misc/crowds.py --workers 4 --waiting 60000
+    misc/crowds.py --workers 4 --waiting 60000 --nobody-else
 
 So many clients wait for partners who never come, spread over the workers. Beside them some transfers exchange a byte
 every few milliseconds, and new pairs meet. Then one more worker joins, an old one is stopped in good order, one is kept
@@ -12,6 +13,9 @@ from running for five seconds (SIGSTOP), and one is killed. For each of these it
 - the longest that an event loop was busy before it came round again, in CPU, which does not depend on others,
 - what it cost: CPU of all workers that were there before and after, less what they need without it, for each client
   that waits.
+
+With `--nobody-else` nobody but those who wait is there: what the workers take without it is next to nothing then, and
+what it cost can be told to a fraction of a microsecond.
 
 At the end it says whether anybody who waits was cut off but those of the killed worker. It takes about a minute, and
 file descriptors: 20 000 for each worker and for each 15 000 clients (`ulimit -n`).
@@ -202,12 +206,20 @@ class Event:
         """The figures; `cpu_without` is what all workers take in a second when nothing happens."""
         return {
             "what": self.name,
+            **self._for_others(),
+            "longest iteration, ms of CPU": _ms(self.longest_iteration),
+            "CPU for each who waits, us": round(1e6 * (self.cpu - self.seconds * cpu_without) / waiting, 2),
+        }
+
+    def _for_others(self) -> dict[str, object]:
+        """What those noticed who do not just wait, if there are any."""
+        if not self.pauses:
+            return {}
+        return {
             "longest pause of a transfer, ms": _ms(max(self.pauses)),
             "median of the longest of each, ms": _ms(statistics.median(self.pauses)),
             "longest at the worker itself, ms": _ms(max(self.own_pauses, default=0.0)),
             "slowest of so many new pairs, ms": [_ms(max(self.meetings)), len(self.meetings)],
-            "longest iteration, ms of CPU": _ms(self.longest_iteration),
-            "CPU for each who waits, us": round(1e6 * (self.cpu - self.seconds * cpu_without) / waiting, 2),
         }
 
 
@@ -216,9 +228,9 @@ def _ms(seconds: float) -> float:
 
 
 class Siege:
-    """Workers, their crowd and their probes."""
+    """Workers, their crowd and, unless there is `nobody_else`, their probes."""
 
-    def __init__(self, workers: Workers, stack: contextlib.ExitStack, waiting: int) -> None:
+    def __init__(self, workers: Workers, stack: contextlib.ExitStack, waiting: int, *, nobody_else: bool) -> None:
         self.workers = workers
         self.waiting = waiting
         self._crowd = []
@@ -229,17 +241,27 @@ class Siege:
         for some in self._crowd:
             some.hear()
         wait_until(lambda: workers.rows("current")[0]["waiting"] == waiting, 30, "all wait")
+        self._names: list[set[str]] = []
+        self._bytes: Aside | None = None
+        self._pairs: Aside | None = None
+        if nobody_else:
+            return
         self._bytes = Aside(exchange_bytes, workers.port, PAIRS_PER_WORKER * len(workers.workers))
         stack.callback(self._bytes.end)
-        self._names: list[set[str]] = self._bytes.hear()  # type: ignore[assignment]
+        self._names = self._bytes.hear()  # type: ignore[assignment]
         self._pairs = Aside(meet_again_and_again, workers.port)
         stack.callback(self._pairs.end)
+
+    def _ask_the_others(self) -> tuple[list[float], list[float]]:
+        """The longest pause of each transfer, and how long new pairs took to meet, since this was last asked."""
+        if self._bytes is None or self._pairs is None:
+            return [], []
+        return self._bytes.ask(), self._pairs.ask()  # type: ignore[return-value]
 
     def event(self, name: str, seconds: float, work: Callable[[], object], whose: Relay | None = None) -> Event:
         """Do `work`, which happens to the worker `whose`, and tell what the next `seconds` are like."""
         own = set() if whose is None else self._probes_of(whose)
-        self._bytes.ask()
-        self._pairs.ask()
+        self._ask_the_others()
         before = self.workers.living()
         for worker in before:
             begin_anew(self.workers.folder, worker.pid)
@@ -249,12 +271,11 @@ class Siege:
         time.sleep(max(0.0, began + seconds - time.monotonic()))
         event.seconds = time.monotonic() - began
         event.cpu = sum(after - cpu[pid] for pid, after in self._cpu().items() if pid in cpu)
-        pauses: list[float] = self._bytes.ask()  # type: ignore[assignment]
+        pauses, event.meetings = self._ask_the_others()
         event.pauses = [pause for number, pause in enumerate(pauses) if number not in own]
         event.own_pauses = [pause for number, pause in enumerate(pauses) if number in own]
         # A newcomer is busy with its start at first, which is nobody's loss.
         event.longest_iteration = max(work_of(self.workers.folder, worker.pid).longest for worker in before)
-        event.meetings = self._pairs.ask()  # type: ignore[assignment]
         return event
 
     def _cpu(self) -> dict[int, float]:
@@ -329,7 +350,7 @@ def rows(siege: Siege) -> Iterator[dict[str, object]]:
     }
 
 
-def measure(count: int, waiting: int) -> list[dict[str, object]]:
+def measure(count: int, waiting: int, *, nobody_else: bool = False) -> list[dict[str, object]]:
     """So many workers, and so many who wait there: print a row for each that happens, and return them."""
     fds, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     options = ("--max-connections", str(int(fds * 0.875)), "--max-waiting", str(fds))
@@ -339,7 +360,7 @@ def measure(count: int, waiting: int) -> list[dict[str, object]]:
         Workers(Path(folder), *options, count=count, env=counting(Path(folder))) as workers,
         contextlib.ExitStack() as stack,
     ):
-        for row in rows(Siege(workers, stack, waiting)):
+        for row in rows(Siege(workers, stack, waiting, nobody_else=nobody_else)):
             told.append(row)
             print(json.dumps(row), flush=True)
         said = workers.log_text()
@@ -355,8 +376,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--waiting", type=int, default=60_000)
+    parser.add_argument("--nobody-else", action="store_true", help="no transfers and no new pairs: for the cost alone")
     arguments = parser.parse_args()
-    measure(arguments.workers, arguments.waiting)
+    measure(arguments.workers, arguments.waiting, nobody_else=arguments.nobody_else)
 
 
 if __name__ == "__main__":
