@@ -28,6 +28,10 @@ class Bound(enum.Enum):
     PLACES = "--max-connections: ended what had been idle longest, of whoever had most, for new connections"
     PROXY_HEADER = "--trusted-proxies: closed connections of a proxy whose PROXY header was missing, wrong or too late"
     NO_WAY_UPSTREAM = "--upstream: turned away clients, since no file descriptor was left for a connection there"
+    NO_PORT_UPSTREAM = (
+        "--upstream: turned away clients, since this machine had no port left for a connection to that address; "
+        "widen net.ipv4.ip_local_port_range, or give several addresses"
+    )
     UNNAMED = (
         "--trusted-proxies: with all places taken, closed connections of which a proxy had not said whose they are"
     )

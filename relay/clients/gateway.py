@@ -6,7 +6,6 @@ pair, in which the upstream's ``ok`` is the first thing that the client hears. A
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import socket
 import time
@@ -17,13 +16,12 @@ from relay.clients.bounds import Bound
 from relay.clients.client import Client, EventLoop, Watcher
 from relay.clients.farewell import Farewell
 from relay.clients.frames import Close
-from relay.clients.listening import prepare
 from relay.clients.matching import Matching
 from relay.clients.pings import Pings
 from relay.clients.places import Places
 from relay.clients.proxy_header import write_proxy_header
 from relay.clients.speech import Ending
-from relay.clients.upstream import Address, Upstream
+from relay.clients.upstream import Address, Connection, Upstream, dial, lacks_port
 from relay.dataclass import dataclass
 from relay.options import Options
 
@@ -40,12 +38,12 @@ class Call:
 
     untried: list[Address]
     address: Address | None = None
-    sock: socket.socket | None = None
+    sock: Connection | None = None
     watcher: Watcher | None = None
     why: Bound = Bound.UPSTREAM
     """What keeps its client from being carried, when no address is left to try."""
 
-    def let_go(self) -> socket.socket | None:
+    def let_go(self) -> Connection | None:
         """Watch the socket no more, and return it."""
         if self.watcher is not None:
             self.watcher.stop()
@@ -103,7 +101,7 @@ class Gateway(Matching):
     def _hang_up(self, call: Call) -> None:
         sock = call.let_go()
         if sock is not None:
-            sock.close()
+            sock.abort()
             self._places.give_back(None)
 
     def _try_next(self, client: Client) -> None:
@@ -111,10 +109,12 @@ class Gateway(Matching):
         while call.untried:
             call.address = call.untried.pop(0)
             try:
-                call.sock = _call(call.address)
+                call.sock = dial(call.address)
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     call.why = Bound.NO_WAY_UPSTREAM
+                elif lacks_port(error, call.address):
+                    call.why = Bound.NO_PORT_UPSTREAM
                 else:
                     self._upstream.failed(call.address)
                 continue
@@ -142,6 +142,7 @@ class Gateway(Matching):
             return
         sock = call.let_go()
         assert sock is not None
+        sock.said = len(words)
         self.leave(client)
         client.stop_listening()
         self._on_reached(client, sock)
@@ -163,19 +164,6 @@ class Gateway(Matching):
 
 def _never(waited: Client, newcomer: Client) -> None:
     raise AssertionError("nobody is matched at a gateway")
-
-
-def _call(address: Address) -> socket.socket:
-    """A connection that is being made; raises OSError."""
-    sock = socket.socket(address.family, socket.SOCK_STREAM)
-    try:
-        prepare(sock)
-        with contextlib.suppress(BlockingIOError):
-            sock.connect(address.address)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 def _line(client: Client) -> bytes:
