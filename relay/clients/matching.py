@@ -19,6 +19,7 @@ from relay.clients.places import Places
 from relay.clients.waiting_room import WaitingRoom
 from relay.dataclass import replace
 from relay.options import Options
+from relay.process import log
 
 
 class Elsewhere(Protocol):
@@ -66,7 +67,8 @@ class Matching:
         places: where bounds that were met are noted, and guests of other workers counted.
         farewell: takes those who go without a partner.
         pings: pings those who speak WebSocket.
-        on_match: takes two that have met, the one that waited first; their watchers are as they were.
+        on_match: takes two that have met, the one that waited first; their watchers are as they were. If it raises,
+            they are not taken.
     """
 
     def __init__(
@@ -216,11 +218,30 @@ class Matching:
         self._deadlines.clear(waited)
         waited.speech.be_silent()
         spares = self._room.take_all(newcomer.token)
-        self.elsewhere.matched(newcomer.token)
-        self._on_match(waited, newcomer)
         for spare in spares:
             self._deadlines.clear(spare)
-            self._farewell.turn_away(spare)
+        # From here on they are in no room: whatever goes wrong with one of them, each comes into other hands.
+        unserved = spares
+        try:
+            self.elsewhere.matched(newcomer.token)
+        except Exception:
+            log.tell_mistake("a mistake in telling the other workers of a match")
+        try:
+            self._on_match(waited, newcomer)
+        except Exception:
+            log.tell_mistake("a mistake with two that have met; they are sent away")
+            unserved = [waited, newcomer, *spares]
+        for client in unserved:
+            self._send_away(client)
+
+    def _send_away(self, client: Client) -> None:
+        """Turn away somebody who is in no room, whatever goes wrong."""
+        try:
+            self._farewell.turn_away(client)
+        except Exception:
+            log.tell_mistake("a mistake with one who is sent away; the connection is ended")
+            if client.sock.fileno() >= 0:
+                self._farewell.close(client)
 
     def dismiss_spares(self, token: bytes) -> None:
         """`token` was matched elsewhere: send those away who had asked before."""

@@ -66,9 +66,9 @@ class WaitingRoom(Generic[W]):
     def leave(self, client: W) -> None:
         """Forget `client`, which is in the room.
 
-        Raises KeyError or ValueError when it is not.
+        Raises ValueError when it is not: the message of a KeyError would be the token.
         """
-        clients = self._by_token[client.token]
+        clients = self._by_token.get(client.token, [])
         clients.remove(client)
         if not clients:
             del self._by_token[client.token]

@@ -13,7 +13,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable, Sequence
-from select import EPOLLET, EPOLLIN, EPOLLOUT, POLLERR, POLLHUP
+from select import EPOLLET, EPOLLIN, EPOLLOUT, POLLERR, POLLHUP, POLLNVAL
 from typing import TYPE_CHECKING, TypeAlias
 
 import gevent
@@ -38,6 +38,10 @@ MUCH_BYTES = 256 << 10
 QUIET_SECONDS = 0.1
 """When a pair has moved less than this in that time, it does without its greenlet; and a pump that has moved nothing,
 since its receiver takes nothing, gives its pipe to somebody who does."""
+
+
+REFUSED_SECONDS = 0.01
+"""How long a pair with much to move waits when the kernel refuses to watch its sockets, and then looks for itself."""
 
 
 class Detached(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types
@@ -191,10 +195,11 @@ class Pair:
 
     def cut(self, bound: Bound) -> None:
         """End the pair, which has met a bound of the operator's."""
-        if self.watched is not None:
-            self.cut_by = bound
-            self._end()
-        elif self.greenlet is not None:
+        if self.greenlet is None:  # it rests, or waits for another worker to take it
+            if not self.is_closed:
+                self.cut_by = bound
+                self._end()
+        else:
             has_begun = self.greenlet.gr_frame is not None
             self.greenlet.kill(Cut(bound), block=False)
             if not has_begun:  # and so never will, to record this
@@ -224,19 +229,36 @@ class Pair:
         """Seconds for which bytes have waited for a rate of the operator's."""
         return 0.0 if self._allowance is None else self._allowance.held_back
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it is over, or somebody else's."""
+        return self.first.fileno() < 0
+
     def close(self) -> None:
         """Close both sockets and give up what is still held."""
-        for pump in self.pumps:
-            pump.abandon()
-        self.first.close()
-        self.second.close()
+        try:
+            for pump in self.pumps:
+                pump.abandon()
+        finally:
+            self.first.close()
+            self.second.close()
+
+    def give_up(self) -> None:
+        """End the pair, which has no greenlet, after a fault of ours; nothing happens when it is over."""
+        if not self.is_closed:
+            self._end()
 
     def _end(self) -> None:
-        self.rest.forget(self)
-        if self.on_ending is not None:
-            self.on_ending(self)
-        self.close()
-        self.on_over(self)
+        # Whatever goes wrong here, it is over and on record.
+        try:
+            self.rest.forget(self)
+            if self.on_ending is not None:
+                self.on_ending(self)
+        finally:
+            try:
+                self.close()
+            finally:
+                self.on_over(self)
 
     # At rest (what `rest` has to know)
 
@@ -340,16 +362,16 @@ class Pair:
                 self._pump()
             except OSError:
                 self._deliver_what_fits()
+            except Quiet:
+                self.greenlet = None
+                self._go_to_rest()
+                return
         except Detached:
-            return
-        except Quiet:
-            self.greenlet = None
-            self._go_to_rest()
             return
         except Cut as cut:
             self.cut_by = cut.bound
         except BaseException:
-            self._end()
+            self.give_up()
             raise
         self._end()
 
@@ -376,9 +398,11 @@ class Pair:
                 for sock, events in zip((self.first, self.second), watched, strict=True):
                     _poll_for(poller, sock, events)
             ready = dict(poller.poll(QUIET_SECONDS * 1000))
+            if POLLNVAL in ready.values():  # libev's word for a socket that the kernel refuses to watch
+                gevent.sleep(REFUSED_SECONDS)
             for which, pump in enumerate(self.pumps):
                 waits_at = pump.sink if pump.waits == ROOM else pump.source
-                if pump.waits > 0 and ready.get(waits_at.fileno(), 0) & (pump.waits | POLLERR | POLLHUP):
+                if pump.waits > 0 and ready.get(waits_at.fileno(), 0) & (pump.waits | POLLERR | POLLHUP | POLLNVAL):
                     if self.turns.busy():
                         pump.waits = TURN
                     else:

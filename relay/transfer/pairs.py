@@ -11,6 +11,7 @@ from relay.clients.client import Client
 from relay.clients.pings import Pings
 from relay.clients.places import Places
 from relay.options import Options
+from relay.process import log
 from relay.transfer.limits import Limits
 from relay.transfer.pace import Pace
 from relay.transfer.pair import Pair, Readers
@@ -95,25 +96,32 @@ class Pairs:
     # How a pair begins
 
     def glue(self, waited: Client, newcomer: Client) -> None:
-        """Make a pair of two clients that match, and tell them so."""
+        """Make a pair of two clients that match, and tell them so.
+
+        Whatever goes wrong with it ends it, on record. If this raises all the same, there was none.
+        """
         first, second = (waited, newcomer) if waited.arrived <= newcomer.arrived else (newcomer, waited)
-        for client in (waited, newcomer):
-            client.stop_listening()
-            try:
-                client.sock.send(client.speech.ok())
-            except OSError:
-                pass  # it has just gone: the pair will see it
-        self.begin(
-            self._new_pair(
-                first.sock,
-                second.sock,
-                (first.source, second.source),
-                started=first.started,
-                arrived=first.arrived,
-                waiting_time=second.arrived - first.arrived,
-                readers=(first.speech.reader, second.speech.reader),
-            )
+        pair = self._new_pair(
+            first.sock,
+            second.sock,
+            (first.source, second.source),
+            started=first.started,
+            arrived=first.arrived,
+            waiting_time=second.arrived - first.arrived,
+            readers=(first.speech.reader, second.speech.reader),
         )
+        self._pairs.add(pair)
+        try:
+            for client in (waited, newcomer):
+                client.stop_listening()
+                try:
+                    client.sock.send(client.speech.ok())
+                except OSError:
+                    pass  # it has just gone: the pair will see it
+        except Exception:  # see `_fault_of`
+            self._fault_of(pair)
+        else:
+            self.begin(pair)
 
     def carry(self, client: Client, upstream: socket.socket) -> None:
         """Make a pair of a gateway's client and its connection upstream."""
@@ -156,20 +164,35 @@ class Pairs:
         )
 
     def begin(self, pair: Pair) -> None:
-        """Let `pair` pump, or go on, unless it is about to move house."""
+        """Let `pair` pump, or go on, unless it is about to move house; if something goes wrong, it is over."""
         self._pairs.add(pair)
-        if self.paths is not None:
-            pair.on_ending = self._measure
-        if pair.speaks_websocket:
-            pair.be_pinged(self._pings)
-        if not self.moves_on():
-            pair.start()
+        try:
+            if self.paths is not None:
+                pair.on_ending = self._measure
+            if pair.speaks_websocket:
+                pair.be_pinged(self._pings)
+            if not self.moves_on():
+                pair.start()
+        except Exception:  # see `_fault_of`
+            self._fault_of(pair)
+
+    def _fault_of(self, pair: Pair) -> None:
+        """Report the exception that is being handled, and end the pair, which has no greenlet: it is ours, and whoever
+        has brought it goes on with the others."""
+        log.tell_mistake("a mistake with one transfer; it is ended")
+        try:
+            pair.give_up()
+        except Exception:
+            log.tell_mistake("another mistake in ending it")
 
     def begin_all(self) -> None:
         """Let those pump that were to move house: nobody is there to take them."""
         for pair in self:
-            if not pair.started_pumping:
-                pair.start()
+            if not pair.started_pumping and pair in self._pairs:
+                try:
+                    pair.start()
+                except Exception:  # see `_fault_of`
+                    self._fault_of(pair)
 
     # Moving house
 
@@ -188,10 +211,20 @@ class Pairs:
             waiting_time=state.waiting_time,
             readers=_readers(state),
         )
-        pair.unpack(state, fds)
+        self._pairs.add(pair)
+        try:
+            pair.unpack(state, fds)
+        except Exception:  # the sender has closed its copies: nobody else can go on with it, or record it
+            self._came_with(pair)
+            self._fault_of(pair)
+        else:
+            self._came_with(pair)
+            self.begin(pair)
+
+    def _came_with(self, pair: Pair) -> None:
+        """What `pair` has moved where it was before is not ours to count."""
         self.turns.moved += pair.moved
         pair.counted = blur_size(pair.moved) if self._blurs else pair.moved
-        self.begin(pair)
 
     def let_go(self, pair: Pair) -> None:
         """`pair`, which was detached, is about to be somebody else's."""
@@ -214,14 +247,16 @@ class Pairs:
 
     def _over(self, pair: Pair) -> None:
         self._pairs.discard(pair)
-        self._count(pair)
-        moved = pair.moved
-        self._finished_bytes += moved
-        total_time = time.monotonic() - pair.arrived
-        self._record(Record(pair.started, total_time, pair.waiting_time, moved, "happy"))
-        if pair.cut_by is not None:
-            self._places.bounds_met.note(pair.cut_by)
-        self._places.give_back(*pair.sources)
+        try:
+            self._count(pair)
+            moved = pair.moved
+            self._finished_bytes += moved
+            total_time = time.monotonic() - pair.arrived
+            self._record(Record(pair.started, total_time, pair.waiting_time, moved, "happy"))
+            if pair.cut_by is not None:
+                self._places.bounds_met.note(pair.cut_by)
+        finally:
+            self._places.give_back(*pair.sources)
 
     def _measure(self, pair: Pair) -> None:
         """Count how good the paths of a pair were that is about to end."""

@@ -14,6 +14,10 @@ Rules:
   kernel puts those that it has reported last (ep_send_events() in fs/eventpoll.c).
 - Who has to be looked at without anything happening, by the clock, has a deadline; and these are looked at in slices,
   too.
+- The kernel may refuse to watch somebody (epoll_ctl(2): ENOSPC at ``fs.epoll.max_user_watches``, which all processes of
+  a user share; ENOMEM). Who is refused rests like everybody, and is looked at once a second until it is watched.
+- A fault of one pair ends that pair, and is nobody else's. gevent stops a watcher of a descriptor for good when its
+  callback raises, so none here does.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from typing import Protocol
 import gevent
 
 from relay.clients.deadlines import Deadlines
+from relay.process import log
 from relay.transfer.turns import Turns
 
 BATCH = 16
@@ -62,6 +67,9 @@ class Resting(Protocol):
     def look_around(self, now: float) -> None:
         """A deadline has come; `now` in monotonic seconds."""
 
+    def give_up(self) -> None:
+        """End, after a fault; nothing happens when it is over."""
+
 
 class Rest:
     """The pairs at rest."""
@@ -73,6 +81,9 @@ class Rest:
         self._poll = self._epoll.poll
         self._deadlines: Deadlines[Resting] = Deadlines()
         self._due: deque[Resting] = deque()
+        self._refused: dict[Resting, None] = {}  # whom the kernel does not watch
+        self._to_try: deque[Resting] = deque()  # of those, who has to be looked at in this second
+        self._has_told = False
         self._unsettled: list[Resting] = []
         self._hub = gevent.get_hub()
         loop = self._hub.loop
@@ -92,15 +103,20 @@ class Rest:
         if wanted == watched:
             return
         fds = pair.fds
-        if watched is None:
-            for fd, events in zip(fds, wanted, strict=True):
-                self._pairs[fd] = pair
-                self._epoll.register(fd, events)
-        else:
-            for fd, events, before in zip(fds, wanted, watched, strict=True):
-                if events != before:
-                    self._epoll.modify(fd, events)
         pair.watched = wanted
+        try:
+            if watched is None:
+                for fd, events in zip(fds, wanted, strict=True):
+                    self._pairs[fd] = pair
+                    self._epoll.register(fd, events)
+            else:
+                for fd, events, before in zip(fds, wanted, watched, strict=True):
+                    if events != before:
+                        self._epoll.modify(fd, events)
+        except OSError as error:
+            for fd in fds:
+                self._pairs[fd] = pair
+            self._is_refused(pair, error)
 
     def forget(self, pair: Resting) -> None:
         """`pair` rests no more, and its sockets may be closed, or go to another process."""
@@ -111,8 +127,26 @@ class Rest:
             return
         pair.watched = None
         for fd in pair.fds:
-            del self._pairs[fd]
+            self._pairs.pop(fd, None)
+            self._stop_watching(fd)
+        if self._refused:
+            self._refused.pop(pair, None)
+
+    def _stop_watching(self, fd: int) -> None:
+        try:
             self._epoll.unregister(fd)
+        except OSError:
+            pass  # it never was; or this is refused, too, and then it is tried again as soon as something is heard
+
+    def _is_refused(self, pair: Resting, error: OSError) -> None:
+        self._refused[pair] = None
+        if not self._has_told:
+            self._has_told = True
+            log.tell(
+                "the kernel refuses to watch a transfer that rests: %s; such ones are looked at once a second "
+                "(sysctl fs.epoll.max_user_watches)",
+                error.strerror,
+            )
 
     def look_at(self, pair: Resting, when: float) -> None:
         """Have `pair` look around at `when` (monotonic seconds, to the next whole one), if it still rests then."""
@@ -124,11 +158,14 @@ class Rest:
         """Somebody has something to say."""
         self._turns.moved_little()
         until = time.monotonic() + SLICE_SECONDS
-        while True:
-            ready = self._poll(0, BATCH)
-            self._attend(ready)
-            if len(ready) < BATCH or time.monotonic() > until:
-                return
+        try:
+            while True:
+                ready = self._poll(0, BATCH)
+                self._attend(ready)
+                if len(ready) < BATCH or time.monotonic() > until:
+                    return
+        except Exception:  # gevent would call here no more
+            self._hub.handle_error(self, *sys.exc_info())
 
     def serve_a_few(self) -> None:
         """Serve those whom the kernel tells of first; called between the turns of those who move much."""
@@ -137,21 +174,34 @@ class Rest:
         ready = self._poll(0, A_FEW)
         if ready:
             self._turns.moved_little()
-            try:
-                self._attend(ready)
-            except Exception:  # of one pair, and this is the turn of another
-                self._hub.handle_error(self, *sys.exc_info())
+            self._attend(ready)
 
     def _attend(self, ready: list[tuple[int, int]]) -> None:
         pairs = self._pairs
         for fd, events in ready:
             pair = pairs.get(fd)
-            if pair is not None:  # it may have ended since the kernel was asked
+            if pair is None:  # it may have ended since the kernel was asked
+                self._stop_watching(fd)
+                continue
+            try:
                 pair.attend(fd, events)
+            except Exception:  # of one pair, and the others are still to be served
+                self._fault_of(pair)
         while self._unsettled:
             pair = self._unsettled.pop()
             if pair.watched is not None:
-                pair.settle()
+                try:
+                    pair.settle()
+                except Exception:  # as above
+                    self._fault_of(pair)
+
+    def _fault_of(self, pair: Resting) -> None:
+        """Report the exception that is being handled, and end the pair: it would only come to the same again."""
+        self._hub.handle_error(self, *sys.exc_info())
+        try:
+            pair.give_up()
+        except Exception:
+            self._hub.handle_error(self, *sys.exc_info())
 
     def settle_soon(self, pair: Resting) -> None:
         """Have `pair`, which attends to something, settle when what was told with that is served: as a rule both sides
@@ -160,21 +210,52 @@ class Rest:
 
     def every_second(self, now: float) -> None:
         """Have those look around whose deadline has come; `now` in monotonic seconds."""
-        due = self._deadlines.take_due(now)
-        if due and not self._due:
+        self._due.extend(self._deadlines.take_due(now))
+        if self._refused and not self._to_try:
+            self._to_try.extend(self._refused)
+        self._has_told = bool(self._refused)
+        if not self._watcher.active:  # the kernel has refused to watch our epoll, too, and libev has given up
+            self._watcher.start(self._serve)
+        if (self._due or self._to_try) and not self._timer.active:
             self._timer.start(self._look_around, update=False)
-        self._due.extend(due)
 
     def _look_around(self) -> None:
+        self._timer.stop()
         now = time.monotonic()
         until = now + SLICE_SECONDS
-        while self._due and time.monotonic() < until:
-            pair = self._due.popleft()
-            if pair.watched is not None:
-                pair.look_around(now)
-        self._timer.stop()
-        if self._due:
+        while (self._due or self._to_try) and time.monotonic() < until:
+            is_due = bool(self._due)
+            pair = (self._due if is_due else self._to_try).popleft()
+            try:
+                if not is_due:
+                    self._try_to_watch(pair)
+                elif pair.watched is not None:
+                    pair.look_around(now)
+            except Exception:  # of one pair, and the others are still to be looked at
+                self._fault_of(pair)
+        if self._due or self._to_try:
             self._timer.start(self._look_around, update=False)
+
+    def _try_to_watch(self, pair: Resting) -> None:
+        """Have the kernel watch a pair that it has refused to watch. If it still does, ask it what there is to do."""
+        if pair.watched is None or pair not in self._refused:
+            return
+        sides = [*zip(pair.fds, pair.watched, strict=True)]
+        try:
+            for fd, events in sides:
+                self._watch_anew(fd, events)
+            del self._refused[pair]
+        except OSError:
+            asked = select.poll()
+            for fd, events in sides:
+                asked.register(fd, events & (select.POLLIN | select.POLLOUT))
+            self._attend(asked.poll(0))
+
+    def _watch_anew(self, fd: int, events: int) -> None:
+        try:
+            self._epoll.modify(fd, events)
+        except FileNotFoundError:
+            self._epoll.register(fd, events)
 
     def close(self) -> None:
         """Let go of the epoll; nobody rests here any more."""

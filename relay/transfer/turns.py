@@ -66,7 +66,7 @@ class Moving(Protocol):
     waits: int
 
     def turn(self, most: int) -> None:
-        """Move up to `most` bytes, and set `waits`; raises OSError."""
+        """Move up to `most` bytes, and set `waits`; what it raises is its greenlet's."""
 
 
 class _Place:
@@ -79,7 +79,7 @@ class _Place:
         self.greenlet = greenlet
         self.pump = pump
         self.turns = TURNS_IN_A_ROW
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
 
 
 class Turns:
@@ -134,10 +134,10 @@ class Turns:
         Then `pump` has its turns, until it has no more to move or had `TURNS_IN_A_ROW`. Without one, the calling
         greenlet goes on when its turn has come.
 
-        Raises OSError when the pump did.
+        Raises what the pump did: OSError as a rule, but whatever else it is ends that pair, and nobody else's turns.
         """
         place = _Place(gevent.getcurrent(), pump)
-        if not self._queue:
+        if not self._queue or not self._timer.active:
             self._last = time.monotonic()
             self._timer.start(self._next, update=False)
         self._queue.append(place)
@@ -159,30 +159,32 @@ class Turns:
         now = time.monotonic()
         left = max(LEAST_SECONDS, SHARE * (now - self._last))
         ahead = 0.0  # of the others, who are looked at in between
-        while self._queue:
-            if ahead <= 0:
-                self.look_at_others()
-                looked = time.monotonic()
-                ahead += looked - now
-                left += SHARE * (looked - now)
-                now = looked
-            self._give_a_turn(self._queue.popleft())
-            ended = time.monotonic()
-            ahead -= ended - now
-            left -= ended - now
-            now = ended
-            if left <= 0:
-                break
-        self._last = now
-        if self._queue:
-            self._timer.start(self._next, update=False)
+        try:
+            while self._queue:
+                if ahead <= 0:
+                    self.look_at_others()
+                    looked = time.monotonic()
+                    ahead += looked - now
+                    left += SHARE * (looked - now)
+                    now = looked
+                self._give_a_turn(self._queue.popleft())
+                ended = time.monotonic()
+                ahead -= ended - now
+                left -= ended - now
+                now = ended
+                if left <= 0:
+                    break
+        finally:  # whatever has gone wrong, the queue goes on
+            self._last = now
+            if self._queue:
+                self._timer.start(self._next, update=False)
 
     def _give_a_turn(self, place: _Place) -> None:
         pump = place.pump
         if pump is not None:
             try:
                 pump.turn(self.size())
-            except OSError as error:
+            except BaseException as error:  # whatever it is, it is raised where that pump is waited for
                 place.error = error
             else:
                 place.turns -= 1
@@ -190,7 +192,12 @@ class Turns:
                     self._queue.append(place)
                     return
         # Behind those that this iteration has woken: they have waited for input, and most of them move little.
-        self._hub.loop.run_callback(_go_on, place)
+        try:
+            self._hub.loop.run_callback(_go_on, place)
+        except BaseException:  # there is no memory for it
+            place.pump = None  # which has had its turns
+            self._queue.appendleft(place)
+            raise
 
 
 def _go_on(place: _Place) -> None:
