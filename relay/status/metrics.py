@@ -128,7 +128,7 @@ def _counters(readings: _Readings) -> Iterator[Metric]:
     for path, reading in readings:
         moved.add_metric([path], reading.bytes)
         for mood in MOODS:
-            ended.add_metric([path, mood], getattr(reading.since_start, mood))
+            ended.add_metric([path, mood], reading.ended(mood))
     yield moved
     yield ended
     for prefix, name, label, says in LABELLED:

@@ -84,6 +84,11 @@ class Reading:
         """
         return max(self.counters.get("bytes", 0), self.since_start.bytes)
 
+    def ended(self, mood: str) -> float:
+        """Connections that have ended in this mood since the service began; the same holds for these. When somebody
+        overwrites the database's -wal, rows are lost, and the workers still know that there were some."""
+        return max(self.counters.get(f"mood.{mood}", 0), self.since_start.named()[mood])
+
     def is_stale(self) -> bool:
         """Whether workers have missed two of their times to write."""
         return self.refreshed is None or self.at - self.refreshed > STALE_AFTER

@@ -64,6 +64,7 @@ class Shares:
         self._start = self._seen_start or f"{UNKNOWN_BOOT}/{self._byte}"
         self._fd = -1
         self._has_lifeline = False
+        self._service_began: int | None = None  # of which this worker is
 
     def live(self, fd: int) -> None:
         """Hold a lifeline, from now on, until the database file that `fd` is open to is closed.
@@ -77,7 +78,8 @@ class Shares:
             raise Trouble("nobody could tell that this worker lives: there is no /proc, and no lock; mount /proc")
 
     def enter(self, connection: sqlite3.Connection) -> bool:
-        """Say how this worker is known; return whether there are others.
+        """Say how this worker is known; return whether the service goes on: there are others, or it is the one that
+        this worker was of before, which had to open the file again. If not, it begins anew.
 
         Raises:
             Trouble: one of them is on another machine, or knows the file by another name.
@@ -92,9 +94,12 @@ class Shares:
                     "another relay records into it under another of its names (hard links), and each would lose what "
                     "the other writes; give both the same path"
                 )
-        if not others:
+        began = told.service_began(connection)
+        goes_on = others or (began is not None and began == self._service_began)
+        if not goes_on:
             told.begin_anew(connection)
-        return others
+        self._service_began = told.service_began(connection)
+        return goes_on
 
     def _enter_among(self, connection: sqlite3.Connection) -> None:
         for pid, start, byte in connection.execute(_LIFELINES).fetchall():

@@ -70,14 +70,17 @@ class Description:
 
 
 class Histograms:
-    """Counts transfers by what is in their rows: a microsecond for each."""
+    """Counts connections by mood, and transfers by what is in their rows: a microsecond for each."""
 
     def __init__(self) -> None:
+        self._moods = dict.fromkeys(("happy", "lonely", "errory"), 0)
         self._counts = {name: [0] * (len(bounds) + 1) for name, (_, bounds) in HISTOGRAMS.items()}
         self._sums: dict[str, float] = dict.fromkeys(HISTOGRAMS, 0)
 
     def note(self, rows: Sequence[Row]) -> None:
-        """Count the transfers among rows that are written."""
+        """Count rows that are written."""
+        for row in rows:
+            self._moods[row[4]] += 1
         happy = [row for row in rows if row[4] == "happy"]
         for name, (place, bounds) in HISTOGRAMS.items():
             counts = self._counts[name]
@@ -91,7 +94,7 @@ class Histograms:
 
     def counters(self) -> dict[str, float]:
         """The counts, by name: of each bucket for itself, and the sum of all values, rounded down to a `STEP`."""
-        counters: dict[str, float] = {}
+        counters: dict[str, float] = {f"mood.{mood}": count for mood, count in self._moods.items()}
         for name, (_, bounds) in HISTOGRAMS.items():
             counters |= {f"{name}.{bound}": n for bound, n in zip((*bounds, "inf"), self._counts[name], strict=True)}
             total = self._sums[name]
@@ -127,6 +130,12 @@ def begin_anew(connection: sqlite3.Connection) -> None:
     """The service starts: nothing is counted yet."""
     connection.execute("DELETE FROM worker_status")
     connection.execute(_SET_SERVICE, (int(time.time()), "{}"))
+
+
+def service_began(connection: sqlite3.Connection) -> int | None:
+    """When it did, in seconds since the epoch; None where nobody has said so."""
+    began, _ = connection.execute(_SERVICE).fetchone() or (None, None)
+    return began if isinstance(began, int) else None
 
 
 def _numbers(text: object) -> dict[str, float]:

@@ -1,8 +1,9 @@
-"""How often relay-status counts all rows of `usage`: once, and seldom again."""
+"""What relay-status makes of a database whose rows and sums do not agree: how often it counts, and what goes back."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import time
 from pathlib import Path
@@ -13,6 +14,8 @@ from relay.status.history import today
 from relay.status.observer import Observer
 from relay.status.source import Source
 from relay.usage.schema import open_database
+from tests.support.harness import wait_until
+from tests.support.usage_worker import UsageWorker
 
 HAPPY = "INSERT INTO usage VALUES (?, 1.0, 1.0, 1000, 'happy')"
 
@@ -83,3 +86,55 @@ def test_rows_that_cannot_be_counted_are_not_tried_all_the_time(path: Path) -> N
     assert not looked(observer)
     observer._not_before = time.monotonic()
     assert looked(observer), "later it is tried again"
+
+
+def test_counters_of_workers_that_live_do_not_go_back_when_a_wal_is_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "usage.sqlite"
+
+    def record(count: int, total: int) -> None:
+        """Have it record so many, which makes so many in all, and tell of them."""
+        worker.ask(f"record {count} 10 happy")
+        wait_until(lambda: source.read().since_start.happy == total, what="its rows")
+        worker.ask("refresh")
+        wait_until(lambda: source.read().counters["mood.happy"] == total, what="its counters")
+
+    with UsageWorker("--usage-db", str(path)) as worker:
+        source = Source(path)
+        record(5, 5)
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        record(50, 55)
+        with Path(f"{path}-wal").open("r+b") as wal:
+            wal.write(os.urandom(os.stat(wal.fileno()).st_size))
+        worker.ask("record 1 10 lonely")
+        wait_until(lambda: _lonely(path) == 1, what="the row that came later")
+        worker.ask("refresh")
+        wait_until(lambda: source.read().counters["mood.lonely"] == 1, what="its counters")
+        reading = source.read()
+        assert reading.since_start.happy == 5, "what was lost is lost"
+        assert (reading.ended("happy"), reading.counters["size.inf"]) == (55, 0)
+        assert reading.counters["size.sum"] == 550
+
+
+def test_a_service_that_was_nowhere_but_in_a_wal_that_is_overwritten_begins_anew(tmp_path: Path) -> None:
+    path = tmp_path / "usage.sqlite"
+    with UsageWorker("--usage-db", str(path)) as worker:
+        worker.ask("record 9 10 happy")
+        worker.ask("close 10")
+    source = Source(path)
+    assert source.read().since_start.happy == 9
+    time.sleep(1.1)  # a service is known by the second in which it began
+    with UsageWorker("--usage-db", str(path)) as worker:
+        worker.ask("record 5 10 happy")
+        wait_until(lambda: source.read().since_start.happy == 5, what="its rows")
+        with Path(f"{path}-wal").open("r+b") as wal:
+            wal.write(os.urandom(os.stat(wal.fileno()).st_size))
+        worker.ask("record 1 10 lonely")
+        wait_until(lambda: _lonely(path) == 1, what="the row that came later")
+        assert source.read().since_start.happy == 0, "those of the service before are not of this one"
+
+
+def _lonely(path: Path) -> int:
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as database:
+        return int(database.execute("SELECT count(*) FROM usage WHERE result = 'lonely'").fetchone()[0])
+    return 0

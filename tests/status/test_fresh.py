@@ -218,6 +218,8 @@ def test_a_bucket_holds_what_is_not_above_its_bound() -> None:
     histograms.note([(0, 0.1, None, 10_000, "happy"), (0, 99_999.0, 3.0, 10_001, "happy"), (0, 1.0, None, 0, "errory")])
     counted = {name: count for name, count in histograms.counters().items() if count}
     assert counted == {
+        "mood.happy": 2,
+        "mood.errory": 1,
         "size.10000": 1,
         "size.100000": 1,
         "size.sum": 20_001,
