@@ -29,7 +29,7 @@ class Bound(enum.Enum):
     PROXY_HEADER = "--trusted-proxies: closed connections of a proxy whose PROXY header was missing, wrong or too late"
     NO_WAY_UPSTREAM = "--upstream: turned away clients, since no file descriptor was left for a connection there"
     NO_PORT_UPSTREAM = (
-        "--upstream: turned away clients, since this machine had no port left for a connection to that address; "
+        "--upstream: turned away clients, since this machine had no port left for a connection there; "
         "widen net.ipv4.ip_local_port_range, or give several addresses"
     )
     UNNAMED = (
