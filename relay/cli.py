@@ -71,7 +71,7 @@ What nobody gets more of (for each worker, unless it says otherwise):
                                of --max-connections.
   --max-waiting-per-token N    Clients that wait with the same token; the oldest gives way [default: 16]
   --max-per-source N           Connections from one address (IPv6: one /64). Without it, a sixteenth of the
-                               connections at a time, but 64 where that is not more than half of them.
+                               connections at a time, but up to 64 as long as that is a quarter at the most.
   --max-new-per-source N       New connections a second from one address; without it, 200. Both of these spare
                                this machine's own addresses, unless they are given.
   --trusted-proxies NETS       Addresses and networks, separated by commas, of proxies whose word is taken for where a
@@ -105,6 +105,9 @@ and one after the other does that; those who get none copy."""
 USUAL_FDS = 65_536
 """As many file descriptors are made use of unasked. A limit of a thousand million, as some containers have it, says
 nothing about how many connections there is memory for; who wants more says so with --max-connections."""
+
+LEAST_PER_SOURCE = 4
+"""Two sides that meet, and a spare of each."""
 
 LOG_SECONDS = 1.0
 """How long the end waits for the reader of the log."""
@@ -261,7 +264,7 @@ def read_options(arguments: Sequence[str]) -> Options:
         max_handshakes=_whole(given, "--max-handshakes", 1),
         max_waiting=_whole_or(given, "--max-waiting", most * 3 // 4),
         max_waiting_per_token=_whole(given, "--max-waiting-per-token", 1),
-        max_per_source=_whole_or(given, "--max-per-source", max(most // 16, min(most // 2, 64))),
+        max_per_source=_whole_or(given, "--max-per-source", _max_per_source(most)),
         max_new_per_source=_whole_or(given, "--max-new-per-source", 200),
         bounds_loopback=given["--max-per-source"] is not None or given["--max-new-per-source"] is not None,
         trusted_proxies=_trusted_proxies(given),
@@ -389,6 +392,11 @@ def _max_connections(given: dict[str, Any], held: int, pipes: int) -> int:
             f"--max-connections {most}: the limit of file descriptors allows {possible}; raise it (ulimit -n)"
         )
     return most
+
+
+def _max_per_source(most: int) -> int:
+    """What a source may have of so many connections, where nobody says: a household's on the smallest relay."""
+    return max(most // 16, min(most // 4, 64), min(most, LEAST_PER_SOURCE))
 
 
 def _whole(given: dict[str, Any], option: str, least: int) -> int:

@@ -47,7 +47,8 @@ class Sources:
     def __init__(self, most: int, most_new: int) -> None:
         self._most = most
         self._most_new = most_new
-        self._here: Counter[bytes] = Counter()  # only those that are here
+        self._here: dict[bytes, int] = {}  # only those that are here; no Counter, which is slow with what is new
+        self._sites: dict[bytes, int] = {}  # of networks of 64 bits, by what `site_of` has for them
         self._new: Counter[bytes] = Counter()
 
     def __len__(self) -> int:
@@ -59,31 +60,48 @@ class Sources:
         self._new[source] += 1
         if self._new[source] > self._most_new:
             return Bound.NEW_PER_SOURCE
-        if self._here[source] >= self._most:
+        if self._here.get(source, 0) >= self._most:
             return Bound.PER_SOURCE
         return None
 
     def add(self, source: bytes) -> None:
         """Another connection from `source` is here."""
-        self._here[source] += 1
+        self._here[source] = self._here.get(source, 0) + 1
+        if len(source) == 8:
+            site = source[:6]
+            self._sites[site] = self._sites.get(site, 0) + 1
 
     def has_too_many(self, source: bytes) -> bool:
         """Whether more connections from `source` are here than may be; siblings may have handed them on."""
-        return self._here[source] > self._most
+        return self._here.get(source, 0) > self._most
 
     def count(self, source: bytes | None) -> int:
         """How many connections from `source` are here; 0 for one that nobody counts."""
-        return 0 if source is None else self._here[source]
+        return 0 if source is None else self._here.get(source, 0)
+
+    def count_at_site(self, source: bytes | None) -> int:
+        """How many connections from the site of `source` are here (see `site_of`); 0 for one that nobody counts."""
+        if source is None:
+            return 0
+        return self._sites.get(source[:6], 0) if len(source) == 8 else self._here.get(source, 0)
 
     def remove(self, source: bytes) -> None:
         """A connection from `source` is here no longer."""
-        self._here[source] -= 1
-        if self._here[source] <= 0:
-            del self._here[source]
+        _take_one(self._here, source)
+        if len(source) == 8:
+            _take_one(self._sites, source[:6])
 
     def next_second(self) -> None:
         """Forget who has come; to be called every second."""
         self._new.clear()
+
+
+def _take_one(counts: dict[bytes, int], whose: bytes) -> None:
+    left = counts.get(whose, 0) - 1
+    if left > 0:
+        counts[whose] = left
+    else:
+        counts.pop(whose, None)
 
 
 class BoundsMet:

@@ -55,7 +55,7 @@ class Farewell:
         self._places = places
         self._record = record
         self.turned_away: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
-        """Since the beginning, by kind."""
+        """Those on record since the beginning, by kind."""
         self._lingering: OrderedDict[Client, float] = OrderedDict()  # until when, the first of them soonest
         self._iteration = Iteration(loop)
         self._on_readable = self._discard  # bound once, and not for every client
@@ -68,8 +68,7 @@ class Farewell:
     def end(self, client: Client, ending: Ending) -> None:
         """End a connection in this way."""
         try:
-            if ending.mood is not None:
-                self.finish(client, ending.mood)
+            if ending.mood is not None and self.finish(client, ending.mood):
                 self.turned_away[kind_of(ending)] += 1
             if ending.bound is not None:
                 self._places.bounds_met.note(ending.bound)
@@ -88,13 +87,15 @@ class Farewell:
         """Send `client` away for want of a partner."""
         self.end(client, client.speech.lonely())
 
-    def finish(self, client: Client, mood: Mood) -> None:
-        """Record a connection that ends without a partner, unless it was a health check (see `Recorded`)."""
+    def finish(self, client: Client, mood: Mood) -> bool:
+        """Record a connection that ends without a partner; False if it was a health check (see `Recorded`), which
+        nothing tells of."""
         if client.recorded is Recorded.WITH_A_PARTNER:
-            return
+            return False
         if client.recorded is Recorded.WITH_A_BYTE and not client.received and not client.token:
-            return
+            return False
         self._record(Record(client.started, time.monotonic() - client.arrived, None, 0, mood))
+        return True
 
     def _send_away(self, client: Client, reply: bytes) -> None:
         """Say `reply`, end the stream, and read on for a moment so that both arrive."""

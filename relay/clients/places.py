@@ -46,6 +46,8 @@ class Places:
         self._sources = Sources(options.max_per_source, options.max_new_per_source)
         self.count_of = self._sources.count
         """How many connections from a source are here; 0 for one that nobody counts."""
+        self.count_at_site = self._sources.count_at_site
+        """The same of all sources of its site together."""
         self._on_free = on_free
 
     def is_full(self) -> bool:

@@ -26,6 +26,9 @@ everything else       the first 64 bits       also with ISATAP (RFC 5214), 6rd (
 
 A sender cannot claim the IPv4 address of somebody else like this: what is sent back does not come to it, and so the TCP
 handshake does not end.
+
+Who owns a network of 64 bits may own its neighbours, too: a household has 56 bits as a rule, and 48 are to be had for
+nothing (RFC 6177, tunnel brokers). So when it is about who has the most, the networks of one `site` are one.
 """
 
 from __future__ import annotations
@@ -56,6 +59,11 @@ def source_of(host: str) -> bytes:
     if address.startswith(_TEREDO):
         return bytes(byte ^ 0xFF for byte in address[12:])
     return address if address.startswith(_OF_A_SITES_TRANSLATORS) else address[:8]
+
+
+def site_of(source: bytes) -> bytes:
+    """Whose a source may be together with others: the first 48 bits of a network of 64 bits; any other is by itself."""
+    return source[:6] if len(source) == 8 else source
 
 
 def packed(host: str) -> bytes:

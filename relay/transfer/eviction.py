@@ -6,11 +6,13 @@ somebody is ended for it:
 
 - first of all those who have been sent away, and only linger so that this arrives (`farewell`): at once, whosesoever,
   and for anybody;
-- then of the sources that have the most. They are told apart by how many times `FEW` they have, to a factor of two;
-- of those, whoever has been idle longest, and for `IDLE_SECONDS` at the least. Who moves something is never ended;
-- but a source that has `MANY` is one of a few that have it all. Its connections need only have been idle for
-  `BRIEF_SECONDS`, and its transfers are idle as long as they move no more than `LITTLE_BYTES` in that time: otherwise a
-  byte now and then, or coming back every few seconds, would keep a place;
+- then of the sources that have the most. They are told apart by how many times `FEW` they have, to a factor of two. The
+  networks of one site have it together, and within the site who has the most by itself comes first;
+- of those, whoever has been idle longest, and for `IDLE_SECONDS` at the least. A transfer is idle as long as it has
+  moved no more than `LITTLE_BYTES`: otherwise a byte now and then would keep a place. Who moves more is never ended,
+  nor who waits for a rate of the operator's;
+- but a source that has `many` is one of a few that have it all. What it has need only have been idle for
+  `BRIEF_SECONDS`: otherwise it would keep its places by coming back every few seconds;
 - and a newcomer is turned away when only smaller sources than its own have anybody idle, or others of the same size. So
   who fills the relay with what moves cannot drive out those who wait. Of its own, half of the idle may give way to it:
   the other half is kept for smaller ones, which might never be served if those who come back all the time had all. But
@@ -20,10 +22,13 @@ Who comes through a proxy is a newcomer once the proxy has said whose it is, and
 to it, and it is one more than there are places (`origins`).
 
 A machine that has an IPv4 and an IPv6 address is two sources, and a thousand machines are a thousand: it is the same
-for them. Each of this machine's own connections, which nobody counts, is like one of a small source.
+for them, and none of them keeps a place with little. Each of this machine's own connections, which nobody counts, is
+like one of a small source.
 
 All connections are looked through, in slices, when it has come to that, and what is found serves for many newcomers. So
 it costs nothing while there are places, and the same for each newcomer, however many connections there are, when not.
+What each transfer had moved is only known since the first of these looks: so it is looked again soon, until that says
+something.
 """
 
 from __future__ import annotations
@@ -43,6 +48,7 @@ from relay.clients.farewell import Farewell
 from relay.clients.matching import Matching
 from relay.clients.places import Places
 from relay.clients.reception import Reception
+from relay.clients.sources import site_of
 from relay.transfer.pair import Pair
 from relay.transfer.pairs import Pairs
 from relay.transfer.slices import in_slices
@@ -53,11 +59,14 @@ BRIEF_SECONDS = 1.0
 FEW = 8
 """Below so many connections, all sources are alike: two sides and their spares may come from one household."""
 
-MANY = 32
 MANY_OF = 64
-"""A source has many when it has so many connections and such a part of all places."""
+"""A source has many when it has more than a few connections and such a part of all places."""
 
 LITTLE_BYTES = 4 << 10
+"""Both directions together; less than a thousand bytes a second, while others stand at the door."""
+
+RANKS = 64
+"""More than a number of connections has bits."""
 
 MOST_OF = 3
 """A source has most when it has such a part of all places. None has, unless the operator allows it."""
@@ -74,6 +83,9 @@ PAUSE = 20
 
 Idler: TypeAlias = tuple[int, float, int, Client | Pair]
 """The rank of its source, how long it has been idle, a number to tell equals apart, and who it is."""
+
+Past: TypeAlias = tuple[int, float, float]
+"""What a transfer had moved and how long it had been held back by a rate, and when that was."""
 
 
 class Eviction:
@@ -107,11 +119,13 @@ class Eviction:
         self._is_awaited = is_awaited
         self._is_room_elsewhere = is_room_elsewhere
         self._on_ready = on_ready
-        self._many = max(MANY, places.most // MANY_OF)
+        self._many = max(FEW, places.most // MANY_OF)
         self._most = places.most // MOST_OF
         self._found: deque[Idler] = deque()
         self._found_of: dict[bytes | None, deque[Idler]] = {}
         self._found_at = 0.0
+        self._pasts: dict[Pair, Past] = {}
+        self._pasts_begin = 0.0
         self._look_again_at = 0.0
         self._was_crowded = False
         self._has_served = False
@@ -138,9 +152,12 @@ class Eviction:
         if age > GOOD_SECONDS:
             self._found.clear()
             self._found_of.clear()
+            self._pasts.clear()
+            self._pasts_begin = now
         if self._places.is_full() and self.is_ready():
             self._on_ready()  # whom somebody unnamed kept from being let in
-        is_useful = (not self._found or age > GOOD_SECONDS / 2) and now >= self._look_again_at
+        is_early = self._found_at <= self._pasts_begin + IDLE_SECONDS
+        is_useful = (not self._found or is_early or age > GOOD_SECONDS / 2) and now >= self._look_again_at
         # To be crowded once may be a moment in which the door is just about to be opened.
         if self._was_crowded and was_crowded and is_useful and not self._look:
             self._look = gevent.spawn(self._look_around)
@@ -169,36 +186,51 @@ class Eviction:
             self._on_ready()
 
     def _shares_of(self, found: list[Idler]) -> dict[bytes | None, deque[Idler]]:
-        """Of those that were found, whoever may give way to newcomers of its own source."""
-        by_source: dict[bytes | None, list[Idler]] = {}
+        """Of those that were found, whoever may give way to newcomers of its own site."""
+        by_site: dict[bytes | None, list[Idler]] = {}
+        of_proxies = set()
         for idler in found:
-            by_source.setdefault(self._source_of(idler[-1]), []).append(idler)
-        return {
-            source: deque(idlers if self._places.count_of(source) >= self._most else idlers[1::2])
-            for source, idlers in by_source.items()
-        }
+            source = self._source_of(idler[-1])
+            by_site.setdefault(_site_of(source), []).append(idler)
+            if self._places.count_of(source) >= self._most:
+                of_proxies.add(_site_of(source))
+        return {site: deque(idlers if site in of_proxies else idlers[1::2]) for site, idlers in by_site.items()}
 
     def _idlers(self) -> Iterator[Idler]:
         """Everybody who might give way."""
+        pasts: dict[Pair, Past] = {}  # anew each time: of those that are over, nothing is kept
         everybody: Iterator[Client | Pair] = chain(self._reception, self._matching, self._pairs)
         for number, who in enumerate(in_slices(everybody)):
             rank, idle = self._standing_of(who, time.monotonic())
+            if isinstance(who, Pair):
+                pasts[who] = self._pasts[who]
             if idle is not None:
                 yield rank, idle, number, who
+        self._pasts = pasts
 
     def _source_of(self, who: Client | Pair) -> bytes | None:
         """Whose it is; of a pair, the side whose source has more."""
-        return max(who.sources, key=self._places.count_of) if isinstance(who, Pair) else who.source
+        return max(who.sources, key=self._size_of) if isinstance(who, Pair) else who.source
+
+    def _size_of(self, source: bytes | None) -> tuple[int, int]:
+        return self._places.count_at_site(source), self._places.count_of(source)
 
     def _standing_of(self, who: Client | Pair, now: float) -> tuple[int, float | None]:
         """The rank of somebody's source, and how long it has been idle; None if that is not long enough."""
-        count = self._places.count_of(self._source_of(who))
-        has_many = self._many <= count < self._most
-        if isinstance(who, Pair):
-            idle = who.idle_for(now, LITTLE_BYTES if has_many else 0)
-        else:
-            idle = now - (who.asked or who.arrived)
-        return _rank(count), idle if idle >= (BRIEF_SECONDS if has_many else IDLE_SECONDS) else None
+        source = self._source_of(who)
+        at_site, count = self._size_of(source)
+        is_one_of_few = at_site >= self._many and count < self._most
+        idle = self._idle_for(who, now) if isinstance(who, Pair) else now - (who.asked or who.arrived)
+        return _rank(at_site, count), idle if idle >= (BRIEF_SECONDS if is_one_of_few else IDLE_SECONDS) else None
+
+    def _idle_for(self, pair: Pair, now: float) -> float:
+        """For how many seconds it has moved little, as far as that is known."""
+        moved, held_back = pair.moved, pair.held_back
+        past = self._pasts.get(pair) or (moved, held_back, now - pair.idle_for(now))
+        if moved - past[0] > LITTLE_BYTES or (held_back > past[1] and moved > past[0]):
+            past = moved, held_back, now
+        self._pasts[pair] = past
+        return now - past[-1]
 
     # Giving way
 
@@ -213,9 +245,10 @@ class Eviction:
         first = self._first(found)
         if first is None:
             return False  # there was somebody when the door let it in, but it is only known now whose it is
-        rank = _rank(self._places.count_of(source) + 1)
+        at_site, count = self._size_of(source)
+        rank = _rank(at_site + 1, count + 1)
         if first[0] < rank or first[0] == rank > 0:
-            found = self._found_of.get(source, deque())
+            found = self._found_of.get(_site_of(source), deque())
             first = self._first(found)
             if first is None or first[1] < IDLE_SECONDS:
                 return False
@@ -249,6 +282,11 @@ class Eviction:
         (self._matching if who in self._matching else self._reception).evict(who)
 
 
-def _rank(connections: int) -> int:
-    """The rank of a source that has so many: 0 for a few, and one more each time that it has twice as many."""
-    return (connections // FEW).bit_length()
+def _rank(at_site: int, count: int) -> int:
+    """The rank of a source that has `count` connections, where its site has so many: 0 for a few, and higher each time
+    that there are twice as many at the site, or, where that is equal, from the source."""
+    return (at_site // FEW).bit_length() * RANKS + (count // FEW).bit_length()
+
+
+def _site_of(source: bytes | None) -> bytes | None:
+    return None if source is None else site_of(source)

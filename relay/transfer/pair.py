@@ -185,11 +185,11 @@ class Pair:
         before, self._moved_a_second_ago = self._moved_a_second_ago, self.moved
         return self.moved != before
 
-    def idle_for(self, now: float, little: int = 0) -> float:
-        """For how many seconds no more than `little` bytes have moved, as far as that is known: since the last time but
-        one that somebody asked. `now` is in monotonic seconds."""
+    def idle_for(self, now: float) -> float:
+        """For how many seconds nothing has moved, as far as that is known: since the last time but one that somebody
+        asked. `now` is in monotonic seconds."""
         moved = self.moved
-        if moved - self._moved_then > little or not self._idle_since:
+        if moved != self._moved_then or not self._idle_since:
             self._moved_then, self._idle_since = moved, now
         return now - self._idle_since
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.clients.bounds import LOG_SECONDS, Bound, BoundsMet, Sources
+from relay.clients.sources import source_of
 
 
 @given(
@@ -46,6 +47,27 @@ def test_a_source_has_at_most_its_share_and_is_forgotten_when_it_has_gone(
             sources.remove(source)
     sources.next_second()
     assert len(sources) == 0
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.sampled_from(["192.0.2.1", *(f"2001:db8:{n // 2}:{n}::1" for n in range(4))])))
+)
+def test_the_networks_of_one_site_are_counted_together_too(events: list[tuple[bool, str]]) -> None:
+    sources = Sources(1000, 1000)
+    here: Counter[str] = Counter()
+    for comes, host in events:
+        if comes:
+            sources.add(source_of(host))
+            here[host] += 1
+        elif here[host]:
+            sources.remove(source_of(host))
+            here[host] -= 1
+    for host in [*here]:
+        site = host.rpartition(":")[0].rpartition(":")[0].rpartition(":")[0]  # or "" for the one with IPv4
+        together = sum(count for other, count in here.items() if other.startswith(f"{site}:" if site else host))
+        assert sources.count_at_site(source_of(host)) == together
+        assert sources.count(source_of(host)) == here[host]
+    assert sources.count_at_site(None) == 0
 
 
 def test_a_source_whose_connections_siblings_hand_on_may_come_to_have_too_many() -> None:

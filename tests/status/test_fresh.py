@@ -104,6 +104,25 @@ def test_an_idle_relay_writes_nothing(tmp_path: Path) -> None:
         wait_until(quiet, 40, "nothing is written for longer than it takes to tell again what has changed")
 
 
+def test_checks_that_leave_no_record_are_counted_nowhere_and_leave_an_idle_relay_idle(tmp_path: Path) -> None:
+    with Relay(tmp_path, recording=True) as relay:
+        log = Path(f"{relay.usage_db}-wal")
+        written, since = log.read_bytes(), time.monotonic()
+
+        def quiet() -> bool:
+            nonlocal written, since
+            connect(relay.port).close()
+            if log.read_bytes() != written:
+                written, since = log.read_bytes(), time.monotonic()
+            return time.monotonic() - since > 8
+
+        wait_until(quiet, 40, "nothing is written for longer than it takes to tell what has changed")
+        with connect(relay.port) as client:
+            client.sendall(b"nonsense\n")
+        wait_until(lambda: told_by(relay, "counters")["refused.bad_handshake"] == 1, 20)
+        assert told_by(relay, "counters")["refused.left_before_handshake"] == 0
+
+
 def test_the_rows_say_what_an_operator_acts_on(tmp_path: Path) -> None:
     with Relay(tmp_path, "--max-waiting", "2", "--max-connections", "50", recording=True) as relay:
         silent = connect(relay.port)

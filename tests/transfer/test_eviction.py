@@ -65,24 +65,28 @@ def let_in(port: int, *sources: str, seconds: float = 25) -> None:
                 assert read_exactly(sock, 3) == b"ok\n"
 
 
+SOME = b"." * 1024
+"""What a transfer passes on several times a second that moves something, if only a little."""
+
+
 @contextlib.contextmanager
-def trickling(pairs: Sequence[Sequence[socket.socket]], seconds: float) -> Iterator[None]:
-    """All of `pairs` pass a byte every so many seconds on, as long as they live."""
+def trickling(pairs: Sequence[Sequence[socket.socket]], seconds: float, said: bytes = b".") -> Iterator[None]:
+    """All of `pairs` pass a byte, or what else is `said`, on every so many seconds, as long as they live."""
 
     def work(over: threading.Event) -> None:
         living = [*pairs]
         while not over.wait(seconds):
-            living[:] = [pair for pair in living if _passes_on(pair)]
+            living[:] = [pair for pair in living if _passes_on(pair, said)]
 
     with beside(work):
         yield
 
 
-def _passes_on(pair: Sequence[socket.socket]) -> bool:
+def _passes_on(pair: Sequence[socket.socket], said: bytes) -> bool:
     try:
-        pair[0].sendall(b".")
-        return pair[1].recv(1) == b"."
-    except OSError:
+        pair[0].sendall(said)
+        return read_exactly(pair[1], len(said)) == said
+    except (OSError, AssertionError):
         return False
 
 
@@ -216,8 +220,8 @@ def test_who_moves_something_never_gives_way(relay_factory: Callable[..., Relay]
     newcomer.sendall(handshake(new_token(), new_side()))
     for _ in range(18):
         for first, second in moving:
-            first.sendall(b"x")
-            assert second.recv(1) == b"x"
+            first.sendall(SOME)
+            assert read_exactly(second, len(SOME)) == SOME
         time.sleep(0.5)
     assert relay.records() == []
     assert relay.rows("current")[0]["waiting"] == 0, "so the newcomer is still in the listen queue"
@@ -254,7 +258,7 @@ def test_who_fills_the_relay_with_what_moves_cannot_drive_out_those_who_wait(
     relay: Relay, stack: contextlib.ExitStack
 ) -> None:
     waiting = [wait_alone(relay.port, f"127.9.0.{number + 1}", stack) for number in range(MOST - 30)]
-    with trickling([met(relay.port, "127.1.0.1", stack=stack) for _ in range(15)], 0.3):
+    with trickling([met(relay.port, "127.1.0.1", stack=stack) for _ in range(15)], 0.3, SOME):
         more = [stack.enter_context(dial(relay.port, "127.1.0.1")) for _ in range(3)]
         assert [answer(sock, 25) for sock in more] == [b""] * 3
         assert all(is_open(sock) for sock in waiting)

@@ -19,7 +19,7 @@ from tests.support.client_frames import BINARY, Sent
 from tests.support.harness import CHECKOUT, Relay, connect, handshake, new_side, new_token, read_exactly, wait_until
 from tests.support.hostile import answer, dial, is_open
 from tests.support.web import web_options, web_port
-from tests.transfer.test_eviction import BOUNDS, ENDED, FREE, MOST, let_in, trickling
+from tests.transfer.test_eviction import BOUNDS, ENDED, FREE, MOST, SOME, let_in, trickling
 
 ATTACKER, HONEST = "198.51.100.66", "203.0.113.{}"
 TRUSTING = ("--trusted-proxies", "127.0.0.0/8", "--proxy-protocol")
@@ -28,7 +28,8 @@ TRUSTING = ("--trusted-proxies", "127.0.0.0/8", "--proxy-protocol")
 def called(relay: Relay, host: str, said: bytes) -> socket.socket:
     """A client at `host`, whom the proxy names in a header, and who says this."""
     sock = connect(relay.port)
-    sock.sendall(f"PROXY TCP4 {host} 127.0.0.1 51234 4001\r\n".encode() + said)
+    family, here = ("TCP6", "::1") if ":" in host else ("TCP4", "127.0.0.1")
+    sock.sendall(f"PROXY {family} {host} {here} 51234 4001\r\n".encode() + said)
     return sock
 
 
@@ -72,7 +73,7 @@ def test_who_is_turned_away_drives_out_nobody(
     for pair in moving:
         for sock in pair:
             stack.enter_context(sock)
-    with trickling(moving, 0.3):
+    with trickling(moving, 0.3, SOME):
         more = [stack.enter_context(WAYS[way](relay, ATTACKER, handshake(new_token()))) for _ in range(3)]
         assert [answer(sock, 25) for sock in more] == [b""] * 3
         assert all(is_open(sock) for sock in waiting)
