@@ -13,7 +13,7 @@ from relay import __version__
 from relay.clients.trusted_proxies import TrustedProxies
 from relay.mistakes import Mistake
 from relay.options import Options
-from relay.preflight import check, check_log_fd
+from relay.preflight import check, check_log_fd, check_ports
 from relay.process import log
 from relay.process.fd_limit import fd_limit, raise_fd_limit
 from relay.process.program import NotUnderstood, fail, get_ready, read_command_line
@@ -140,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             check(options, closed)
             return
         check_log_fd(options, closed)
+        check_ports(options)
         own_log = _log_to_stderr()
         try:
             if complaint:

@@ -9,9 +9,10 @@ database is whole.
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import combinations
 
 from relay.clients.congestion import check_congestion_control
-from relay.clients.listening import check_interface
+from relay.clients.listening import check_interface, resolve
 from relay.mistakes import Mistake
 from relay.options import Options
 
@@ -24,6 +25,7 @@ def check(options: Options, closed: Collection[int] = ()) -> None:
         closed: the standard descriptors that this process was started without.
     """
     check_log_fd(options, closed)
+    check_ports(options)
     if options.run_dir is not None:
         from relay.workers.run_dir import check_run_dir  # not before: see `relay.server`
 
@@ -59,6 +61,27 @@ def check_log_fd(options: Options, closed: Collection[int]) -> None:
         check_log_fd(fd)
     except UsageError as error:
         raise Mistake(error) from None
+
+
+def check_ports(options: Options) -> None:
+    """Raise Mistake where two endpoints are one port; one that serves both kinds of clients is none."""
+    endpoints = [("--port" if options.upstream is None else "--websocket", options.port, options.interface)]
+    for option, endpoint in (("--websocket", options.websocket), ("--health", options.health)):
+        if endpoint is not None:
+            endpoints.append((option, *endpoint))
+    for (first, port, interface), (option, other, elsewhere) in combinations(endpoints, 2):
+        if port != other or port == 0:
+            continue
+        address, another = (resolve(where, port)[1] for where in (interface, elsewhere))
+        if address == another and option == "--websocket":
+            continue
+        if address == another or _all_of({address[0], another[0]}):
+            raise Mistake(f"{option} {port}: {first} listens there already; choose another port")
+
+
+def _all_of(hosts: set[str]) -> bool:
+    """Whether one of these addresses to listen on stands for the others, too."""
+    return "::" in hosts or ("0.0.0.0" in hosts and not any(":" in host for host in hosts))
 
 
 def _check_database(path: str) -> None:

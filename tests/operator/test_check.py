@@ -75,6 +75,49 @@ def test_what_the_start_refuses_it_says_in_the_same_words(tmp_path: Path, option
     assert told.startswith("--interface" if "interface=" in given[1] else given[-2])
 
 
+SAME = {
+    "health checks at the port": ("--port HERE --health HERE", "--health", "--port"),
+    "health checks at the one port for both": ("--port HERE --websocket HERE --health HERE", "--health", "--port"),
+    "health checks at WebSocket's": ("--port 0 --websocket HERE --health HERE", "--health", "--websocket"),
+    "WebSocket at another address of all": (
+        "--port tcp:HERE:interface=0.0.0.0 --websocket tcp:HERE:interface=127.0.0.1",
+        "--websocket",
+        "--port",
+    ),
+    "health checks at one address of all": (
+        "--port tcp:HERE:interface=\\:\\: --health tcp:HERE:interface=127.0.0.1",
+        "--health",
+        "--port",
+    ),
+    "health checks at a gateway's": (
+        "--websocket HERE --upstream 192.0.2.1:4001 --health HERE",
+        "--health",
+        "--websocket",
+    ),
+}
+"""HERE is a free port."""
+
+
+@pytest.mark.parametrize("same", SAME)
+def test_a_port_that_is_given_twice_is_told_of_by_both_options(same: str) -> None:
+    options, second, first = SAME[same]
+    port = str(free_port())
+    given = ("--interface", "127.0.0.1", *options.replace("HERE", port).split())
+    told = checked(run("--check", *given))
+    assert told == checked(run(*given))
+    assert told == f"{second} {port}: {first} listens there already; choose another port"
+
+
+def test_a_port_may_be_given_twice_for_two_addresses_and_for_both_kinds_of_clients() -> None:
+    port = str(free_port())
+    for options in (
+        f"--port {port} --websocket {port} --health tcp:{port}:interface=127.0.0.2",
+        "--port 0 --websocket 0 --health 0",
+    ):
+        ended = run("--check", "--interface", "127.0.0.1", *options.split())
+        assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
 @pytest.mark.parametrize("opened", ["folder", "file"])
 def test_a_descriptor_that_takes_no_lines_is_told_for_what_it_is(tmp_path: Path, opened: str) -> None:
     prepare(tmp_path)
