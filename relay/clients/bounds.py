@@ -38,6 +38,10 @@ class Bound(enum.Enum):
     UPSTREAM = "--upstream: turned away clients, since no address of it could be reached"
     LINGERING = "--max-connections: left no time to read why to those who were sent away, for new connections"
     CROWDED = "--max-connections: turned away new connections from addresses that had more than the others"
+    OWN_ADDRESS = (
+        "--max-per-source: took a client that came from this container's own address; where all do, as through "
+        "rootless Podman's port handler, none has a share (docs/containers.md)"
+    )
     EXHAUSTED = "no file descriptor or memory was left: let new connections wait to be accepted"
 
 

@@ -15,11 +15,12 @@ import socket
 from collections.abc import Callable
 from functools import partial
 
+from relay.clients.bounds import Bound
 from relay.clients.claim import Claim
 from relay.clients.client import Client, Recorded
 from relay.clients.forwarded_for import named_client
-from relay.clients.places import Places, is_own
-from relay.clients.sources import is_same
+from relay.clients.places import Places, in_user_namespace, is_own
+from relay.clients.sources import is_loopback, is_same
 from relay.clients.speech import Speech
 from relay.clients.trusted_proxies import TrustedProxies
 from relay.options import Options
@@ -45,6 +46,7 @@ class Origins:
 
             self._proxied = partial(Proxied, required=options.proxy_protocol)
         self._places = places
+        self._looks_for_own = in_user_namespace()
         self._unnamed: dict[Client, None] = {}  # in the order in which they came
 
     def let_in(self, sock: socket.socket, host: str, speech: Speech) -> Client | None:
@@ -54,6 +56,9 @@ class Origins:
         """
         trusted = bool(self._trusted) and self._trusted.trusts(host)
         own = not trusted and is_own(host, sock)
+        if own and self._looks_for_own and not is_loopback(host):
+            self._looks_for_own = False  # once is enough: such a one may be a health check, which nothing tells of
+            self._places.bounds_met.note(Bound.OWN_ADDRESS)
         source = None if trusted else self._places.source_of(host, own=own)
         is_surplus = trusted and self._places.is_full()
         if not is_surplus and not self._places.admits(source):

@@ -135,6 +135,18 @@ class Places:
             self.guests = 0
 
 
+def in_user_namespace() -> bool:
+    """Whether this process is in a user namespace of somebody's, as in a rootless container (user_namespaces(7)).
+
+    There clients may all come from an address of its own, if a port handler outside connects on their behalf.
+    """
+    try:
+        with open("/proc/self/uid_map") as file:
+            return file.read().split() != ["0", "0", "4294967295"]
+    except OSError:
+        return False
+
+
 def is_own(host: str, sock: socket.socket) -> bool:
     """Whether a client at the canonical address `host`, for whom `sock` is here, is on this machine: it came over the
     loopback, or from the address that it came to."""
