@@ -228,6 +228,21 @@ def test_who_moves_something_never_gives_way(relay_factory: Callable[..., Relay]
     assert "let new connections wait" in relay.log_text()
 
 
+def test_who_waits_for_a_rate_of_the_operators_never_gives_way(
+    relay_factory: Callable[..., Relay], stack: contextlib.ExitStack
+) -> None:
+    relay = relay_factory(*FREE, "--max-connections", "8", "--max-per-source", "4", "--pair-rate", "300")
+    slow = [met(relay.port, f"127.1.0.{number + 1}", stack=stack) for number in range(4)]
+    for first, _ in slow:
+        first.sendall(bytes(30_000))
+    newcomer = stack.enter_context(dial(relay.port, "127.9.0.1"))
+    newcomer.sendall(handshake(new_token(), new_side()))
+    with contextlib.suppress(TimeoutError):
+        newcomer.settimeout(2 * IDLE_SECONDS + 3)
+        newcomer.recv(1)
+    assert ENDED not in _log_at_the_end(relay)
+
+
 def test_the_idle_of_whoever_has_most_give_way_before_those_of_others_that_are_more_idle(
     relay: Relay, stack: contextlib.ExitStack
 ) -> None:

@@ -84,6 +84,19 @@ def test_who_is_turned_away_drives_out_nobody(
     assert f"{ENDED}, of whoever had most, for new connections (2 since" in relay.log_text()
 
 
+def test_of_a_site_the_network_that_has_most_gives_way_and_not_its_neighbours(
+    relay_factory: Callable[..., Relay], stack: contextlib.ExitStack
+) -> None:
+    relay = relay_factory(*BOUNDS, *TRUSTING)
+    neighbours = [stack.enter_context(waits(relay, f"2001:db8:0:{number + 1:x}::1")) for number in range(10)]
+    others = [stack.enter_context(waits(relay, HONEST.format(number))) for number in range(18)]
+    greedy = [stack.enter_context(waits(relay, f"2001:db8:0:ffff::{number + 1:x}")) for number in range(MOST - 28)]
+    for sock in (*meet(relay, HONEST.format(99)), *meet(relay, "2001:db8:0:fff::1")):
+        stack.enter_context(sock)
+    assert all(is_open(sock) for sock in (*neighbours, *others))
+    assert sum(not is_open(sock) for sock in greedy) == 4
+
+
 def test_nobody_gives_way_before_it_is_known_to_whom(
     relay_factory: Callable[..., Relay], stack: contextlib.ExitStack
 ) -> None:
