@@ -163,7 +163,17 @@ class FrameReader:
 
         Everything is consumed unless there are more frames than that, or one of them ends it all: then the caller gives
         the rest again, or throws it away. The buffer is only looked at, and is the caller's again afterwards.
+
+        Raises MemoryError, and then it has read nothing.
         """
+        before = self._fragmented, self._left, self._mask, self._part
+        try:
+            return self._read(buffer, begin, end, most)
+        except MemoryError:
+            self._fragmented, self._left, self._mask, self._part = before
+            raise
+
+    def _read(self, buffer: Buffer, begin: int, end: int, most: int) -> Taken:
         taken = Taken()
         at = begin
         try:

@@ -19,7 +19,7 @@ from relay.clients import frames
 from relay.clients.frames import NORMAL, Close, FrameReader, Payload, Taken
 from relay.clients.handshake import OK
 from relay.clients.masks import mask_function
-from relay.transfer.pump import COPY_BYTES, INPUT, OVER, ROOM, TURN, file_of, what_is_left
+from relay.transfer.pump import COPY_BYTES, INPUT, OVER, ROOM, TURN, NoMemory, copy_of, file_of, reserve, what_is_left
 from relay.transfer.state import PumpState
 from relay.transfer.turns import LARGEST_TURN, Turns
 
@@ -124,14 +124,19 @@ class FramedPump:
                     return
         except BlockingIOError:
             self.waits = ROOM if self._rest else INPUT
+        except NoMemory:
+            self.waits = TURN
+            raise
         except BrokenPipeError:
             self._begin_to_discard()
 
     def _take(self, most: int) -> int:
         """Take up to `most` bytes off the wire and pass their payload on; returns how many, 0 at the end of the stream.
 
-        Raises BlockingIOError when there are none, or when something rests now.
+        Raises BlockingIOError when there are none, or when something rests now; and NoMemory, with nothing passed on.
         """
+        if reserve.kept is None:
+            reserve.renew()
         if self._unread:
             buffer: bytes | bytearray = self._unread
             begin, end = self._unread_at, len(self._unread)
@@ -145,7 +150,12 @@ class FramedPump:
             if not self.discards:
                 self._send([_view[:end]])
             return end
-        taken = self.reader.read(buffer, begin, end, MOST_FRAMES)
+        try:
+            taken = self.reader.read(buffer, begin, end, MOST_FRAMES)
+        except MemoryError:
+            if buffer is not self._unread:
+                self._keep_unread(copy_of(_view[:end]))
+            raise NoMemory from None
         self._leave_unread(buffer, taken, end)
         self._hear(taken)
         return max(1, taken.consumed - begin)
@@ -162,12 +172,15 @@ class FramedPump:
         elif buffer is self._unread:
             self._keep_unread(self._unread, taken.consumed)
         else:
-            self._keep_unread(bytes(_view[taken.consumed : end]))
+            self._keep_unread(copy_of(_view[taken.consumed : end]))
 
     def _keep_unread(self, unread: bytes, begin: int = 0) -> None:
         """Keep `unread`, from `begin` on."""
         if 2 * begin > len(unread):
-            unread, begin = unread[begin:], 0
+            try:
+                unread, begin = unread[begin:], 0
+            except MemoryError:
+                pass  # then it is kept whole for a while longer
         self._turns.held += len(unread) - len(self._unread)
         self._unread, self._unread_at = unread, begin
 
@@ -200,7 +213,12 @@ class FramedPump:
             self._count(taken)
             size -= taken
         self._owed += size
-        self._keep(what_is_left(memoryview(b"".join(out)), taken))
+        try:
+            joined = b"".join(out)
+        except MemoryError:
+            reserve.give_up()
+            joined = b"".join(out)
+        self._keep(what_is_left(memoryview(joined), taken))
         raise BlockingIOError
 
     def _count(self, moved: int) -> None:

@@ -24,7 +24,7 @@ from relay.transfer import ending
 from relay.transfer.ending import Pumps
 from relay.transfer.limits import Allowance, Cut, Limits
 from relay.transfer.pipes import PipePool
-from relay.transfer.pump import INPUT, OVER, ROOM, TURN, Pump
+from relay.transfer.pump import INPUT, OVER, ROOM, TURN, NoMemory, Pump
 from relay.transfer.rest import Rest
 from relay.transfer.state import PairState
 from relay.transfer.turns import PROMPT_FOR, Turns
@@ -42,6 +42,9 @@ since its receiver takes nothing, gives its pipe to somebody who does."""
 
 REFUSED_SECONDS = 0.01
 """How long a pair with much to move waits when the kernel refuses to watch its sockets, and then looks for itself."""
+
+SHORT_SECONDS = 0.05
+"""How long a pair waits that needs memory and finds none, before it tries again."""
 
 
 class Detached(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types
@@ -134,6 +137,16 @@ class Pair:
     def started_pumping(self) -> bool:
         """Whether the pair looks after itself, with a greenlet or at rest."""
         return self.greenlet is not None or self.watched is not None
+
+    @property
+    def is_stranded(self) -> bool:
+        """Whether its greenlet has ended and the pair has not: gevent's end before they begin if there is no memory."""
+        return self.greenlet is not None and self.greenlet.dead
+
+    def start_anew(self) -> None:
+        """Go on after that."""
+        self.greenlet = None
+        self.start()
 
     @property
     def speaks_websocket(self) -> bool:
@@ -309,6 +322,8 @@ class Pair:
             self._deliver_what_fits()
             self._end()
             return
+        except NoMemory:
+            much = True  # so it has a greenlet, which can wait
         if much:
             self._wake()
         elif out_of.waits == into.waits == INPUT and self.watched == _BOTH_INPUT and not out_of.discards:
@@ -427,7 +442,10 @@ class Pair:
             if pump.waits == OVER:
                 continue
             if self._allowance is None and pump.waits == TURN:
-                self.turns.wait(pump)
+                try:
+                    self.turns.wait(pump)
+                except NoMemory:
+                    gevent.sleep(SHORT_SECONDS)
             else:
                 if pump.waits == TURN:
                     self.turns.wait()
@@ -435,15 +453,18 @@ class Pair:
 
     def _turn(self, which: int) -> None:
         self.turns.look_at_others()
-        if self._allowance is None:
-            self.pumps[which].turn(self.turns.size())
-        else:
-            self._allowance.turn(self.pumps, which, self.turns)
+        try:
+            if self._allowance is None:
+                self.pumps[which].turn(self.turns.size())
+            else:
+                self._allowance.turn(self.pumps, which, self.turns)
+        except NoMemory:
+            gevent.sleep(SHORT_SECONDS)
 
     def _deliver_what_fits(self) -> None:
         """After a reset: let through what had arrived before it, as far as that takes no waiting."""
         for pump in self.pumps:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, NoMemory):
                 if pump.waits != OVER:
                     pump.turn(self.turns.size())
 

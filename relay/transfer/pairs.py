@@ -77,11 +77,13 @@ class Pairs:
         return max(0, self.turns.moved - self._finished_bytes)
 
     def count(self) -> Iterator[None]:
-        """Bring `counted` and `held_bytes` up to date, one pair with each step."""
+        """Bring `counted` and `held_bytes` up to date, and see to it that all go on, one pair with each step."""
         held = 0
         for pair in self:
             if pair in self._pairs:
                 self._count(pair)
+                if pair.is_stranded:
+                    self._do(pair, pair.start_anew)
                 held += sum(pump.held for pump in pair.pumps)
             yield
         self.held_bytes = held
@@ -189,10 +191,13 @@ class Pairs:
         """Let those pump that were to move house: nobody is there to take them."""
         for pair in self:
             if not pair.started_pumping and pair in self._pairs:
-                try:
-                    pair.start()
-                except Exception:  # see `_fault_of`
-                    self._fault_of(pair)
+                self._do(pair, pair.start)
+
+    def _do(self, pair: Pair, do: Callable[[], None]) -> None:
+        try:
+            do()
+        except Exception:  # see `_fault_of`
+            self._fault_of(pair)
 
     # Moving house
 
@@ -240,8 +245,10 @@ class Pairs:
 
     def handed_on(self, pair: Pair) -> None:
         """`pair` is somebody else's now."""
-        pair.close()
-        self._places.give_back(*pair.sources)
+        try:
+            pair.close()
+        finally:
+            self._places.give_back(*pair.sources)
 
     # How it ends
 
@@ -275,9 +282,7 @@ class Pairs:
         for pair in self:
             pair.detach()
             if pair in self._pairs:  # and has not ended by itself while another one was detached
-                self._measure(pair)
-                pair.close()
-                self._over(pair)
+                self._do(pair, pair.give_up)
 
     def close(self) -> None:
         """Let go of what pairs share; there are none any more."""

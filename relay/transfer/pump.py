@@ -5,6 +5,10 @@ one; its pair does the waiting (see `pair`). Bytes go from socket to pipe to soc
 references to pages instead of bytes. Where splicing cannot be had (whatever the kernel or a sandbox says, no pipe to
 borrow, a platform without it) the same turn copies through one small buffer that all pumps share.
 
+Memory may be refused (``ulimit -v``, ``vm.overcommit_memory=2``), and what was read has to be kept when the sink does
+not take it. So nothing is read without a `reserve` for that: who needs it uses it up, and then nobody reads before it
+can be had again. That is told with `NoMemory`: nothing is lost, and it is tried again later.
+
 A `sip` is the turn of who has only a little to move: one read and one write, copied, since a pipe costs more than that.
 """
 
@@ -20,8 +24,8 @@ from select import POLLIN, POLLOUT
 
 from relay.transfer.pipes import Pipe, PipePool
 from relay.transfer.state import PIPE_FDS, PumpState
+from relay.transfer.turns import LARGEST_TURN, Turns
 from relay.transfer.turns import TURN as TURN
-from relay.transfer.turns import Turns
 
 # What a pump waits for, besides `TURN`: there is more to move, and it is somebody else's turn. The first two are
 # poll(2)'s own, since that is where they go.
@@ -57,6 +61,35 @@ _FLAGS = getattr(os, "SPLICE_F_MOVE", 1) | getattr(os, "SPLICE_F_NONBLOCK", 2)
 
 _buffer = memoryview(mmap.mmap(-1, COPY_BYTES, mmap.MAP_PRIVATE))  # empty between two turns; takes memory as it fills
 _NOTHING = memoryview(b"")
+
+
+class NoMemory(Exception):
+    """There is no memory for what may have to be kept here. Nothing was read or lost; try again later."""
+
+
+class Reserve:
+    """Address space for `size` bytes, which is given up when memory for something else cannot be had."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self.kept: mmap.mmap | None = None
+
+    def renew(self) -> None:
+        """Have it again; raises NoMemory."""
+        try:
+            self.kept = mmap.mmap(-1, self._size, mmap.MAP_PRIVATE)
+        except (OSError, MemoryError):
+            raise NoMemory from None
+
+    def give_up(self) -> None:
+        """Let somebody else have it."""
+        if self.kept is not None:
+            self.kept.close()
+            self.kept = None
+
+
+reserve = Reserve(LARGEST_TURN + (512 << 10))  # what is read in a turn, and what an allocator takes besides
+"""That of all pumps."""
 
 
 class Pump:
@@ -105,12 +138,16 @@ class Pump:
     def turn(self, most: int) -> None:
         """Move what is held and up to `most` bytes more, and set `waits`.
 
-        Raises OSError when either socket was reset, unless its peer had ended its stream before: see `discards`.
+        Raises OSError when either socket was reset, unless its peer had ended its stream before: see `discards`; and
+        NoMemory.
         """
         try:
             self._move(most)
         except BlockingIOError:
             self.waits = ROOM if self.held else INPUT
+        except NoMemory:
+            self.waits = TURN
+            raise
         except BrokenPipeError:
             self._begin_to_discard()
         finally:
@@ -121,11 +158,14 @@ class Pump:
     def sip(self) -> bool:
         """Move what is held or what one small read brings, and set `waits`.
 
-        Returns whether there may be more than that to move at once. Raises OSError as `turn` does.
+        Returns whether there may be more than that to move at once. Raises OSError and NoMemory as `turn` does.
         """
         try:
             if self.held:
                 self._drain()
+                if self._pipe is not None and not self.held:  # there was no memory to put it away
+                    self._pipes.give_back(self._pipe)
+                    self._pipe = None
                 self.waits = ROOM if self.held else INPUT
                 return False
             got = self._copy_in(COPY_BYTES)
@@ -184,6 +224,8 @@ class Pump:
 
         Raises BlockingIOError when nothing was read, or when something is held now.
         """
+        if reserve.kept is None:
+            reserve.renew()
         got = self.source.recv_into(_buffer, most)
         if got and not self.discards:
             self._write_out(_buffer[:got])
@@ -197,7 +239,7 @@ class Pump:
         self.moved += taken
         self._turns.moved += taken
         if taken < len(chunk):
-            self._keep(memoryview(bytes(chunk[taken:])))
+            self._keep(memoryview(copy_of(chunk[taken:])))
             raise BlockingIOError
 
     def _drain(self) -> None:
@@ -222,7 +264,7 @@ class Pump:
                 raise
         # Refused in the middle of a transfer: what is in the pipe is still to be delivered.
         self.splices = False
-        self.put_away()
+        self._put_away()
         return 0
 
     def _keep(self, rest: memoryview) -> None:
@@ -232,15 +274,23 @@ class Pump:
         self._turns.held += self.held
 
     def put_away(self) -> None:
-        """Hold in memory what rests in a pipe, and give the pipe to who moves something."""
+        """Hold in memory what rests in a pipe, and give the pipe to who moves something; without memory it stays."""
+        try:
+            self._put_away()
+        except NoMemory:
+            pass
+
+    def _put_away(self) -> None:
         if self._pipe is None:
             return
-        chunks = []
-        left = self.held
-        while left > 0:
-            chunks.append(os.read(self._pipe.outlet, left))
-            left -= len(chunks[-1])
-        self._keep(memoryview(b"".join(chunks)))
+        try:
+            rest = memoryview(bytearray(self.held))
+        except MemoryError:
+            raise NoMemory from None
+        left = rest
+        while left:
+            left = left[os.readv(self._pipe.outlet, [left]) :]
+        self._keep(rest)
         self._pipes.give_back(self._pipe)
         self._pipe = None
 
@@ -328,7 +378,19 @@ def what_is_left(rest: memoryview, taken: int) -> memoryview:
     """`rest` without the first `taken` bytes, in memory of its own once the most of what it is a part of is gone: a
     part keeps the whole, and what rests here is bounded by what it is counted as."""
     left = rest[taken:]
-    return memoryview(bytes(left)) if 2 * len(left) < memoryview(left.obj).nbytes else left
+    try:
+        return memoryview(bytes(left)) if 2 * len(left) < memoryview(left.obj).nbytes else left
+    except MemoryError:
+        return left
+
+
+def copy_of(chunk: memoryview) -> bytes:
+    """What was read and has to be kept, in memory of its own: the reserve, if there is no other."""
+    try:
+        return bytes(chunk)
+    except MemoryError:
+        reserve.give_up()
+        return bytes(chunk)
 
 
 def file_of(content: bytes) -> int:

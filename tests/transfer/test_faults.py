@@ -8,26 +8,42 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import random
+import re
+import resource
 import select
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import gevent
 import pytest
+from websockets.sync.client import ClientConnection
 
+from relay.clients import frames
 from relay.clients.bounds import Bound
 from relay.clients.client import Client
 from relay.clients.door import open_port
+from relay.clients.frames import FrameReader
 from relay.clients.waiting_room import WaitingRoom
 from relay.options import Options
-from relay.server import Ports, Relay
+from relay.server import Ports
+from relay.server import Relay as Server
+from relay.transfer import pump as pump_module
+from relay.transfer.framed import FramedPump
 from relay.transfer.pair import Pair
-from relay.transfer.pump import TURN, Pump
+from relay.transfer.pipes import PipePool
+from relay.transfer.pump import ROOM, TURN, NoMemory, Pump, reserve
 from relay.transfer.rest import Rest
 from relay.transfer.turns import Turns
 from relay.usage.record import Record
-from tests.support.harness import connect, handshake, new_side, new_token
+from tests.support.client_frames import BINARY, Sent
+from tests.support.harness import Relay, connect, handshake, new_side, new_token, read_exactly, wait_until
+from tests.support.kernel_view import bytes_in_pipes
+from tests.support.web import dial_web, read_bytes, web_options, web_port
 
 MIB = 1 << 20
 
@@ -263,7 +279,7 @@ class Records:
 class Worker:
     """A relay in this process, its clients, and what is on record."""
 
-    def __init__(self, relay: Relay, listener: socket.socket, stack: contextlib.ExitStack) -> None:
+    def __init__(self, relay: Server, listener: socket.socket, stack: contextlib.ExitStack) -> None:
         self.relay = relay
         self.records = Records()
         self.rest = relay.pairs._rest
@@ -323,7 +339,7 @@ def worker() -> Iterator[Worker]:
     """A relay in this process, where nobody is yet."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(open_port("127.0.0.1", 0))
-        relay = Relay(Options())
+        relay = Server(Options())
         stack.callback(relay.close)
         yield Worker(relay, listener, stack)
 
@@ -484,3 +500,211 @@ def test_a_token_that_is_asked_for_in_vain_is_in_no_message() -> None:
         with pytest.raises(ValueError) as fault:  # noqa: PT011  # it is about the message
             WaitingRoom[Client]().leave(client)
         assert "0123456789abcdef" not in str(fault.value)
+
+
+def test_a_pair_whose_greenlet_could_not_begin_goes_on(worker: Worker, faults: list[BaseException]) -> None:
+    first, second = worker.met()
+    (pair,) = worker.relay.pairs
+    until(lambda: pair.watched is not None)
+    worker.rest.forget(pair)
+    pair.greenlet = gevent.spawn(fail)
+    until(lambda: pair.is_stranded)
+    first.send(b"still here")
+    for _ in worker.relay.pairs.count():
+        pass
+    assert heard(second, 10) == b"still here"
+    assert not worker.moods
+
+
+# There is no memory
+
+
+class Way:
+    """A pump between two connections, whose outer ends are `source` and `sink`."""
+
+    def __init__(self, make: Callable[[socket.socket, socket.socket], Pump | FramedPump]) -> None:
+        self.source, inner = socket.socketpair()
+        outer, self.sink = socket.socketpair()
+        self._all = (self.source, inner, outer, self.sink)
+        for end in self._all:
+            end.setblocking(False)
+        self.pump = make(inner, outer)
+
+    def turn(self) -> None:
+        """One, with as much as there may be."""
+        self.pump.turn(MIB)
+
+    def fill(self) -> int:
+        """Let the sink take nothing more; returns how many bytes have to be read before it does."""
+        filled = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                filled += self.pump.sink.send(bytes(4096))
+        return filled
+
+    def close(self) -> None:
+        """All ends, and the pump."""
+        self.pump.abandon()
+        for end in self._all:
+            end.close()
+
+
+class NoPipes(PipePool):
+    """As if there were no file descriptor left."""
+
+    def borrow(self) -> None:
+        return None
+
+
+def copying(source: socket.socket, sink: socket.socket) -> Pump:
+    """Without pipes."""
+    return Pump(source, sink, NoPipes(), Turns())
+
+
+def framed(source: socket.socket, sink: socket.socket) -> FramedPump:
+    """From one that speaks WebSocket to one that does not."""
+    return FramedPump(source, sink, Turns(), FrameReader(), frames_out=False)
+
+
+def to_frames(source: socket.socket, sink: socket.socket) -> FramedPump:
+    """From one that speaks plainly to one that speaks WebSocket."""
+    return FramedPump(source, sink, Turns(), None, frames_out=True)
+
+
+CONTENT = bytes(range(256)) * 200
+AS_FRAME = Sent(BINARY, CONTENT).wire
+AS_MESSAGES = b"".join(bytes(piece) for piece in frames.messages([CONTENT]))
+WAYS: dict[str, tuple[Callable[[socket.socket, socket.socket], Pump | FramedPump], bytes, bytes]]
+WAYS = {"copying": (copying, CONTENT, CONTENT), "framed": (framed, AS_FRAME, CONTENT)}
+WAYS["to_frames"] = (to_frames, CONTENT, AS_MESSAGES)
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> Iterator[tuple[Way, bytes, bytes]]:
+    """A pump, what comes in, and what that is on the other side."""
+    make, comes, goes = WAYS[request.param]
+    way = Way(make)
+    yield way, comes, goes
+    way.close()
+
+
+def test_without_a_reserve_nothing_is_read_and_so_nothing_is_lost(
+    way: tuple[Way, bytes, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, comes, goes = way
+    with monkeypatch.context() as patch:
+        patch.setattr(reserve, "kept", None)
+        patch.setattr("relay.transfer.pump.mmap.mmap", fail)
+        there.source.send(comes)
+        for _ in range(2):
+            with pytest.raises(NoMemory):
+                there.turn()
+            assert there.pump.waits == TURN
+    there.turn()
+    assert heard(there.sink, len(goes)) == goes
+
+
+def test_what_the_sink_does_not_take_is_kept_in_the_reserve_when_there_is_no_other_memory(
+    way: tuple[Way, bytes, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, comes, goes = way
+    there.source.send(comes)
+    filled = there.fill()
+    if reserve.kept is None:
+        reserve.renew()
+
+    def short(chunk: memoryview) -> bytes:
+        """There are none as long as the reserve is kept."""
+        if reserve.kept is not None:
+            raise MemoryError
+        return bytes(chunk)
+
+    monkeypatch.setattr(pump_module, "bytes", short, raising=False)
+    there.turn()
+    assert there.pump.waits == ROOM
+    assert (reserve.kept is None) == isinstance(there.pump, Pump), "who joins pieces is not kept from it here"
+    monkeypatch.undo()
+    assert heard(there.sink, filled) == bytes(filled)
+    there.turn()
+    assert heard(there.sink, len(goes)) == goes
+
+
+def test_frames_that_cannot_be_unmasked_for_want_of_memory_are_kept_until_they_can() -> None:
+    there = Way(framed)
+    assert there.pump.reader is not None
+    mask = there.pump.reader._apply_mask
+    there.pump.reader._apply_mask = fail  # type: ignore[assignment]
+    for sent in (AS_FRAME[:20_000], AS_FRAME[20_000:] + Sent(BINARY, b"and more").wire):
+        there.source.send(sent)
+        for _ in range(2):
+            with pytest.raises(NoMemory):
+                there.turn()
+    assert there.pump.held == 20_000, "what was not looked at yet, and nothing more is read"
+    there.pump.reader._apply_mask = mask
+    for _ in range(3):
+        there.turn()
+    assert heard(there.sink, len(CONTENT) + 8) == CONTENT + b"and more"
+    assert there.pump.held == 0
+    there.close()
+
+
+def test_what_rests_in_a_pipe_stays_there_while_there_is_no_memory_to_put_it_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    there = Way(lambda source, sink: Pump(source, sink, PipePool(), Turns()))
+    there.source.send(CONTENT)
+    filled = there.fill()
+    there.turn()
+    assert isinstance(there.pump, Pump)
+    with monkeypatch.context() as patch:
+        patch.setattr(pump_module, "bytearray", fail, raising=False)
+        there.pump.put_away()
+        assert bytes_in_pipes(os.getpid()) >= len(CONTENT)
+    heard(there.sink, filled)
+    assert not there.pump.sip()
+    assert bytes_in_pipes(os.getpid()) == 0
+    assert heard(there.sink, len(CONTENT)) == CONTENT
+    there.close()
+
+
+def test_no_transfer_ends_or_loses_a_byte_while_a_worker_gets_no_memory(tmp_path: Path) -> None:
+    block = random.Random(1).randbytes(256 << 10)
+    twice, sent = block + block, Sent(BINARY, block).wire
+    with Relay(tmp_path, *web_options(), recording=True) as relay, contextlib.ExitStack() as stack:
+        (pid,) = relay.pids
+        received, ends = [0] * 4, threading.Event()
+        for number in range(len(received)):
+            sender = stack.enter_context(dial_web(web_port(relay)))
+            receiver = stack.enter_context(connect(relay.port))
+            token = new_token()
+            sender.send(handshake(token, new_side()))
+            receiver.sendall(handshake(token, new_side()))
+            assert read_exactly(receiver, 3) == b"ok\n"
+            assert read_bytes(sender, 3) == b"ok\n"
+
+            def send(sender: ClientConnection = sender) -> None:
+                while not ends.is_set():
+                    sender.socket.sendall(sent)
+                sender.close()
+
+            def receive(receiver: socket.socket = receiver, number: int = number) -> None:
+                while got := receiver.recv(len(block)):
+                    at = received[number] % len(block)
+                    received[number] += len(got) if got == twice[at : at + len(got)] else -sys.maxsize
+
+            for work in (send, receive):
+                thread = threading.Thread(target=work)
+                thread.start()
+                stack.callback(thread.join)
+        stack.callback(ends.set)
+        wait_until(lambda: min(received) > 20 * MIB, what="all move")
+        size = int(re.findall(r"VmSize:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[0]) << 10
+        resource.prlimit(pid, resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+        ends.wait(1.5)
+        resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        then = min(received) + 50 * MIB
+        wait_until(lambda: min(received) > then, what="all move again")
+        ends.set()
+        records = relay.wait_for_records(len(received))
+        assert sorted(record["total_bytes"] for record in records) == sorted(received)
+        relay.tracebacks_expected = True  # what else a worker does once a second has no memory either
