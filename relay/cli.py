@@ -198,9 +198,11 @@ def _serve(options: Options) -> None:
         raise
     try:
         relay.wait_until_ended()
-    finally:
-        relay.close()
-    recorder.close(RECORDS_SECONDS)
+    finally:  # however it came to an end, what is on record is written
+        try:
+            relay.close()
+        finally:
+            recorder.close(RECORDS_SECONDS)
     log.tell("stopped")
 
 

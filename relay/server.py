@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import gevent
@@ -29,9 +30,10 @@ from relay.dataclass import dataclass
 from relay.mistakes import Mistake
 from relay.options import Options
 from relay.process import log
+from relay.process.one_by_one import do_it, one_by_one
 from relay.transfer.eviction import Eviction
 from relay.transfer.pairs import Pairs
-from relay.transfer.slices import in_slices
+from relay.transfer.slices import see_to_all
 from relay.usage.record import Current, Record
 from relay.usage.recorder import Recorder
 from relay.usage.told import Description
@@ -46,9 +48,6 @@ CURRENT_SECONDS = 300.0
 """How often the `current` table is refreshed when nothing else does it."""
 
 TICK_SECONDS = 1.0
-
-MOST_MISTAKES = 100
-"""So often in a second is gone on after a mistake of ours with one of those whose time has come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +299,7 @@ class Relay:
             return
         self._stopping = True
         assert self._door is not None
-        self._door.retire()
+        one_by_one([self._door.retire], do_it, "in closing the door")
         self._departure.depart()
 
     def _close_door(self) -> None:
@@ -313,24 +312,39 @@ class Relay:
 
     def close(self) -> None:
         """Cut off what is still here, record it, and let go of everything; however far `start` has come."""
-        self._close_door()
-        self._tick.stop()
+        steps = (
+            self._close_door,
+            self._tick.stop,
+            self._tell_bounds,
+            self._eviction.close,
+            self._stop_greenlets,
+            self._close_household,
+            self._cut_pairs_off,
+            self._matching.cut_off,
+            self._reception.cut_off,
+            self._farewell.close_all,
+            self._telling.close,
+            self.pairs.close,
+        )
+        one_by_one(steps, do_it, "at the end")
+
+    def _tell_bounds(self) -> None:
         for line in self._bounds_met.lines(math.inf):
             log.tell(line)
-        self._eviction.close()
+
+    def _stop_greenlets(self) -> None:
         for greenlet in (self._current_greenlet, self._due_are_looked_after):
             if greenlet is not None:
                 gevent.kill(greenlet)
+
+    def _close_household(self) -> None:
         if self._household is not None:
             self._household.close()
+
+    def _cut_pairs_off(self) -> None:
         if self.pairs:
             log.tell("cutting off %d transfers that have not finished", len(self.pairs))
         self.pairs.cut_off()
-        self._matching.cut_off()
-        self._reception.cut_off()
-        self._farewell.close_all()
-        self._telling.close()
-        self.pairs.close()
 
     # What happens meanwhile
 
@@ -380,7 +394,7 @@ class Relay:
             self._pings.ping,
             self.pairs.cut_idle,
         ):
-            _see_to_all(see_to, now)
+            see_to_all(partial(see_to, now), "with one of those whose time has come")
 
     def _refresh_current(self, *, tick: bool = False) -> None:
         if self._recorder is not None:
@@ -390,20 +404,3 @@ class Relay:
         while True:
             self._refresh_current(tick=True)
             gevent.sleep(CURRENT_SECONDS)
-
-
-def _see_to_all(see_to: Callable[[float], Iterator[None]], now: float) -> None:
-    """Do for everybody what is to be done at `now`, one with each step. A mistake with one is no other's."""
-    mistakes = 0
-    while not _go_well(see_to(now)) and mistakes < MOST_MISTAKES:
-        mistakes += 1
-
-
-def _go_well(steps: Iterator[None]) -> bool:
-    try:
-        for _ in in_slices(steps):
-            pass
-    except Exception:  # whatever it is, all the others would wait for their ends, or for a ping, until it is mended
-        log.tell_mistake("a mistake with one of those whose time has come; going on with the others")
-        return False
-    return True

@@ -18,6 +18,7 @@ from relay.clients.client import Client, EventLoop, Recorded
 from relay.clients.iteration import Iteration
 from relay.clients.places import Places
 from relay.clients.speech import Ending
+from relay.process.one_by_one import one_by_one
 from relay.usage.record import Mood, Record
 
 LINGER_SECONDS = 2.0
@@ -130,8 +131,7 @@ class Farewell:
 
     def close_all(self) -> None:
         """End those that linger at once."""
-        while self._lingering:
-            self.cut_short()
+        one_by_one(range(len(self._lingering)), lambda _: self.cut_short(), "in ending one that lingers")
 
     def _discard(self, client: Client) -> None:
         """A client that lingers says something, or has ended its stream."""

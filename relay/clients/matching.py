@@ -20,6 +20,7 @@ from relay.clients.waiting_room import WaitingRoom
 from relay.dataclass import replace
 from relay.options import Options
 from relay.process import log
+from relay.process.one_by_one import one_by_one
 
 
 class Elsewhere(Protocol):
@@ -266,8 +267,7 @@ class Matching:
 
     def cut_off(self) -> None:
         """End the connections of all who wait at once."""
-        for client in self:
-            self.evict(client)
+        one_by_one(self, self.evict, "in ending one who waits")
 
     def see_off(self, now: float) -> Iterator[None]:
         """Send away those who have waited too long, one with each step; `now` in monotonic seconds."""

@@ -23,6 +23,7 @@ from relay.clients.speech import PLAIN, Ending, Speech
 from relay.dataclass import replace
 from relay.options import Options
 from relay.process import log
+from relay.process.one_by_one import one_by_one
 
 
 class Reception:
@@ -169,9 +170,13 @@ class Reception:
 
     def cut_off(self) -> None:
         """End all connections at once."""
-        for client in self:
-            self.let_go(client)
+        one_by_one(self, self._cut_off, "in ending one whose handshake is not whole")
+
+    def _cut_off(self, client: Client) -> None:
+        self.let_go(client)
+        try:
             self._farewell.finish(client, "errory")
+        finally:
             self._farewell.close(client)
 
     def see_off(self, now: float) -> Iterator[None]:

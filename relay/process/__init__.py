@@ -4,6 +4,7 @@
 `program`      what every program here does around its own work, whatever it was started with
 `signals`      what each signal means to a worker
 `log`          the lines that it tells the operator
+`one_by_one`   something is done for each of many, and a mistake with one is no other's trouble
 `fd_limit`     how many file descriptors this process may have
 `discreet`     what the log tells of an exception, and nothing of whom it was with
 `shown`        the name of a file for people and programs to read

@@ -182,6 +182,16 @@ class Pair:
         else:
             self._go_to_rest()
 
+    def detach_soon(self) -> None:
+        """The same in the next iteration of the event loop, so that many pairs can do it in one; `detach` is to follow,
+        and finds it done."""
+        self.rest.forget(self)
+        greenlet = self.greenlet
+        if greenlet is not None:
+            if greenlet.gr_frame is None:
+                self.greenlet = None  # it has not begun, and never will
+            greenlet.kill(Detached, block=False)
+
     def detach(self) -> None:
         """Make the pair let go of its sockets, between two turns; to be called from another greenlet."""
         self.rest.forget(self)
@@ -382,6 +392,7 @@ class Pair:
                 self._go_to_rest()
                 return
         except Detached:
+            self.greenlet = None
             return
         except Cut as cut:
             self.cut_by = cut.bound

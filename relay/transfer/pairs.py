@@ -6,21 +6,31 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import gevent
+
 from relay.clients.bounds import Bound
 from relay.clients.client import Client
 from relay.clients.pings import Pings
 from relay.clients.places import Places
 from relay.options import Options
 from relay.process import log
+from relay.process.one_by_one import one_by_one
 from relay.transfer.limits import Limits
 from relay.transfer.pace import Pace
 from relay.transfer.pair import Pair, Readers
 from relay.transfer.path import LEAST_BYTES, PathCounts, look_at
 from relay.transfer.pipes import PipePool
 from relay.transfer.rest import Rest
+from relay.transfer.slices import SLICE_SECONDS
 from relay.transfer.state import PairState
 from relay.transfer.turns import Turns
 from relay.usage.record import Record, blur_size
+
+PAIRS_AT_A_TIME = 256
+"""How many pairs that are to move to another process let go in one iteration of the event loop."""
+
+LOOKS = 3
+"""How often they are told to at the most: one may fall quiet in the same iteration, and begin anew."""
 
 
 class Pairs:
@@ -238,6 +248,27 @@ class Pairs:
         self._count(pair)
         self._finished_bytes += pair.moved  # as far as this worker is concerned
 
+    def letting_go(self) -> Iterator[Pair]:
+        """All pairs that can move to another process, for a greenlet that detaches each; so many at a time stand still.
+
+        In the event loop's iterations in between everybody else has their turns. Were there one for each pair that lets
+        go, in which all the others move something, a thousand would take as many seconds as they do turns.
+        """
+        pairs = sorted((pair for pair in self._pairs if not pair.stays), key=lambda pair: pair.greenlet is None)
+        while pairs:
+            some, pairs = pairs[:PAIRS_AT_A_TIME], pairs[PAIRS_AT_A_TIME:]
+            for _ in range(LOOKS):
+                for pair in some:
+                    pair.detach_soon()
+                until = _rested()
+                if not any(pair.started_pumping for pair in some):
+                    break
+            for pair in some:
+                if pair in self._pairs:
+                    yield pair
+                if time.monotonic() >= until:
+                    until = _rested()
+
     def take_back(self, pair: Pair) -> None:
         """Nobody could take `pair`."""
         self._finished_bytes -= pair.moved
@@ -280,9 +311,14 @@ class Pairs:
     def cut_off(self) -> None:
         """End all pairs at once."""
         for pair in self:
-            pair.detach()
-            if pair in self._pairs:  # and has not ended by itself while another one was detached
-                self._do(pair, pair.give_up)
+            pair.detach_soon()  # all in one iteration of the event loop, or the others would pump on meanwhile
+        gevent.sleep(0)
+        one_by_one(self, self._cut_off, "in ending a transfer")
+
+    def _cut_off(self, pair: Pair) -> None:
+        pair.detach()
+        if pair in self._pairs:  # and has not ended by itself while it was detached
+            self._do(pair, pair.give_up)
 
     def close(self) -> None:
         """Let go of what pairs share; there are none any more."""
@@ -315,6 +351,15 @@ class Pairs:
         self._relay_pace.rate = self._options.relay_rate * share_of(busy)
         self._relay_pace.sharers = max(1, busy)
         return busy
+
+
+def _rested() -> float:
+    """Let the event loop look after everybody else; returns until when (monotonic seconds) to go on after that. It is
+    half as long as they took, which with thousands who move much is many times a slice."""
+    began = time.monotonic()
+    gevent.sleep(0)
+    ended = time.monotonic()
+    return ended + max(SLICE_SECONDS, (ended - began) / 2)
 
 
 def _readers(state: PairState) -> Readers:

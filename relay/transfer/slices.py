@@ -7,16 +7,21 @@ clients. That takes a second or so, and those who move bytes can spare milliseco
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import gevent
+
+from relay.process import log
 
 SLICE_SECONDS = 0.001
 """How long such work goes on before the event loop looks after everybody else."""
 
 REST_SECONDS = 0.001
 """How long it rests then: whoever is busy has half of the time."""
+
+MOST_MISTAKES = 100
+"""So often is gone on after a mistake of ours with one of many."""
 
 T = TypeVar("T")
 
@@ -29,3 +34,21 @@ def in_slices(things: Iterable[T]) -> Iterator[T]:
         if time.monotonic() >= until:
             gevent.sleep(REST_SECONDS)
             until = time.monotonic() + SLICE_SECONDS
+
+
+def see_to_all(begin: Callable[[], Iterator[None]], what: str) -> None:
+    """Do something for everybody, in slices and one with each step, from a greenlet. After a mistake made `what` those
+    who are left are begun with anew, `MOST_MISTAKES` times at the most: a mistake with one is no other's."""
+    mistakes = 0
+    while not _went_well(begin(), what) and mistakes < MOST_MISTAKES:
+        mistakes += 1
+
+
+def _went_well(steps: Iterator[None], what: str) -> bool:
+    try:
+        for _ in in_slices(steps):
+            pass
+    except Exception:  # whatever it is, all the others would wait for their ends, or for a ping, until it is mended
+        log.tell_mistake(f"a mistake {what}; going on with the others")
+        return False
+    return True

@@ -19,8 +19,9 @@ from relay.clients.matching import Matching
 from relay.clients.places import Places
 from relay.clients.reception import Reception
 from relay.process import log
+from relay.process.one_by_one import do_it, one_by_one
 from relay.transfer.pairs import Pairs
-from relay.transfer.slices import in_slices
+from relay.transfer.slices import see_to_all
 
 if TYPE_CHECKING:
     from relay.workers.household import Household
@@ -75,20 +76,31 @@ class Departure:
 
     def depart(self) -> None:
         """Clear the rooms, in the calling greenlet; no connection is accepted any more."""
-        if self._household is not None:
-            self._household.leave()
-        while not self._ended.is_set():
-            self._changed.clear()
-            extra = HANDING_SECONDS if self._clear_out() else 0.0
-            if self._is_cleared_out():
-                break
-            patience = None if self._grace_ends is None else self._grace_ends + extra - time.monotonic()
-            if patience is not None and patience <= 0:
-                if self._household is not None:
-                    self._household.siblings.settle()
-                break
-            self._changed.wait(patience)
-        self._ended.set()
+        try:
+            if self._household is not None:
+                one_by_one([self._household.leave], do_it, "in telling the siblings that this worker leaves")
+            while not self._ended.is_set():
+                self._changed.clear()
+                extra = HANDING_SECONDS if self._goes_on_clearing_out() else 0.0
+                if self._is_cleared_out():
+                    break
+                patience = None if self._grace_ends is None else self._grace_ends + extra - time.monotonic()
+                if patience is not None and patience <= 0:
+                    if self._household is not None:
+                        self._household.siblings.settle()
+                    break
+                self._changed.wait(patience)
+        finally:
+            self._ended.set()
+
+    def _goes_on_clearing_out(self) -> bool:
+        try:
+            return self._clear_out()
+        except Exception:  # whatever it is, those who are here have their time
+            log.tell_mistake("a mistake in clearing out; the transfers have %g seconds to finish", self._grace)
+            if self._grace_ends is None:
+                self._grace_ends = time.monotonic() + self._grace
+            return False
 
     def _clear_out(self) -> bool:
         """Give everything that is here into other hands, or, as far as there are none, begin to end it. Returns whether
@@ -119,10 +131,9 @@ class Departure:
     def _give_up(self) -> None:
         """Nobody will take over: close the port, and send those away who have no partner."""
         self._given_up = True
-        self._close_door()
-        for leaving in (self._matching.close(), self._reception.close()):
-            for _ in in_slices(leaving):
-                pass
+        one_by_one([self._close_door], do_it, "in closing the port")
+        see_to_all(self._matching.close, "with one who waits")
+        see_to_all(self._reception.close, "with one whose handshake is not whole")
 
     def _is_cleared_out(self) -> bool:
         return self._places.taken == 0 and (self._household is None or self._household.siblings.left)

@@ -23,6 +23,8 @@ from relay.clients.matching import Matching
 from relay.clients.places import Places
 from relay.clients.reception import Reception
 from relay.clients.speech import Ending
+from relay.process import log
+from relay.process.one_by_one import one_by_one
 from relay.transfer.pair import Pair
 from relay.transfer.pairs import Pairs
 from relay.transfer.slices import REST_SECONDS, in_slices
@@ -141,10 +143,15 @@ class Household:
         return True
 
     def _hand_on(self, client: Client, home: Link) -> None:
-        if client.watcher is not None:
-            self._stop_watching(client.sock)
-            client.stop_listening()
-        home.hand_client(client)
+        """Hand on a client that is in no room any more; of a mistake it is the end."""
+        try:
+            if client.watcher is not None:
+                self._stop_watching(client.sock)
+                client.stop_listening()
+            home.hand_client(client)
+        except Exception:  # whatever it is, nobody else would ever see to this client
+            log.tell_mistake("a mistake with a client that is to be handed on, and is sent away")
+            self.dismiss(client)
 
     def _uproot(self, client: Client, home: Link) -> None:
         """Hand on a client that waits here and belongs elsewhere now."""
@@ -153,16 +160,24 @@ class Household:
         self._hand_on(client, home)
 
     def _hand_on_pair(self, pair: Pair, sibling: Link) -> None:
-        """Give a pair in mid-transfer to a sibling."""
+        """Give a pair in mid-transfer to a sibling; after a mistake it goes on here."""
+        try:
+            self._give(pair, sibling)
+        except Exception:
+            if pair in self._pairs:
+                self._pairs.begin(pair)
+            raise
+
+    def _give(self, pair: Pair, sibling: Link) -> None:
         pair.detach()
         if pair not in self._pairs:
             return  # it has ended meanwhile, or somebody else has handed it on
         if not sibling.live:
             self._pairs.begin(pair)
             return
-        self._pairs.let_go(pair)
         self._stop_watching(pair.first)
         self._stop_watching(pair.second)
+        self._pairs.let_go(pair)
         sibling.hand_pair(pair)
 
     def hand_everything_on(self) -> bool:
@@ -173,40 +188,43 @@ class Household:
 
     def _hand_on_all_pairs(self) -> bool:
         self._pairs_came = False
-        for pair in in_slices(self._pairs):
-            if pair.stays:
-                continue
-            link = _once_ready(partial(self.siblings.any_with_room, CONNECTIONS_OF_A_PAIR))
-            if link is None:
-                return False
+        return one_by_one(self._pairs.letting_go(), self._find_room_for_pair, "in handing on a transfer")
+
+    def _find_room_for_pair(self, pair: Pair) -> bool:
+        link = _once_ready(partial(self.siblings.any_with_room, CONNECTIONS_OF_A_PAIR))
+        if link is not None:
             self._hand_on_pair(pair, link)
-        return True
+        return link is not None
 
     def _hand_on_newcomers(self) -> bool:
-        for client in in_slices(self._reception):
-            link = _once_ready(partial(self.siblings.any_with_room, 1))
-            if link is None:
-                return False
-            if client in self._reception:
-                self._reception.let_go(client)
-                self._hand_on(client, link)
-        return True
+        return one_by_one(in_slices(self._reception), self._find_room_for_newcomer, "in handing on a newcomer")
+
+    def _find_room_for_newcomer(self, client: Client) -> bool:
+        link = _once_ready(partial(self.siblings.any_with_room, 1))
+        if link is not None and client in self._reception:
+            self._reception.let_go(client)
+            self._hand_on(client, link)
+        return link is not None
 
     def _hand_on_those_who_wait(self) -> bool:
-        for token in in_slices(self._matching.tokens()):
-            if self._pairs_came and not self._hand_on_all_pairs():
-                return False
-            heir = _once_ready(partial(self.siblings.tokens.heir, token))
-            if heir is None:
-                return False
+        tokens = in_slices(self._matching.tokens())
+        return one_by_one(tokens, self._find_room_for_token, "in handing on those who wait")
+
+    def _find_room_for_token(self, token: bytes) -> bool:
+        if self._pairs_came and not self._hand_on_all_pairs():
+            return False
+        heir = _once_ready(partial(self.siblings.tokens.heir, token))
+        if heir is not None:
             for client in self._matching.waiting_for(token):
                 self._uproot(client, heir)
-        return True
+        return heir is not None
 
     def _hand_on_pairs(self, pairs: list[Pair], link: Link) -> None:
-        for pair in in_slices(pairs):
+        def hand_on(pair: Pair) -> None:
             if link.has_room(CONNECTIONS_OF_A_PAIR) and not pair.stays:
                 self._hand_on_pair(pair, link)
+
+        one_by_one(in_slices(pairs), hand_on, "in handing on a transfer")
 
     def _stop_watching(self, sock: socket.socket) -> None:
         """Make the event loop's epoll forget a socket that lives on in another process. It would go on to report it

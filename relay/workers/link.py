@@ -53,6 +53,11 @@ milliseconds, and what comes behind them, a transfer perhaps, waits for that."""
 LEAST_UNDER_WAY = 8
 """The same for a worker that is so slow that parcels are too old when it opens them."""
 
+READ_SECONDS = 0.002
+MOST_READ_SECONDS = 0.05
+"""How long to take in what a sibling hands on before everybody else gets their turn: half as long as that took the last
+time, and between these two."""
+
 _PASSING = (errno.ETOOMANYREFS, errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
 """Too many sockets are under way; or the link has ended, which reading finds out."""
 
@@ -133,11 +138,12 @@ class Link:
         self._sock = sock
         self._outbox: deque[Parcel | bytes] = deque()
         self._next_clients: list[Client] = []
+        self._unread_since = math.inf  # when reading was left off although there was more, in monotonic seconds
         sock.setblocking(False)
         loop = gevent.get_hub().loop
         self._run_callback = loop.run_callback
         self._reads = loop.io(sock.fileno(), 1)
-        self._reads.start(self.read)
+        self._reads.start(self._read_some)
         self._writes = loop.io(sock.fileno(), 2)
 
     @property
@@ -278,6 +284,18 @@ class Link:
             self._send()
 
     # Hearing
+
+    def _read_some(self) -> None:
+        """Take in what has come, for a moment. Were it one packet in each iteration of the event loop, a worker that
+        moves much would be given its siblings' transfers more slowly than they can be handed on."""
+        began = time.monotonic()
+        until = began + min(max(READ_SECONDS, (began - self._unread_since) / 2), MOST_READ_SECONDS)
+        while self.read() and not self.closed:
+            now = time.monotonic()
+            if now >= until:
+                self._unread_since = now
+                return
+        self._unread_since = math.inf
 
     def read(self) -> bool:
         """Take in a packet that has come; when there are more, the event loop calls again. False if there was none."""

@@ -25,6 +25,7 @@ import gevent
 
 from relay.clients.client import Client, Recorded
 from relay.clients.proxied import unpack
+from relay.process.one_by_one import one_by_one
 from relay.transfer.pair import Pair
 from relay.transfer.slices import in_slices
 from relay.transfer.state import PairState
@@ -106,9 +107,12 @@ class Parcels:
                 if _is_good(envelope):
                     self._receiver.send_partners([handed.token for handed in clients if handed.token], link)
                 return
-            for handed, sock in zip(clients, socks, strict=True):
-                self._receiver.take_in(_client_from(handed, sock), is_guest=link.leaving)
-            socks.clear()
+            arrived = list(zip(clients, socks, strict=True))
+            socks.clear()  # each is its client's from here on, and closed with it, also when something goes wrong
+            one_by_one(arrived, lambda one: self._take_in(*one, link), "with a client that a sibling has handed on")
+
+    def _take_in(self, handed: HandedClient, sock: socket.socket, link: Link) -> None:
+        self._receiver.take_in(_client_from(handed, sock), is_guest=link.leaving)
 
     def take_pair(self, link: Link, packet: bytes, fds: list[int]) -> None:
         """A ``P`` has come; raises Misunderstood."""
@@ -179,22 +183,21 @@ class Parcels:
             self._taking_back = gevent.spawn(self._take_back)
 
     def _take_back(self) -> None:
-        for _ in in_slices(self._take_all_back()):
-            pass
+        one_by_one(in_slices(self._coming_back()), self._take_one_back, "with one whom nobody could take")
 
-    def _take_all_back(self) -> Iterator[None]:
+    def _coming_back(self) -> Iterator[Client | Pair]:
         while self._back:
-            somebody = self._back.popleft()
-            if isinstance(somebody, Pair):
-                self._receiver.take_back_pair(somebody)
-            else:
-                self._receiver.take_back(somebody)
-            yield
+            yield self._back.popleft()
+
+    def _take_one_back(self, somebody: Client | Pair) -> None:
+        if isinstance(somebody, Pair):
+            self._receiver.take_back_pair(somebody)
+        else:
+            self._receiver.take_back(somebody)
 
     def close(self) -> None:
         """Have at once what was to come back."""
-        for _ in self._take_all_back():
-            pass
+        one_by_one(self._coming_back(), self._take_one_back, "with one whom nobody could take")
 
 
 def _is_good(envelope: Envelope) -> bool:

@@ -1,0 +1,69 @@
+"""A worker that leaves or ends: a mistake with one client costs no other its partner, and nobody the record."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.support.current import wait_for_current
+from tests.support.harness import Relay, Workers, connect, handshake, met, new_side, new_token, read_exactly
+from tests.support.mistaken_relay import mistakes
+
+MISTAKEN = "tests.support.mistaken_relay"
+HANDING_ON = (
+    "relay.workers.household:Household._hand_on_pair",
+    "relay.workers.household:Household._uproot",
+)
+ENDING = (
+    "relay.clients.matching:Matching.dismiss",
+    "relay.clients.matching:Matching.evict",
+    "relay.transfer.pump:Pump.abandon",
+    "relay.server:Relay._close_door",
+)
+
+
+def test_a_mistake_in_handing_one_on_leaves_all_transfers_and_all_who_wait_to_the_sibling(tmp_path: Path) -> None:
+    with Workers(tmp_path, "--grace", "3", count=1, env=mistakes(*HANDING_ON), program=MISTAKEN) as workers:
+        with contextlib.ExitStack() as stack:
+            transfers = [met(workers.port, stack=stack) for _ in range(5)]
+            tokens = [new_token() for _ in range(3)]
+            waiting = [stack.enter_context(connect(workers.port)) for _ in tokens]
+            for client, token in zip(waiting, tokens, strict=True):
+                client.sendall(handshake(token, new_side()))
+            wait_for_current(workers, 5, 3)
+            workers.workers[0].tracebacks_expected = True
+            workers.program, workers.env = "relay", None
+            workers.start_one()
+            assert workers.stop_one(0) == 0
+            for first, second in transfers:
+                first.sendall(b"still here")
+                assert read_exactly(second, 10) == b"still here"
+            for client, token in zip(waiting, tokens, strict=True):
+                partner = stack.enter_context(connect(workers.port))
+                partner.sendall(handshake(token, new_side()))
+                assert read_exactly(client, 3) == read_exactly(partner, 3) == b"ok\n"
+        assert [record["mood"] for record in workers.wait_for_records(8)] == ["happy"] * 8
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_mistake_in_ending_one_costs_nobody_the_record(tmp_path: Path, calls: int) -> None:
+    wrong = mistakes(*ENDING, calls=calls)
+    options = ("--grace", "0.3")
+    with (
+        Relay(tmp_path, *options, env=wrong, recording=True, program=MISTAKEN) as relay,
+        contextlib.ExitStack() as stack,
+    ):
+        relay.tracebacks_expected = True
+        for _ in range(5):
+            met(relay.port, stack=stack)
+        for _ in range(3):
+            stack.enter_context(connect(relay.port)).sendall(handshake(new_token(), new_side()))
+        wait_for_current(relay, 5, 3)
+        relay.process.send_signal(signal.SIGTERM)
+        assert relay.wait() == 0
+        moods = [record["mood"] for record in relay.wait_for_records(8)]
+        assert sorted(moods) == ["happy"] * 5 + ["lonely"] * 3
+        assert "Traceback" in relay.log_text()
