@@ -226,6 +226,16 @@ def test_a_source_is_an_ipv4_address_or_an_ipv6_network(
     wait_until_kept(socks, shares * SHARE)
 
 
+@pytest.mark.parametrize("port", [TCP_PORT, TLS_PORT])
+def test_the_networks_of_one_ipv6_site_are_bounded_together_too(
+    front_factory: Callable[..., Front], stack: contextlib.ExitStack, port: int
+) -> None:
+    front = front_factory(*small(100, SHARE), ("sc1_conn_cur gt 4000", f"sc1_conn_cur gt {SHARE + 2}"))
+    socks = [front.try_to_dial(stack, (IPV6[0], IPV6[2])[number % 2], port) for number in range(4 * SHARE)]
+    wait_until_kept(socks, SHARE + 2)
+    wait_until_kept([front.try_to_dial(stack, IPV6[3], port)], 1)
+
+
 def test_a_source_may_come_so_often_and_no_more(
     front_factory: Callable[..., Front], stack: contextlib.ExitStack
 ) -> None:

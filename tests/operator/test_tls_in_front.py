@@ -26,6 +26,7 @@ from tests.support.harness import (
     wait_until,
 )
 from tests.support.harness import connect as connect_tcp
+from tests.support.namespaces import Host, not_allowed, run_ip
 from tests.support.page import Page
 from tests.support.proxies import (
     HAPROXY,
@@ -73,6 +74,9 @@ def certificate(tmp_path: Path) -> Path:
 SHARE = 6
 """What a client may have of a proxy here, in place of hundreds."""
 
+SITES_SHARE = SHARE + 2
+"""And what the networks of one IPv6 site may have together."""
+
 
 @contextlib.contextmanager
 def behind_nginx(folder: Path, port: int, relay_port: int) -> Iterator[None]:
@@ -99,6 +103,7 @@ def _behind_nginx(
         (place.format(names[0]), str(folder / "cert.pem")),
         (place.format(names[1]), str(folder / "cert.key")),
         ("limit_conn relay_sources 500;", f"limit_conn relay_sources {SHARE};"),
+        ("limit_conn relay_sites 2000;", f"limit_conn relay_sites {SITES_SHARE};"),
         ("client_header_timeout 10s;", f"client_header_timeout {PATIENCE}s;"),
         ("127.0.0.1:4002", f"127.0.0.1:{relay_port}"),
         ("proxy_read_timeout 60s;", f"proxy_read_timeout {PATIENCE}s;"),
@@ -131,6 +136,7 @@ def behind_haproxy(folder: Path, port: int, relay_port: int) -> Iterator[None]:
             ("timeout tunnel 1h", f"timeout tunnel {PATIENCE}s"),
             ("timeout client 10s", f"timeout client {PATIENCE}s"),
             ("sc0_conn_cur gt 1000", f"sc0_conn_cur gt {SHARE}"),
+            ("sc1_conn_cur gt 4000", f"sc1_conn_cur gt {SITES_SHARE}"),
         )
     )
     with running(HAPROXY, "-db", "-f", str(configuration)):
@@ -254,6 +260,36 @@ def test_one_client_does_not_fill_the_proxy(tmp_path: Path, certificate: Path, b
 
         assert [come("127.0.0.9") for _ in range(SHARE + 2)] == [True] * SHARE + [False] * 2
         assert [come("127.0.0.10") for _ in range(SHARE)] == [True] * SHARE
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # ssl's own, when it is turned away
+@pytest.mark.skipif(bool(not_allowed()), reason=not_allowed())
+@pytest.mark.parametrize("behind", PROXIES)
+def test_nor_does_one_household_with_many_networks(
+    tmp_path: Path, certificate: Path, behind: Behind, stack: contextlib.ExitStack
+) -> None:
+    host = Host(f"rg{new_side()[:8]}-tls")
+    stack.callback(host.remove)
+    host.create()
+    networks = [f"2001:db8:0:{number}::1" for number in range(1, 4)]
+    for address in (*networks, "2001:db8:1::1"):
+        run_ip("-n", host.name, "address", "add", f"{address}/128", "dev", "lo", "nodad")
+    relay = stack.enter_context(Relay(tmp_path, *web_options(), inside=host.inside))
+    port = free_port()
+
+    def come(source: str) -> bool:
+        try:
+            page = stack.enter_context(Page.over_tls(connect_tcp(port, "::1", source=source), certificate))
+        except OSError:
+            return False
+        page.send(handshake(new_token(), new_side()))
+        return True
+
+    host.make_there(lambda: stack.enter_context(behind(tmp_path, port, web_port(relay))))
+    host.make_there(lambda: wait_for(port, certificate))
+    came = [host.make_there(lambda number=number: come(networks[number % 3])) for number in range(SITES_SHARE + 2)]  # type: ignore[misc]
+    assert came == [True] * SITES_SHARE + [False] * 2
+    assert host.make_there(lambda: come("2001:db8:1::1"))
 
 
 @needs_haproxy

@@ -14,12 +14,14 @@ import ctypes
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 NETNS_FILES = Path("/etc/netns")  # `ip netns exec NAME` mounts the files in NAME/ over those of /etc, see ip-netns(8)
 CLONE_NEWNET = 0x40000000  # <sched.h>
@@ -63,12 +65,13 @@ class Host:
         """What to put before a command so that it runs on this host."""
         return ["ip", "netns", "exec", self.name]
 
-    def make_there(self, make: Callable[[], socket.socket]) -> socket.socket:
-        """Make a socket on this host: it belongs to the namespace of the thread that makes it, and may be used here.
+    def make_there(self, make: Callable[[], T]) -> T:
+        """Make a socket, or a process, on this host: it belongs to the namespace of the thread that makes it, and may
+        be used here.
 
         Raises what `make` raises.
         """
-        made: list[socket.socket] = []
+        made: list[T] = []
         failed: list[Exception] = []
 
         def go_and_make() -> None:
