@@ -24,6 +24,7 @@ from relay.clients.speech import Ending
 from relay.clients.upstream import Address, Connection, Upstream, dial, lacks_port
 from relay.dataclass import dataclass
 from relay.options import Options
+from relay.process import log
 
 CONNECT_SECONDS = 3.0
 """How long one address is tried."""
@@ -84,8 +85,8 @@ class Gateway(Matching):
             self._farewell.turn_away(client)
             return
         self._room.enter(client)
-        client.listen(self._loop, self._on_readable)
         self._calls[client] = Call(self._upstream.in_turn())
+        self._listen(client)
         self._try_next(client)
 
     readmit = admit
@@ -145,7 +146,13 @@ class Gateway(Matching):
         sock.said = len(words)
         self.leave(client)
         client.stop_listening()
-        self._on_reached(client, sock)
+        try:
+            self._on_reached(client, sock)
+        except Exception:
+            log.tell_mistake("a mistake with one that is to be carried; it is sent away")
+            sock.close()
+            self._places.give_back(None)
+            self._farewell.end(client, Ending("lonely", frames.close(Close(TRY_AGAIN_LATER))))
 
     def _fail(self, client: Client) -> None:
         call = self._calls[client]

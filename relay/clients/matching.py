@@ -90,6 +90,7 @@ class Matching:
         self._on_match = on_match
         self._room: WaitingRoom[Client] = WaitingRoom()
         self._deadlines: Deadlines[Client] = Deadlines()
+        self._unheard: list[Client] = []
         self._closed = False
         self._pings = pings
         self._iteration = Iteration(loop)
@@ -115,7 +116,18 @@ class Matching:
         return self._room.all_for(token)
 
     def admit(self, client: Client, *, asks_now: bool = True) -> None:
-        """See a client whose handshake is whole to its token's home; `asks_now` if it is so in this moment."""
+        """See a client whose handshake is whole to its token's home; `asks_now` if it is so in this moment.
+
+        It is in somebody's hands then, whatever goes wrong with it."""
+        try:
+            self._see_home(client, asks_now=asks_now)
+        except Exception:
+            log.tell_mistake("a mistake with one whose handshake is whole; it is sent away")
+            if client.sock.fileno() >= 0 and client not in self:
+                self._deadlines.clear(client)
+                self._send_away(client)
+
+    def _see_home(self, client: Client, *, asks_now: bool) -> None:
         if client.speech.reader is not None and self._judge(client):
             return  # it has said what it wants and left in one breath, and only here is that known
         if self._room.waiting_for(client.token) or not self.elsewhere.sees_home(client):
@@ -161,7 +173,7 @@ class Matching:
             self.dismiss(self._room.oldest_for(client.token))
         self._deadlines.set(client, client.arrived + self._options.wait_timeout)
         self._room.enter(client)
-        client.listen(self._loop, self._on_readable)
+        self._listen(client)
         if client.speech.reader is not None:
             client.speech.be_pinged(self._pings, client.sock)
         if len(self._room) > self._options.max_waiting + self._places.guests:
@@ -169,6 +181,13 @@ class Matching:
             # long as clients may wait; like this it takes more newcomers all the time, and those are bounded, too.
             self._note(Bound.WAITING)
             self.dismiss_oldest()
+
+    def _listen(self, client: Client) -> None:
+        """Hear what `client` has to say while it waits; as soon as that can be, if there is no memory for it."""
+        try:
+            client.listen(self._loop, self._on_readable)
+        except (OSError, MemoryError):
+            self._unheard.append(client)
 
     def leave(self, client: Client) -> None:
         """Take out of the waiting room somebody who is not matched; its watcher is as it was."""
@@ -270,7 +289,13 @@ class Matching:
         one_by_one(self, self.evict, "in ending one who waits")
 
     def see_off(self, now: float) -> Iterator[None]:
-        """Send away those who have waited too long, one with each step; `now` in monotonic seconds."""
+        """Send away those who have waited too long, one with each step, and listen to those who could not be listened
+        to; `now` in monotonic seconds."""
+        unheard, self._unheard = self._unheard, []
+        for client in unheard:
+            if client in self:
+                self._listen(client)
+            yield
         for client in self._deadlines.take_due(now):
             self.dismiss(client)
             yield

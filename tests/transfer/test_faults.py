@@ -492,6 +492,43 @@ def test_who_is_sent_away_is_nobody_s_no_longer_whatever_goes_wrong(
     monkeypatch.undo()
 
 
+def test_who_cannot_be_listened_to_waits_and_is_listened_to_as_soon_as_that_can_be(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = new_token()
+    with monkeypatch.context() as patch:
+        patch.setattr(Client, "listen", refuse)
+        waits, leaves = worker.client(token), worker.client(new_token())
+        until(lambda: len(worker.relay._matching) == 2)
+    leaves.close()
+    until(lambda: worker.moods == ["lonely"])
+    partner = worker.client(token)
+    assert [heard(client, 3) for client in (waits, partner)] == [b"ok\n"] * 2
+
+
+def refuse(*arguments: object) -> None:
+    """As the kernel does that has no memory."""
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+def test_who_cannot_be_seen_home_is_sent_away(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = new_token()
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.relay._matching.elsewhere, "sees_home", fail)
+        client = worker.client(token)
+        assert heard(client, 1) == b""
+    client.close()
+    until(lambda: worker.taken == 0)
+    assert worker.moods == ["lonely"]
+    told = capsys.readouterr().err
+    assert "a mistake with one whose handshake is whole" in told
+    assert token not in told
+    assert "127.0.0.1" not in told
+    worker.met()
+
+
 def test_a_token_that_is_asked_for_in_vain_is_in_no_message() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
