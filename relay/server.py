@@ -110,6 +110,7 @@ class Relay:
             refresh=self._refresh_current,
         )
         self._tick = loop.timer(TICK_SECONDS, TICK_SECONDS)
+        self._wake = loop.async_()
         self._current_greenlet: gevent.Greenlet | None = None
         self._due_are_looked_after: gevent.Greenlet | None = None
         self._stopping = False
@@ -315,6 +316,7 @@ class Relay:
         steps = (
             self._close_door,
             self._tick.stop,
+            self._wake.stop,
             self._tell_bounds,
             self._eviction.close,
             self._stop_greenlets,
@@ -370,9 +372,11 @@ class Relay:
 
     def _every_second(self) -> None:
         now = time.monotonic()
+        self._hear_signals()
         if not self._due_are_looked_after:
             self._due_are_looked_after = gevent.spawn(self._look_after_who_is_due)
         self._places.next_second()
+        one_by_one((self._door, self._health), _keep_open, "in opening a port again")
         if self._household is None:
             self.pairs.every_second(now, lambda busy: 1.0)
         else:
@@ -382,6 +386,14 @@ class Relay:
         for line in self._bounds_met.lines(now):
             log.tell(line)
         self._telling.every_second(now)
+
+    def _hear_signals(self) -> None:
+        """Have the loop's own pipe watched, by which it hears of signals and threads. When the kernel refuses to watch
+        anything for a moment, libev stops that, too; a watcher that is started begins it anew, and what is sent over it
+        has the loop look whether a signal has come meanwhile."""
+        self._wake.stop()
+        self._wake.start(int)
+        self._wake.send()
 
     def _look_after_who_is_due(self) -> None:
         """End what has taken too long, and ping those to whom nothing was said."""
@@ -404,3 +416,8 @@ class Relay:
         while True:
             self._refresh_current(tick=True)
             gevent.sleep(CURRENT_SECONDS)
+
+
+def _keep_open(port: Door | HealthPort | None) -> None:
+    if port is not None:
+        port.keep_open()

@@ -34,6 +34,11 @@ class Watcher(Protocol):
     def close(self) -> None:
         """Let go of what is watched."""
 
+    @property
+    def active(self) -> bool:
+        """Whether it is to call back. Where the kernel refuses to watch the descriptor, libev stops it, and calls back
+        once, as if something had come."""
+
 
 class EventLoop(Protocol):
     """What is needed of an event loop."""
@@ -96,12 +101,21 @@ class Client:
         return self.speech.pack()
 
     def listen(self, loop: EventLoop, on_readable: Callable[[Client], None]) -> None:
-        """Have the event loop call `on_readable`, and nothing else, with this client when its socket is readable."""
+        """Have the event loop call `on_readable`, and nothing else, with this client when its socket is readable. Where
+        the system refuses that, it is as long as `is_heard` is not; who has a deadline is looked at then."""
         if self.watcher is None:
-            self.watcher = loop.io(self.sock.fileno(), 1)
+            try:
+                self.watcher = loop.io(self.sock.fileno(), 1)
+            except OSError:
+                return
         else:
             self.watcher.stop()
         self.watcher.start(on_readable, self)
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether the event loop is to call when something comes."""
+        return self.watcher is not None and self.watcher.active
 
     def stop_listening(self) -> None:
         """Let the event loop forget this client."""

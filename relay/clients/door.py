@@ -167,7 +167,22 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
     def start_accepting(self) -> None:
         """Accept whatever comes, unless this door was retired or it is not our turn; gevent and `reopen` call it."""
         if self._has_turn and not self._is_retired:
-            super().start_accepting()
+            try:
+                super().start_accepting()
+            except OSError as error:  # the port cannot be watched now
+                self._rest(error)
+
+    def keep_open(self) -> None:
+        """Accept again where the port is no longer watched although we should; to be called once a second.
+
+        Where the kernel refuses to watch a socket (epoll_ctl(2): ENOMEM, ENOSPC), libev tells nobody, and stops its
+        watcher for good.
+        """
+        for door in self._both():
+            if door._watcher is not None and not door._watcher.active:
+                door.stop_accepting()
+            if not door._rests():
+                door._reopen()
 
     def take_turn(self) -> None:
         """It is our turn, or may be."""
@@ -284,7 +299,7 @@ class Door(StreamServer):  # type: ignore[misc]  # gevent has no types
             self.start_accepting()
 
     def _rests(self) -> bool:
-        return self._watcher is None and self._timer is not None
+        return self._watcher is None and self._timer is not None and bool(self._timer.active)
 
     def _rest(self, error: OSError) -> None:
         """Stop accepting for a while: trying on would find the same again at once, and keep a core busy."""

@@ -47,6 +47,15 @@ class HealthPort(StreamServer):  # type: ignore[misc]  # gevent has no types
         except Exception:  # whatever it is, the next check wants an answer
             log.tell_mistake("a health check could not be answered")
 
+    def keep_open(self) -> None:
+        """Accept again where the port is not watched although it should be (see `Door.keep_open`); to be called once a
+        second."""
+        if self._watcher is not None and not self._watcher.active:
+            self.stop_accepting()
+        rests = self._timer is not None and self._timer.active
+        if self._watcher is None and self.started and not rests and not self.full():
+            self.start_accepting()
+
     def do_read(self) -> tuple[socket.socket, object] | None:
         """Accept one; where the system lets nobody in, rest for a while. The relay's own door says so in the log."""
         try:

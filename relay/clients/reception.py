@@ -48,6 +48,7 @@ class Reception:
         self._admit = admit
         self._shaking: dict[Client, None] = {}  # in the order in which they came
         self._deadlines: Deadlines[Client] = Deadlines()
+        self._unheard: dict[Client, None] = {}  # whom the system refuses to watch, until it is tried again
         self._closed = False
         self._iteration = Iteration(loop)
         self._on_readable = self._heard  # bound once, and not for every client
@@ -92,6 +93,8 @@ class Reception:
         self._shake_hands(client)
 
     def _heard(self, client: Client) -> None:
+        if not client.is_heard:
+            self._unheard[client] = None
         if not self._iteration.is_over():
             self._shake_hands(client)
 
@@ -131,6 +134,8 @@ class Reception:
         if client in self._shaking:
             return
         client.listen(self._loop, self._on_readable)
+        if not client.is_heard:
+            self._unheard[client] = None
         self._shaking[client] = None
         if len(self._shaking) > self._options.max_handshakes:
             oldest = next(iter(self._shaking))
@@ -180,7 +185,16 @@ class Reception:
             self._farewell.close(client)
 
     def see_off(self, now: float) -> Iterator[None]:
-        """Turn away those who have taken too long, one with each step; `now` in monotonic seconds."""
+        """Turn away those who have taken too long, one with each step, and listen again to whom we could not; `now` in
+        monotonic seconds."""
+        unheard, self._unheard = self._unheard, {}
+        for client in unheard:
+            if client in self._shaking:
+                client.listen(self._loop, self._on_readable)
+                if not client.is_heard:
+                    self._unheard[client] = None
+                self._shake_hands(client)
+            yield
         for client in self._deadlines.take_due(now):
             # What has come counts, however late we are to look.
             self._shaking.pop(client, None)

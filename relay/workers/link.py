@@ -278,6 +278,12 @@ class Link:
         parcel.sent = envelope.sent
         self.unconfirmed[envelope.serial] = parcel
 
+    def keep_reading(self) -> None:
+        """Watch the link again where nobody does: gevent stops a watcher after a mistake in what it has called, and
+        libev one for which the kernel has no room; to be called once a second."""
+        if not self._reads.active and not self.closed:
+            self._reads.start(self._read_some)
+
     def send_again(self) -> None:
         """Try once more what could not be sent."""
         if self._outbox:

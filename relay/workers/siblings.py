@@ -373,6 +373,7 @@ class Siblings:
         for link in list(self.links):
             # What has come counts, however late we are to read it.
             link.seconds_unheard = 0 if link.has_spoken() else link.seconds_unheard + 1
+            link.keep_reading()
             if link.greeting is None:
                 if link.opened_by_sibling and link.seconds_unheard > SILENT_SECONDS:
                     self.lost(link)  # somebody who does not introduce itself

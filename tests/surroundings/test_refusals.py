@@ -10,6 +10,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,14 +22,17 @@ from tests.support.harness import (
     Relay,
     Workers,
     connect,
+    free_port,
     handshake,
     met,
     new_side,
     new_token,
     read_exactly,
+    read_to_end,
     wait_until,
 )
 from tests.support.hostile import NOISE, honest_transfer
+from tests.support.kernel_view import in_listen_queue
 from tests.support.needs import needs_strace
 
 NUMBERS = ["EPERM", "ENOSYS", "EINVAL", "EOPNOTSUPP", "EACCES", "ENOMEM"]
@@ -143,6 +147,40 @@ def test_what_is_refused_for_a_while_costs_no_transfer_under_way_a_byte_and_nobo
         moods = [record["mood"] for record in workers.wait_for_records(3 * len(NUMBERS))]
         assert moods == ["happy"] * 3 * len(NUMBERS)
         workers.wait_for_rows("usage", 3 * len(NUMBERS))
+
+
+@needs_strace
+@pytest.mark.parametrize("number", ["ENOMEM", "ENOSPC"])
+def test_when_nothing_can_be_watched_for_a_while_everybody_is_heard_afterwards(tmp_path: Path, number: str) -> None:
+    health = free_port()
+    options = ("--grace", "0", "--handshake-timeout", "60", "--health", str(health))
+    with Relay(tmp_path, *options, recording=True) as relay, contextlib.ExitStack() as stack:
+        old = met(relay.port, stack=stack)
+        going = met(relay.port, stack=stack)
+        with refused("epoll_ctl", number, [relay.pid]):
+            late = [stack.enter_context(connect(relay.port)) for _ in range(2)]
+            wait_until(lambda: in_listen_queue(relay.port) == 0, what="they are accepted")
+            going[0].close()  # which is not to be watched any more, and libev begins anew when it still is
+            assert read_to_end(going[1]) == b""
+            with connect(health) as check:
+                check.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                time.sleep(0.5)  # for libev to find out
+        token = new_token()
+        for client in late:
+            client.sendall(handshake(token, new_side()))
+        for first, second in (late, old):
+            if first in late:
+                assert read_exactly(first, 3) == read_exactly(second, 3) == b"ok\n"
+            first.sendall(NOISE)
+            assert read_exactly(second, len(NOISE)) == NOISE
+        honest_transfer(relay.port)
+        with connect(health) as check:
+            check.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            assert read_to_end(check).startswith(b"HTTP/1.1 200")
+        for client in (*old, *late):
+            client.close()
+        assert relay.stop() == 0
+        assert [record["mood"] for record in relay.wait_for_records(4)] == ["happy"] * 4
 
 
 @needs_strace
