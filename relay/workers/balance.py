@@ -8,7 +8,7 @@ alone stays: elsewhere it would be the same.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Generic, Protocol, TypeVar
 
 BUSY = 0.6
@@ -38,27 +38,47 @@ class Balance(Generic[T]):
     def __init__(self) -> None:
         self._before: Mapping[T, int] = {}
 
-    def surplus(self, transfers: Collection[T], load: float, other_load: float) -> list[T]:
+    def surplus(
+        self,
+        transfers: Collection[T],
+        load: float,
+        other_load: float,
+        in_slices: Callable[[Iterable[T]], Iterable[T]] = iter,
+    ) -> list[T]:
         """The transfers that should go to a sibling, when this worker's load has been `load` during the last second
-        and the sibling's `other_load`; to be asked once a second."""
+        and the sibling's `other_load`; to be asked once a second. They are gone through as `in_slices` has it."""
         before, self._before = self._before, {}
         if load < BUSY or load - other_load < WORTH_IT:
             return []
-        self._before = {transfer: transfer.moved for transfer in transfers}
-        rates = {transfer: moved - before[transfer] for transfer, moved in self._before.items() if transfer in before}
-        chosen = _chosen(rates, load, (load - other_load) / 2)
-        if chosen:
-            self._before = {}  # begin anew, with what the others say when these have gone
+        rates: dict[T, int] = {}
+        now: dict[T, int] = {}
+        for transfer in in_slices(transfers):
+            moved = now[transfer] = transfer.moved
+            rate = moved - before.get(transfer, moved)
+            if rate > 0:
+                rates[transfer] = rate
+        chosen = _chosen(rates, load, (load - other_load) / 2, in_slices)
+        if not chosen:
+            self._before = now  # else begin anew, with what the others say when these have gone
         return chosen
 
 
-def _chosen(rates: Mapping[T, int], load: float, wanted: float) -> list[T]:
+def _chosen(
+    rates: dict[T, int], load: float, wanted: float, in_slices: Callable[[Iterable[T]], Iterable[T]]
+) -> list[T]:
     """Those that make up `wanted` of the `load` that all of `rates` are, roughly: rather a little more than none."""
     total = sum(rates.values())
     chosen: list[T] = []
-    for transfer in sorted(rates, key=lambda one: rates[one], reverse=True):
-        share = load * rates[transfer] / max(total, 1)
-        if 0 < share < 1.5 * wanted and len(chosen) < MOST_AT_ONCE:
-            chosen.append(transfer)
-            wanted -= share
+    while len(chosen) < MOST_AT_ONCE:
+        # To sort all of them would take the event loop many times a slice.
+        best, most = None, 0
+        for transfer in in_slices(rates):
+            rate = rates[transfer]
+            if most < rate and load * rate < 1.5 * wanted * total:
+                best, most = transfer, rate
+        if best is None:
+            break
+        chosen.append(best)
+        wanted -= load * most / total
+        del rates[best]
     return chosen

@@ -87,6 +87,7 @@ class Household:
         self._epoll = select.epoll.fromfd(os.dup(gevent.get_hub().loop.fileno()))
         self._to_look_at: dict[bytes, None] = {}
         self._looking: gevent.Greenlet | None = None
+        self._sharing: gevent.Greenlet | None = None
         self._pairs_came = False  # to be handed on, like everybody
         self._balance: Balance[Pair] = Balance()
         self._load = Load()
@@ -119,8 +120,9 @@ class Household:
     def close(self) -> None:
         """End all links."""
         self._looks_after_door.stop()
-        if self._looking is not None:
-            gevent.kill(self._looking)
+        for greenlet in (self._looking, self._sharing):
+            if greenlet is not None:
+                gevent.kill(greenlet)
         self.siblings.close()
         self._epoll.close()
 
@@ -225,6 +227,9 @@ class Household:
                 self._hand_on_pair(pair, link)
 
         one_by_one(in_slices(pairs), hand_on, "in handing on a transfer")
+
+    def _share_work(self, load: float, link: Link) -> None:
+        self._hand_on_pairs(self._balance.surplus(list(self._pairs), load, link.load, in_slices), link)
 
     def _stop_watching(self, sock: socket.socket) -> None:
         """Make the event loop's epoll forget a socket that lives on in another process. It would go on to report it
@@ -363,10 +368,8 @@ class Household:
             self._on_change()  # somebody may have room by now
             return
         link = self.siblings.idlest(CONNECTIONS_OF_A_PAIR)
-        if link is not None:
-            surplus = self._balance.surplus(list(self._pairs), load, link.load)
-            if surplus:
-                gevent.spawn(self._hand_on_pairs, surplus, link)
+        if link is not None and not self._sharing:
+            self._sharing = gevent.spawn(self._share_work, load, link)
 
 
 def _once_ready(choose: Callable[[], Link | None]) -> Link | None:

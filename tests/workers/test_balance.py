@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -94,3 +95,21 @@ def test_what_goes_never_turns_the_difference_round_by_more_than_it_was(
     before, after = load - other_load, load - other_load - 2 * moved
     assert not gone or abs(after) < before
     assert len(gone) <= MOST_AT_ONCE
+
+
+def test_however_many_transfers_there_are_they_are_gone_through_in_slices() -> None:
+    passed: list[int] = []
+
+    def in_slices(transfers: Iterable[Transfer]) -> Iterator[Transfer]:
+        passed.append(0)
+        for transfer in transfers:
+            passed[-1] += 1
+            yield transfer
+
+    balance: Balance[Transfer] = Balance()
+    transfers = [Transfer(100) for _ in range(50)]
+    assert balance.surplus(transfers, 1.0, 0.0, in_slices) == []
+    for transfer in transfers:
+        transfer.go_on()
+    assert len(balance.surplus(transfers, 1.0, 0.0, in_slices)) == MOST_AT_ONCE
+    assert passed == [50, 0, 50, *range(50, 50 - MOST_AT_ONCE, -1)]
