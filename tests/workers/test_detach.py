@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import time
@@ -30,13 +31,9 @@ def connection(listener: socket.socket) -> tuple[socket.socket, socket.socket]:
     return client, end
 
 
-@pytest.fixture
-def clients_and_pair() -> Iterator[tuple[socket.socket, socket.socket, Pair]]:
-    """Two clients, and the pair that the relay has made of them, in this process."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        (left, first), (right, second) = connection(listener), connection(listener)
-    turns = Turns()
-    pair = Pair(
+def new_pair(first: socket.socket, second: socket.socket, turns: Turns, rest: Rest) -> Pair:
+    """A pair of the relay's ends of two connections."""
+    return Pair(
         first,
         second,
         started=0.0,
@@ -44,9 +41,18 @@ def clients_and_pair() -> Iterator[tuple[socket.socket, socket.socket, Pair]]:
         waiting_time=0.0,
         pipes=PipePool(),
         turns=turns,
-        rest=Rest(turns),
+        rest=rest,
         on_over=lambda pair: None,
     )
+
+
+@pytest.fixture
+def clients_and_pair() -> Iterator[tuple[socket.socket, socket.socket, Pair]]:
+    """Two clients, and the pair that the relay has made of them, in this process."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        (left, first), (right, second) = connection(listener), connection(listener)
+    turns = Turns()
+    pair = new_pair(first, second, turns, Rest(turns))
     yield left, right, pair
     pair.detach()
     pair.close()
@@ -182,3 +188,31 @@ def test_a_transfer_that_ends_while_another_one_is_cut_off_is_recorded_once(monk
     for client in clients:
         client.close()
     listener.close()
+
+
+def test_many_pairs_that_move_let_go_in_one_iteration_of_the_event_loop() -> None:
+    turns = Turns()
+    rest = Rest(turns)
+    loop = gevent.get_hub().loop
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
+        pairs = []
+        for _ in range(20):
+            (left, first), (right, second) = connection(listener), connection(listener)
+            for client in (left, right):
+                stack.enter_context(client)
+            left.setblocking(False)
+            left.send(bytes(1 << 20))
+            pairs.append(new_pair(first, second, turns, rest))
+        for pair in pairs:
+            pair.start()
+        wait_until(lambda: gevent.sleep(0) or all(pair.greenlet for pair in pairs), what="all move something")
+        began = loop.iteration
+        for pair in pairs:
+            pair.detach_soon()
+        gevent.sleep(0)
+        assert not any(pair.started_pumping for pair in pairs)
+        for pair in pairs:
+            pair.detach()
+            pair.close()
+        assert loop.iteration - began <= 2
+    rest.close()
