@@ -107,6 +107,7 @@ class Gateway(Matching):
 
     def _try_next(self, client: Client) -> None:
         call = self._calls[client]
+        self._deadlines.set(client, time.monotonic() + CONNECT_SECONDS)  # first: whatever goes wrong, it is seen to
         while call.untried:
             call.address = call.untried.pop(0)
             try:
@@ -122,7 +123,6 @@ class Gateway(Matching):
             self._places.take(None)  # which it was promised, at the door
             call.watcher = self._loop.io(call.sock.fileno(), 2)
             call.watcher.start(self._answered, client)
-            self._deadlines.set(client, time.monotonic() + CONNECT_SECONDS)
             return
         self.leave(client)
         self._note(call.why)
