@@ -213,6 +213,8 @@ def close_with_everything_on_its_way(service: Service, sender: socket.socket, re
     """Fill the way to `receiver`, which does not read, and close `sender` in good order as soon as the relay's kernel
     has all it sent and its end of stream; return how many bytes are on their way."""
     sent = fill_the_way(sender)
+    while more := fill_the_way(sender):  # the relay had only been kept from running for a moment
+        sent += more
     received = 0
     sender.shutdown(socket.SHUT_WR)
     with relays_end(service.pids, sender) as end:
