@@ -33,6 +33,8 @@ from tests.support.harness import (
 from tests.support.supervised import ORDINARY_USER, Supervised, is_running, supervised
 from tests.support.web import dial_web
 
+pytestmark = pytest.mark.long
+
 RECORDED_WITHIN = 0.1
 """Seconds after its end by which a transfer's row is in the database, kill -9 or not."""
 
@@ -198,7 +200,10 @@ def test_a_rolling_restart_to_what_does_not_start_leaves_the_last_worker_and_its
     with supervised(started=False, options="--grace 20") as service:
         configured = service.conf.read_text()
         assert "\nstartretries=10\n" in configured
-        service.conf.write_text(configured.replace("\nstartretries=10\n", "\nstartretries=0\n"))
+        # One that ends after startsecs has run, for supervisord; a busy machine may take longer to refuse to start it.
+        changed = configured.replace("\nstartretries=10\n", "\nstartretries=0\n")
+        service.conf.write_text(changed.replace("\nstartsecs=1\nstartretries=0\n", "\nstartsecs=4\nstartretries=0\n"))
+        assert "\nstartsecs=4\n" in service.conf.read_text()
         service.start()
         sender, receiver = met(service.port)
         sender.sendall(b"the first half, ")
