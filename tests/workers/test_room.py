@@ -32,6 +32,8 @@ from tests.support.harness import (
 from tests.support.hostile import answer, dial
 from tests.support.kernel_view import holder, without_descriptors
 
+pytestmark = pytest.mark.long
+
 NOFILE = 200
 MOST = NOFILE - RESERVED_FDS
 GRACE = 2
@@ -231,6 +233,7 @@ def test_a_restarted_worker_has_places_again_and_nobody_gives_way_for_want_of_th
         with contextlib.ExitStack() as opened:
             for _ in range(5):
                 met(workers.port, stack=opened)
+        time.sleep(0.05)  # each connection keeps a port of this machine for a minute, and there are neighbours
     for first, second in idle:
         first.sendall(b"still here")
         assert second.recv(10) == b"still here"
@@ -258,6 +261,7 @@ def test_those_who_wait_at_full_workers_still_do_when_one_leaves_and_newcomers_a
     while time.monotonic() < until:
         for sock in met(workers.port):
             sock.close()
+        time.sleep(0.01)  # as above
     assert not any(_is_over(sock) for sock in waiting)
     workers.start_one()
     assert workers.stop_one((fullest + 1) % count) == 0
