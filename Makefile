@@ -62,8 +62,13 @@ rolling-restart: $(VENV)/.relay
 status:
 	$(BIN)/supervisorctl -c $(CONF) status
 
+# Side by side, since they wait more than they compute:   make test TESTS_AT_A_TIME=4   docs/internals.md has the rest.
+TESTS_AT_A_TIME ?= 1
+SIDE_BY_SIDE = -n $(TESTS_AT_A_TIME) --dist loadfile --no-loadscope-reorder --max-worker-restart 2
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+	@# Thousands of relays are started, and where PYTHONDONTWRITEBYTECODE is set none would keep what it has compiled.
+	$(BIN)/python -m compileall -q relay
+	$(BIN)/python -m pytest $(if $(filter-out 1,$(TESTS_AT_A_TIME)),$(SIDE_BY_SIDE)) $(PYTEST_OPTIONS)
 
 # mypy reads the tests and the benchmark too, and with them what they import.
 $(VENV)/.lint: $(VENV)/.test $(VENV)/.bench

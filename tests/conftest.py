@@ -1,22 +1,27 @@
-"""Fixtures that all tests share, and the rule that a run which must be complete skips nothing."""
+"""Fixtures that all tests share; the order and the turns of tests that run side by side; and the rule that a run which
+must be complete skips nothing."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.support.harness import SHAPES, Relay, Service, relay_of
+from tests.support.neighbours import turn
 from tests.support.usage_disk import disk_of
 
 NO_SKIPS = "RELAY_TESTS_NO_SKIPS"
+CRASHED = pytest.StashKey[list[str]]()
 
 # On a machine that does other things as well, how long an example takes says nothing about the relay.
-settings.register_profile("relay", deadline=None)
+settings.register_profile("relay", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("relay")
 
 
@@ -41,6 +46,14 @@ def stack() -> Iterator[contextlib.ExitStack]:
     """Whatever a test opens is closed at its end, what came last first."""
     with contextlib.ExitStack() as opened:
         yield opened
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder in which every user may make files. Not below pytest's, which each run of pytest closes to others."""
+    with tempfile.TemporaryDirectory(prefix="rg-open-") as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder)
 
 
 @pytest.fixture
@@ -71,9 +84,44 @@ def any_relay(any_relay_factory: Callable[..., Service]) -> Service:
     return any_relay_factory()
 
 
+def side_by_side(config: pytest.Config) -> bool:
+    """Whether this process is one of several of pytest-xdist, which run the tests."""
+    return hasattr(config, "workerinput")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Let a test begin when it is its turn. Around all else: fixtures have their test's turn, and pytest-timeout does
+    not count how long it was waited for."""
+    if not side_by_side(item.config):
+        return (yield)
+    with turn(alone=item.get_closest_marker("alone") is not None):
+        return (yield)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Side by side, files that take longest come first, so that nobody waits for them at the end."""
+    if side_by_side(config):
+        items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object | None) -> None:  # noqa: ANN401
+    """Remember that a process of pytest-xdist ended before its time, whichever tests it had still to run."""
+    if error is not None:
+        node.config.stash.setdefault(CRASHED, []).append(f"{node.gateway.id}: {error}")
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fail a run that has to be complete (RELAY_TESTS_NO_SKIPS=1, as .ci/run sets it) when a test was skipped."""
+    """Fail a run of which a process has crashed, and one that has to be complete (RELAY_TESTS_NO_SKIPS=1, as .ci/run
+    sets it) when a test was skipped."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if os.environ.get(NO_SKIPS) == "1" and reporter is not None and reporter.stats.get("skipped"):
-        reporter.write_line(f"\n{NO_SKIPS}=1, but tests were skipped: the run fails", red=True)
+    if reporter is None:
+        return
+    wrong = [f"a process of tests has crashed, {what}" for what in session.config.stash.get(CRASHED, [])]
+    if os.environ.get(NO_SKIPS) == "1" and reporter.stats.get("skipped"):
+        wrong.append(f"{NO_SKIPS}=1, but tests were skipped")
+    if wrong:
+        reporter.write_line(f"\n{'; '.join(wrong)}: the run fails", red=True)
+    if wrong and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -456,6 +456,7 @@ def connections_made() -> int:
 
 
 @needs_haproxy
+@pytest.mark.alone  # it counts all connections of the machine
 @pytest.mark.parametrize("way", ["check", "send-proxy check check-send-proxy", "send-proxy-v2 check check-send-proxy"])
 def test_two_hundred_real_checks_of_haproxy_leave_no_row_and_no_line(tmp_path: Path, way: str) -> None:
     options = ("--trusted-proxies", "127.0.0.1")

@@ -541,7 +541,11 @@ def test_who_says_its_line_and_leaves_in_one_breath_has_left(service: Service) -
         wait_until(lambda: service.rows("current")[0]["waiting"] == 1, what="nobody is there for its partner")
 
 
-@pytest.mark.parametrize("last", [frame(Opcode.CLOSE, b"\x03\xe8"), frame(Opcode.PING) + frame(Opcode.CLOSE)])
+@pytest.mark.parametrize(
+    "last",
+    [frame(Opcode.CLOSE, b"\x03\xe8"), frame(Opcode.PING) + frame(Opcode.CLOSE)],
+    ids=["close", "ping-close"],  # and not the bytes, whose mask is another each time
+)
 def test_a_transfer_of_exactly_what_is_allowed_ends_in_order(start: Callable[..., Service], last: bytes) -> None:
     service = start("--max-pair-bytes", "1000")
     one, other = lines()

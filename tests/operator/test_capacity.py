@@ -90,6 +90,7 @@ def test_a_relay_without_a_database_does_without_sqlite(tmp_path: Path) -> None:
         assert "sqlite" not in Path(f"/proc/{pid}/maps").read_text()
 
 
+@pytest.mark.alone  # a part of its memory is that of libraries that neighbours use as well
 def test_eight_thousand_waiting_clients_cost_little(service: Service, note: Note) -> None:
     seconds_for_a_transfer(service.port)  # what is needed once is there
     wait_for_current(service, 0, 0, 30)
@@ -114,6 +115,7 @@ def test_eight_thousand_waiting_clients_cost_little(service: Service, note: Note
     assert each <= BYTES_EACH
 
 
+@pytest.mark.alone  # it compares times
 def test_a_pair_beside_two_thousand_idle_ones_is_served_as_before(service: Service, note: Note) -> None:
     alone = seconds_for_a_transfer(service.port)
     wait_for_current(service, 0, 0, 30)

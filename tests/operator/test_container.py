@@ -20,7 +20,11 @@ from tests.support import container as containers
 from tests.support.container import Image, container
 from tests.support.harness import CHECKOUT, wait_until
 
-pytestmark = [containers.skipped, pytest.mark.timeout(900)]  # the first one makes a Debian and an image
+pytestmark = [
+    containers.skipped,
+    pytest.mark.timeout(900),  # the first one makes a Debian and an image
+    pytest.mark.long,
+]
 
 KUBERNETES = {
     # What it sets for services called relay, relay-gevent and kubernetes, unless told not to.

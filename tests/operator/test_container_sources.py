@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import shutil
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def host(stack: contextlib.ExitStack) -> namespaces.Host:
         pytest.skip(reason)
     if shutil.which("unshare") is None:
         pytest.skip("a user namespace is made with unshare(1): apt-get install util-linux")
-    host = namespaces.Host("rg-rootless")
+    host = namespaces.Host(f"rg{secrets.token_hex(4)}-rootless")
     stack.callback(host.remove)
     host.create()
     namespaces.run_ip("-n", host.name, "address", "add", "10.0.2.100/32", "dev", "lo")

@@ -19,6 +19,7 @@ import pytest
 
 from tests.support.command_line import powerless
 from tests.support.harness import CHECKOUT, Relay, read_exactly, shake_hands
+from tests.support.namespaces import Host
 from tests.support.wan import (
     CFLAGS,
     RELAY_ADDRESS,
@@ -236,11 +237,10 @@ def namespaces_and_files() -> set[str]:
     return {path.name for folder in ("/run/netns", "/etc/netns") for path in Path(folder).glob("rg*")}
 
 
-def test_nothing_is_left_of_it_after_an_error_either() -> None:
+def test_nothing_is_left_of_it_after_an_error_either(monkeypatch: pytest.MonkeyPatch) -> None:
     class Expected(Exception):
         pass
 
-    before = namespaces_and_files()
     with contextlib.suppress(Expected), long_paths(Leg(), Leg()) as net:
         own = {host.name for host in (net.relay, net.sender, net.receiver)}
         assert own <= namespaces_and_files()
@@ -248,10 +248,17 @@ def test_nothing_is_left_of_it_after_an_error_either() -> None:
         raise Expected
     assert not own & namespaces_and_files()
     assert all(process.poll() == 0 for process in processes)
+    made: list[str] = []
+
+    def noted(name: str) -> Host:
+        made.append(name)
+        return Host(name)
+
+    monkeypatch.setattr("tests.support.wan.Host", noted)
     with pytest.raises(WanError, match="--delay"), long_paths(Leg(), Leg(rtt_ms=1e9)):
         pass
-    mine = namespaces_and_files() - before
-    assert not mine
+    assert len(made) == 3
+    assert not {*made} & namespaces_and_files()
 
 
 def test_one_whose_time_was_over_says_so_when_it_is_asked() -> None:

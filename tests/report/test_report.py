@@ -228,9 +228,7 @@ def as_nobody(folder: Path, *arguments: str | Path) -> subprocess.CompletedProce
     if os.geteuid() != 0:
         folder.chmod(0o555)
         return relay_usage(*arguments)
-    for above in [folder, *folder.parents]:
-        if not above.stat().st_mode & 0o001:
-            above.chmod(above.stat().st_mode | 0o055)
+    folder.chmod(0o755)
     # The interpreter itself may be somewhere that nobody else may enter, so the user changes once all is imported.
     program = (
         "import os, sys; from relay.report import cli; os.setgroups([]);"
@@ -241,10 +239,12 @@ def as_nobody(folder: Path, *arguments: str | Path) -> subprocess.CompletedProce
 
 
 @pytest.fixture
-def guarded(database: Path) -> Iterator[Path]:
-    """The database, whose folder is opened again at the end, so that it can be removed."""
-    yield database
-    database.parent.chmod(0o755)
+def guarded(open_folder: Path) -> Iterator[Path]:
+    """An empty database where others may read it; its folder is opened again at the end, so that it can be removed."""
+    path = open_folder / "usage.sqlite"
+    open_database(str(path)).close()
+    yield path
+    open_folder.chmod(0o755)
 
 
 def test_a_database_in_a_read_only_folder_is_read(guarded: Path) -> None:

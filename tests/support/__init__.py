@@ -25,6 +25,7 @@
 `debian`         a Debian of the test's own; `container`: the image built on it, in namespaces of its own
 `status`         relay-status, and what its visitors read; `chromium`, a browser for its page
 `needs`          what not every machine has
+`neighbours`     what tests that run side by side agree on: whose turn it is, whose ports are whose
 ===============  ===================================================================================
 
 Fixtures of several folders are in tests/conftest.py: `relay`, `any_relay`, their factories, `stack`, `small_disk`.

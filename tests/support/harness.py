@@ -21,7 +21,6 @@ import contextlib
 import json
 import math
 import os
-import random
 import re
 import secrets
 import signal
@@ -36,6 +35,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
+
+from tests.support.neighbours import own_share
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 LISTENING = re.compile(r"listening on (\S+) port (\d+)")
@@ -194,19 +195,25 @@ def read_to_end(sock: socket.socket, seconds: float = 10) -> bytes:
             received += chunk
 
 
-_chance = random.SystemRandom()  # not the chance that Hypothesis repeats: another program has that port by then
+_ports: Iterator[int] = iter(())
 
 
 def free_port(host: str = "127.0.0.1") -> int:
     """Return a TCP port that was free a moment ago, for programs that cannot choose one themselves.
 
     It is none of those from which the kernel takes one for each connection (ip(7), ip_local_port_range), or another
-    test's connection could have it by the time that the program comes to listen there.
+    test's connection could have it by the time that the program comes to listen there; and of those that are left, one
+    that no other process of tests is given, and that this one was not given for as long as possible.
     """
+    global _ports
     first_of_connections = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    own = own_share(range(first_of_connections // 2, first_of_connections))
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    for _ in range(100):
-        port = _chance.randrange(first_of_connections // 2, first_of_connections)
+    for _ in own:
+        port = next(_ports, 0)
+        if port not in own:  # all were given, or this process is a fork of that whose they are
+            _ports = iter(own)
+            port = next(_ports)
         with socket.socket(family) as sock, contextlib.suppress(OSError):
             sock.bind((host, port))
             return port

@@ -93,7 +93,9 @@ class Host:
     def create(self) -> None:
         """Make the namespace, with loopback up, nothing forwarded, and no name server."""
         files = NETNS_FILES / self.name
-        files.mkdir(parents=True)
+        while not files.exists():
+            with contextlib.suppress(FileNotFoundError):  # another test has just removed the folder above
+                files.mkdir(parents=True)
         lines = ["127.0.0.1 localhost", "::1 localhost", *(f"{address} {name}" for name, address in self.names.items())]
         (files / "hosts").write_text("\n".join(lines) + "\n")
         (files / "resolv.conf").write_text("# no name server: nothing outside is asked\n")

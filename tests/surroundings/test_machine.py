@@ -35,6 +35,7 @@ from tests.support.harness import (
 from tests.support.hostile import honest_transfer, load_while
 from tests.support.kernel_view import largest_pipe
 from tests.support.needs import needs_a_compiler
+from tests.support.neighbours import own_user
 from tests.support.usage_disk import fill
 
 
@@ -128,7 +129,6 @@ def test_a_worker_without_a_file_descriptor_left_is_quiet_when_a_newcomer_knocks
         honest_transfer(workers.port)
 
 
-AS_NOBODY = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
 HOG = """
 import fcntl, os, sys
 while True:
@@ -147,13 +147,15 @@ def test_with_the_pipe_memory_of_its_user_used_up_it_still_relays_and_as_before_
 ) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root may run a relay as another user, who alone is limited; run the tests as root")
-    importing = [*AS_NOBODY, sys.executable, "-c", "import relay.cli"]
+    user = str(own_user())  # whose pipe memory no neighbour uses, nor misses
+    as_user = ["setpriv", "--reuid", user, "--regid", "65534", "--clear-groups"]
+    importing = [*as_user, sys.executable, "-c", "import relay.cli"]
     tried = subprocess.run(importing, cwd="/", env={"PYTHONPATH": str(CHECKOUT)}, capture_output=True, check=False)
     if tried.returncode != 0:
-        pytest.skip("the user nobody may not read this checkout, or setpriv(1) is missing: apt-get install util-linux")
+        pytest.skip("an ordinary user may not read this checkout, or setpriv(1) is missing: apt-get install util-linux")
     hog = stack.enter_context(
         subprocess.Popen(
-            [*AS_NOBODY, sys.executable, "-c", HOG], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/"
+            [*as_user, sys.executable, "-c", HOG], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/"
         )
     )
     stack.callback(hog.kill)
@@ -161,7 +163,7 @@ def test_with_the_pipe_memory_of_its_user_used_up_it_still_relays_and_as_before_
     assert hog.stdout.readline() == "used up\n"
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     folder.chmod(0o777)  # below one that everybody may enter
-    workers = stack.enter_context(Workers(folder, "--grace", "0", count=count, inside=AS_NOBODY, recording=False))
+    workers = stack.enter_context(Workers(folder, "--grace", "0", count=count, inside=as_user, recording=False))
     for _ in range(4):
         fill_the_way(met(workers.port, stack=stack)[0])
     honest_transfer(workers.port, 20_000_000)

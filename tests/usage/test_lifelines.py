@@ -111,9 +111,9 @@ def test_without_proc_workers_know_each_other(tmp_path: Path) -> None:
         assert_two_are_one_relay(path, first, NO_PROC)
 
 
-def test_users_whose_processes_are_hidden_from_each_other_are_one_relay(tmp_path: Path) -> None:
+def test_users_whose_processes_are_hidden_from_each_other_are_one_relay(open_folder: Path) -> None:
     skip_without(hidden_from_others(65534))
-    path = open_to_all(tmp_path / "open") / "db"
+    path = open_folder / "db"
     with on_behalf_of(1, path) as first:
         for end in ("", "-wal", "-shm"):
             os.chmod(f"{path}{end}", 0o666)
@@ -122,15 +122,6 @@ def test_users_whose_processes_are_hidden_from_each_other_are_one_relay(tmp_path
 
 def on_behalf_of(user: int, path: Path) -> UsageWorker:
     return on(path, hidden_from_others(user))
-
-
-def open_to_all(folder: Path) -> Path:
-    folder.mkdir(mode=0o777)
-    folder.chmod(0o777)
-    for parent in folder.parents:
-        if not parent.stat().st_mode & 0o001:
-            parent.chmod(parent.stat().st_mode | 0o055)
-    return folder
 
 
 # Workers of an earlier version, which have no lifeline

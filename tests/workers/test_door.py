@@ -31,6 +31,8 @@ from tests.support.harness import (
 )
 from tests.support.kernel_view import in_listen_queue, listener_inode, watches
 
+pytestmark = pytest.mark.long
+
 LONGER_THAN_A_TURN = TURN_SECONDS + 0.05
 
 

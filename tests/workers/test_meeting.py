@@ -17,6 +17,7 @@ from tests.support.harness import Workers, new_side, new_token, wait_until
 PAIRS = 2000
 
 
+@pytest.mark.alone  # who has how many depends on when each has a processor
 def test_two_thousand_pairs_meet_over_four_workers_and_each_worker_has_a_share(tmp_path: Path) -> None:
     transfers = {new_token(): (new_side(), new_side()) for _ in range(PAIRS)}
     with Workers(tmp_path, count=4) as workers, Crowd(workers.port) as crowd:
