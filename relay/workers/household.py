@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import select
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -131,15 +131,15 @@ class Household:
     def sees_home(self, client: Client) -> bool:
         """Hand `client`, whose handshake is whole, to the worker that its token lives with; False when that is us."""
         if client.hops > MOST_HOPS:
-            self.siblings.tokens.doubt([client.token])
+            self.siblings.tokens.doubt(client.token)
             return False
         home = self.siblings.tokens.home(client.token)
         if home is None:
             if client.token in self.siblings.tokens.uncertain:
-                self._look_soon([client.token], AGAIN_SECONDS)
+                self._look_soon({client.token: None}, AGAIN_SECONDS)
             return False
         if not home.is_trusted and (client.hops or not home.is_full):
-            self.siblings.tokens.doubt([client.token])
+            self.siblings.tokens.doubt(client.token)
             return False
         self._hand_on(client, home)
         return True
@@ -314,12 +314,16 @@ class Household:
         self._on_change()
 
     def was_absent(self) -> None:
-        """Look again where everybody belongs, within a second."""
-        self.siblings.tokens.doubt(self._matching.tokens())
+        """Look again where everybody belongs, within a second or two."""
+        gevent.spawn(self._doubt_everybody)
 
-    def _look_soon(self, tokens: Iterable[bytes], seconds: float = 0.0) -> None:
+    def _doubt_everybody(self) -> None:
+        for token in in_slices(self._matching.tokens()):
+            self.siblings.tokens.doubt(token)
+
+    def _look_soon(self, tokens: Mapping[bytes, None], seconds: float = 0.0) -> None:
         """See those who wait for `tokens` to where they belong by now, within so many seconds and some more."""
-        self._to_look_at.update(dict.fromkeys(tokens))
+        self._to_look_at.update(tokens)
         if self._to_look_at and not self._looking:
             self._looking = gevent.spawn_later(seconds, self._look)
 
@@ -336,7 +340,7 @@ class Household:
                 self._matching.dismiss_spares(token)
                 continue
             if not home.is_trusted:
-                self.siblings.tokens.doubt([token])
+                self.siblings.tokens.doubt(token)
                 continue
             for client in self._matching.waiting_for(token):
                 self._uproot(client, home)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from relay.workers.estate import Estate
 from relay.workers.language import encode_matched
@@ -92,6 +92,6 @@ class Tokens:
         """When a worker last matched two sides for `token`, in monotonic seconds; 0 if that is forgotten."""
         return 0.0 if self._estate.homes is None else self._estate.homes.last_match(token)
 
-    def doubt(self, tokens: Iterable[bytes]) -> None:
-        """Those who wait here for these may belong elsewhere: ask again within a second."""
-        self.uncertain.update(dict.fromkeys(tokens))
+    def doubt(self, token: bytes) -> None:
+        """Those who wait here for `token` may belong elsewhere: ask again within a second."""
+        self.uncertain[token] = None
