@@ -6,6 +6,7 @@ in which order to read it:
 
 ====================  =================================================================================
 `cli`, `options`      the command line: docopt text to `Options`, and `main()`; `mistakes`, what it may complain of
+`preflight/`          what a start would refuse, told before it, for ``--check``
 `server`              one worker: puts the parts together, starts, ticks and stops
 `clients/`            before a pair: accept, shake hands, wait, match; or be turned away
 `transfer/`           a pair: bytes in both directions, and how it ends
@@ -14,12 +15,10 @@ in which order to read it:
 `report/`             `relay-usage`, which reads the database for a person
 `status/`             `relay-status`, the relay seen live
 `process/`            what a process is before it is either: standard streams, limits, signals
-`dataclass`           as the standard library's, in a fraction of the memory
 ====================  =================================================================================
 
-Imports run downwards only: `server`, `workers`, `transfer`, `clients`, the records of `usage`; `process/`,
-`options`, `mistakes` and `dataclass` are below all. (``make lint`` checks it.) A part that needs something above it
-is given it.
+Imports run downwards only: `server`, `workers`, `transfer`, `clients`, the records of `usage`; `options`,
+`process/` and `mistakes` are below all. (``make lint`` checks it.) A part that needs something above it is given it.
 Pure modules know no sockets and no gevent. Nothing is monkey-patched: the threads of `usage` are real ones.
 """
 

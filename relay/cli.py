@@ -13,7 +13,8 @@ from relay import __version__
 from relay.clients.trusted_proxies import TrustedProxies
 from relay.mistakes import Mistake
 from relay.options import Options
-from relay.preflight import check, check_log_fd, check_ports
+from relay.preflight.check import check, check_log_fd
+from relay.preflight.ports import check_ports
 from relay.process import log
 from relay.process.fd_limit import fd_limit, raise_fd_limit
 from relay.process.program import NotUnderstood, fail, get_ready, read_command_line

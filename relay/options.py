@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from relay.dataclass import dataclass
+from relay.process.dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True)

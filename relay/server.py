@@ -26,10 +26,10 @@ from relay.clients.pings import Pings
 from relay.clients.places import Places
 from relay.clients.reception import Reception
 from relay.clients.speech import Speech
-from relay.dataclass import dataclass
 from relay.mistakes import Mistake
 from relay.options import Options
 from relay.process import log
+from relay.process.dataclass import dataclass
 from relay.process.one_by_one import do_it, one_by_one
 from relay.transfer.eviction import Eviction
 from relay.transfer.pairs import Pairs

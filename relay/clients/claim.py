@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from relay.dataclass import dataclass
+from relay.process.dataclass import dataclass
 
 _LAYOUT = struct.Struct("!?BB")  # whether it is local, lengths of the two addresses
 

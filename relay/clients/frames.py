@@ -20,7 +20,7 @@ import struct
 from collections.abc import Iterable
 
 from relay.clients.masks import mask_function
-from relay.dataclass import dataclass, field
+from relay.process.dataclass import dataclass, field
 
 Buffer = bytes | bytearray | memoryview
 Payload = bytes | memoryview

@@ -22,9 +22,9 @@ from relay.clients.places import Places
 from relay.clients.proxy_header import write_proxy_header
 from relay.clients.speech import Ending
 from relay.clients.upstream import Address, Connection, Upstream, dial, lacks_port
-from relay.dataclass import dataclass
 from relay.options import Options
 from relay.process import log
+from relay.process.dataclass import dataclass
 
 CONNECT_SECONDS = 3.0
 """How long one address is tried."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 import re
 
-from relay.dataclass import dataclass
+from relay.process.dataclass import dataclass
 
 OK = b"ok\n"
 """What both sides read when they have met."""

@@ -17,9 +17,9 @@ from relay.clients.iteration import Iteration
 from relay.clients.pings import Pings
 from relay.clients.places import Places
 from relay.clients.waiting_room import WaitingRoom
-from relay.dataclass import replace
 from relay.options import Options
 from relay.process import log
+from relay.process.dataclass import replace
 from relay.process.one_by_one import one_by_one
 
 

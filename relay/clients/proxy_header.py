@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 
 from relay.clients.sources import canonical
-from relay.dataclass import dataclass
+from relay.process.dataclass import dataclass
 
 LONGEST_LINE = 107
 """Bytes in the longest header of version 1, its end of line included (section 2.1)."""

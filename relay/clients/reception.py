@@ -20,9 +20,9 @@ from relay.clients.iteration import Iteration
 from relay.clients.origins import Origins
 from relay.clients.places import Places
 from relay.clients.speech import PLAIN, Ending, Speech
-from relay.dataclass import replace
 from relay.options import Options
 from relay.process import log
+from relay.process.dataclass import replace
 from relay.process.one_by_one import one_by_one
 
 

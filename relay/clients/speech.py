@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from relay.clients.bounds import Bound
 from relay.clients.claim import Claim, pack_claim
 from relay.clients.handshake import LONGEST, OK, Handshake, Refusal, read_handshake
-from relay.dataclass import dataclass
+from relay.process.dataclass import dataclass
 from relay.usage.record import Mood
 
 if TYPE_CHECKING:

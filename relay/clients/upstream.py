@@ -11,8 +11,8 @@ import time
 from typing import Any
 
 from relay.clients.listening import prepare
-from relay.dataclass import dataclass
 from relay.mistakes import Mistake
+from relay.process.dataclass import dataclass
 
 AVOIDED_SECONDS = 5.0
 """How long an address that could not be reached is tried last."""

@@ -14,7 +14,7 @@ from relay.clients.handshake import OK, Handshake, Refusal, read_handshake
 from relay.clients.line import MOST_IDLE_FRAMES, Line
 from relay.clients.speech import UNDECIDED, Either, Ending, Speaker, Speech
 from relay.clients.websocket import LONGEST_HEAD, Answer, Outcome, RequestHead
-from relay.dataclass import replace
+from relay.process.dataclass import replace
 
 if TYPE_CHECKING:
     from relay.clients.pings import Pings

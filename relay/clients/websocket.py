@@ -17,7 +17,7 @@ import enum
 import re
 from collections import defaultdict
 
-from relay.dataclass import dataclass
+from relay.process.dataclass import dataclass
 
 try:
     # As `random` does with _sha512: hashlib would load all of OpenSSL for it, 3.6 MB in each worker.

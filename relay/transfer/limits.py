@@ -7,7 +7,7 @@ import time
 import gevent
 
 from relay.clients.bounds import Bound
-from relay.dataclass import dataclass
+from relay.process.dataclass import dataclass
 from relay.transfer.ending import Pumps
 from relay.transfer.pace import Pace
 from relay.transfer.turns import Turns

@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Final, Literal
 
-from relay.dataclass import dataclass
+from relay.process.dataclass import dataclass
 
 LEAST_BYTES: Final = 1_000_000
 """A smaller transfer is over before its paths show what they are."""

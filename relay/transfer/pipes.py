@@ -15,7 +15,7 @@ import fcntl
 import os
 import time
 
-from relay.dataclass import dataclass
+from relay.process.dataclass import dataclass
 from relay.process.fd_limit import fd_limit
 
 PIPE_BYTES = 1 << 20

@@ -4,7 +4,7 @@ language decides.
 
 from __future__ import annotations
 
-from relay.dataclass import dataclass
+from relay.process.dataclass import dataclass
 
 PIPE_FDS = 2
 """File descriptors of a pipe."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from relay.dataclass import dataclass
+from relay.process.dataclass import dataclass
 
 Mood = Literal["happy", "lonely", "errory"]
 

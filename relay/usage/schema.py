@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from relay.dataclass import dataclass
+from relay.process.dataclass import dataclass
 from relay.usage.folder import BESIDE, AsItWas, alone_in, can_be_flushed, check_link, check_writable, why_refused
 from relay.usage.sqlite import sqlite3
 from relay.usage.sqlite_trouble import damaged, trouble_of

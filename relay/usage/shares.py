@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Final
 
-from relay.dataclass import dataclass
+from relay.process.dataclass import dataclass
 from relay.usage import lifeline, told
 from relay.usage.processes import UNKNOWN_BOOT, is_ending, is_living, is_of_another_boot, process_start
 from relay.usage.record import Current

@@ -23,7 +23,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from relay.dataclass import dataclass, field
+from relay.process.dataclass import dataclass, field
 
 if TYPE_CHECKING:  # SQLite takes 1.5 MB, and a relay without a database does without it
     import sqlite3

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator
 from typing import Final
 
-from relay.dataclass import dataclass
+from relay.process.dataclass import dataclass
 from relay.usage import schema
 from relay.usage.sqlite_trouble import damaged
 from relay.usage.trouble import LOCKED_PATIENCE, Trouble

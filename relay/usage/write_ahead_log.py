@@ -17,7 +17,7 @@ import struct
 import time
 from typing import Final
 
-from relay.dataclass import dataclass
+from relay.process.dataclass import dataclass
 
 _WAL_HEADER: Final = struct.Struct(">III4x8s8x")  # magic, version, page size, salts; then a checksum
 _WAL_MAGIC: Final = (0x377F0682, 0x377F0683)

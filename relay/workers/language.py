@@ -29,7 +29,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from relay.dataclass import asdict, dataclass, field
+from relay.process.dataclass import asdict, dataclass, field
 from relay.transfer.state import PairState, PumpState
 
 LANGUAGE = 6

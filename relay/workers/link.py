@@ -22,7 +22,7 @@ from typing import Protocol
 import gevent
 
 from relay.clients.client import Client
-from relay.dataclass import dataclass
+from relay.process.dataclass import dataclass
 from relay.transfer.pair import Pair
 from relay.workers.language import (
     CLIENT_BYTES,

@@ -13,8 +13,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from relay.dataclass import asdict
 from relay.options import Options
+from relay.process.dataclass import asdict
 
 NETWORK = "network namespace"
 PROCESSES = "process namespace"

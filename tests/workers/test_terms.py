@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from relay.cli import USAGE
-from relay.dataclass import replace
 from relay.options import Options
+from relay.process.dataclass import replace
 from relay.workers.terms import CLOCKS, MAY_DIFFER, NETWORK, PROCESSES, disagreement, terms_of
 from tests.support.harness import CHECKOUT, Relay, Workers, free_port
 from tests.support.hostile import honest_transfer

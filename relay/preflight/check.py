@@ -1,20 +1,14 @@
-"""What a start would refuse, as far as that can be told without a port, without the siblings, and without leaving
-anything behind: for ``--check``.
-
-Each part is asked where it is known, by what the start itself asks: so the two cannot say different things. What only
-trying can tell stays with the start: whether a port is free and may be had, what the siblings' terms are, whether a
-database is whole.
-"""
+"""What a start with some options would end with, as far as that can be told without trying it."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from itertools import combinations
 
 from relay.clients.congestion import check_congestion_control
-from relay.clients.listening import check_interface, resolve
+from relay.clients.listening import check_interface
 from relay.mistakes import Mistake
 from relay.options import Options
+from relay.preflight.ports import check_ports
 
 
 def check(options: Options, closed: Collection[int] = ()) -> None:
@@ -61,27 +55,6 @@ def check_log_fd(options: Options, closed: Collection[int]) -> None:
         check_log_fd(fd)
     except UsageError as error:
         raise Mistake(error) from None
-
-
-def check_ports(options: Options) -> None:
-    """Raise Mistake where two endpoints are one port; one that serves both kinds of clients is none."""
-    endpoints = [("--port" if options.upstream is None else "--websocket", options.port, options.interface)]
-    for option, endpoint in (("--websocket", options.websocket), ("--health", options.health)):
-        if endpoint is not None:
-            endpoints.append((option, *endpoint))
-    for (first, port, interface), (option, other, elsewhere) in combinations(endpoints, 2):
-        if port != other or port == 0:
-            continue
-        address, another = (resolve(where, port)[1] for where in (interface, elsewhere))
-        if address == another and option == "--websocket":
-            continue
-        if address == another or _all_of({address[0], another[0]}):
-            raise Mistake(f"{option} {port}: {first} listens there already; choose another port")
-
-
-def _all_of(hosts: set[str]) -> bool:
-    """Whether one of these addresses to listen on stands for the others, too."""
-    return "::" in hosts or ("0.0.0.0" in hosts and not any(":" in host for host in hosts))
 
 
 def _check_database(path: str) -> None:

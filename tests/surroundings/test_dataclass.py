@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import relay.dataclass as own
+import relay.process.dataclass as own
 
 BOTH = pytest.mark.parametrize("module", [own, dataclasses], ids=["own", "standard"])
 
