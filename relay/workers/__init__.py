@@ -2,21 +2,22 @@
 
 In this order:
 
-===========  ==========================================================================================
-`household`  what siblings ask of this worker, and what it asks of them: who lives where
-`siblings`   who is there, and what they say
-`gathering`  how they find each other; `run_dir`, the directory in which they do
-`link`       the connection to each
-`language`   pure: what they say
-`parcels`    clients and transfers under way, that none gets lost or doubled
-`tokens`     which worker a token lives with
-`homes`      the memory in which all workers keep that: `buckets`, its hash table; `lives`, by which the kernel tells
-             who is dead; `matches`, when tokens were last matched
-`terms`      what all must agree on
-`estate`     what all have in common, and a newcomer gets
-`balance`    pure: which transfers go to a worker with less to do; `load`, how much this one has to do
-`departure`  how a worker ends: everything into other hands, or its grace
-===========  ==========================================================================================
+============  ==========================================================================================
+`household`   what siblings ask of this worker, and what it asks of them: who lives where
+`handing_on`  clients and transfers that go to a sibling
+`siblings`    who is there, and what they say
+`gathering`   how they find each other; `run_dir`, the directory in which they do
+`link`        the connection to each
+`language`    pure: what they say
+`parcels`     clients and transfers under way, that none gets lost or doubled
+`tokens`      which worker a token lives with
+`homes`       the memory in which all workers keep that: `buckets`, its hash table; `lives`, by which the kernel tells
+              who is dead; `matches`, when tokens were last matched
+`terms`       what all must agree on
+`estate`      what all have in common, and a newcomer gets
+`balance`     pure: which transfers go to a worker with less to do; `load`, how much this one has to do
+`departure`   how a worker ends: everything into other hands, or its grace
+============  ==========================================================================================
 
 Nothing here decides who matches whom, or moves a byte. It knows the rooms of `relay.clients` and `relay.transfer`, and
 they do not know it.

@@ -6,8 +6,6 @@ nobody is lost on the way.
 
 from __future__ import annotations
 
-import os
-import select
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -23,13 +21,12 @@ from relay.clients.matching import Matching
 from relay.clients.places import Places
 from relay.clients.reception import Reception
 from relay.clients.speech import Ending
-from relay.process import log
-from relay.process.one_by_one import one_by_one
 from relay.transfer.pair import Pair
 from relay.transfer.pairs import Pairs
-from relay.transfer.slices import REST_SECONDS, in_slices
+from relay.transfer.slices import in_slices
 from relay.transfer.state import PairState
 from relay.workers.balance import Balance
+from relay.workers.handing_on import HandingOn, once_ready
 from relay.workers.language import Standing
 from relay.workers.link import CONNECTIONS_OF_A_PAIR, Link
 from relay.workers.load import FULL_LOAD, Load
@@ -82,13 +79,13 @@ class Household:
         self._pairs = pairs
         self._farewell = farewell
         self._on_change = on_change
+        self._handing_on = HandingOn(self.siblings, reception, matching, pairs, self.dismiss)
+        self.hand_everything_on = self._handing_on.hand_everything_on
         self._door: Door | None = None
         self._looks_after_door = gevent.get_hub().loop.timer(LOOK_SECONDS, LOOK_SECONDS)
-        self._epoll = select.epoll.fromfd(os.dup(gevent.get_hub().loop.fileno()))
         self._to_look_at: dict[bytes, None] = {}
         self._looking: gevent.Greenlet | None = None
         self._sharing: gevent.Greenlet | None = None
-        self._pairs_came = False  # to be handed on, like everybody
         self._balance: Balance[Pair] = Balance()
         self._load = Load()
         self._busy, self._lately = 0, FULL_LOAD
@@ -112,7 +109,7 @@ class Household:
     def _moves_on_at_once(self) -> bool:
         """The same, for a pair that has just arrived: then `hand_everything_on` is to see it."""
         if self.moves_on():
-            self._pairs_came = True
+            self._handing_on.pairs_came = True
             self._on_change()
             return True
         return False
@@ -124,7 +121,7 @@ class Household:
             if greenlet is not None:
                 gevent.kill(greenlet)
         self.siblings.close()
-        self._epoll.close()
+        self._handing_on.close()
 
     # Handing on
 
@@ -141,103 +138,12 @@ class Household:
         if not home.is_trusted and (client.hops or not home.is_full):
             self.siblings.tokens.doubt(client.token)
             return False
-        self._hand_on(client, home)
+        self._handing_on.hand_on(client, home)
         return True
 
-    def _hand_on(self, client: Client, home: Link) -> None:
-        """Hand on a client that is in no room any more; of a mistake it is the end."""
-        try:
-            if client.watcher is not None:
-                self._stop_watching(client.sock)
-                client.stop_listening()
-            home.hand_client(client)
-        except Exception:  # whatever it is, nobody else would ever see to this client
-            log.tell_mistake("a mistake with a client that is to be handed on, and is sent away")
-            self.dismiss(client)
-
-    def _uproot(self, client: Client, home: Link) -> None:
-        """Hand on a client that waits here and belongs elsewhere now."""
-        self._matching.leave(client)
-        client.hops = 0
-        self._hand_on(client, home)
-
-    def _hand_on_pair(self, pair: Pair, sibling: Link) -> None:
-        """Give a pair in mid-transfer to a sibling; after a mistake it goes on here."""
-        try:
-            self._give(pair, sibling)
-        except Exception:
-            if pair in self._pairs:
-                self._pairs.begin(pair)
-            raise
-
-    def _give(self, pair: Pair, sibling: Link) -> None:
-        pair.detach()
-        if pair not in self._pairs:
-            return  # it has ended meanwhile, or somebody else has handed it on
-        if not sibling.live:
-            self._pairs.begin(pair)
-            return
-        self._stop_watching(pair.first)
-        self._stop_watching(pair.second)
-        self._pairs.let_go(pair)
-        sibling.hand_pair(pair)
-
-    def hand_everything_on(self) -> bool:
-        """Give everybody who is here to the siblings, as far as these have room; to be called from a greenlet. Returns
-        whether they had it for all; whoever found none stays, and a pair among them has to begin again."""
-        found_room = [self._hand_on_all_pairs(), self._hand_on_newcomers(), self._hand_on_those_who_wait()]
-        return all(found_room) and not any(pair.stays for pair in self._pairs)
-
-    def _hand_on_all_pairs(self) -> bool:
-        self._pairs_came = False
-        return one_by_one(self._pairs.letting_go(), self._find_room_for_pair, "in handing on a transfer")
-
-    def _find_room_for_pair(self, pair: Pair) -> bool:
-        link = _once_ready(partial(self.siblings.any_with_room, CONNECTIONS_OF_A_PAIR))
-        if link is not None:
-            self._hand_on_pair(pair, link)
-        return link is not None
-
-    def _hand_on_newcomers(self) -> bool:
-        return one_by_one(in_slices(self._reception), self._find_room_for_newcomer, "in handing on a newcomer")
-
-    def _find_room_for_newcomer(self, client: Client) -> bool:
-        link = _once_ready(partial(self.siblings.any_with_room, 1))
-        if link is not None and client in self._reception:
-            self._reception.let_go(client)
-            self._hand_on(client, link)
-        return link is not None
-
-    def _hand_on_those_who_wait(self) -> bool:
-        tokens = in_slices(self._matching.tokens())
-        return one_by_one(tokens, self._find_room_for_token, "in handing on those who wait")
-
-    def _find_room_for_token(self, token: bytes) -> bool:
-        if self._pairs_came and not self._hand_on_all_pairs():
-            return False
-        heir = _once_ready(partial(self.siblings.tokens.heir, token))
-        if heir is not None:
-            for client in self._matching.waiting_for(token):
-                self._uproot(client, heir)
-        return heir is not None
-
-    def _hand_on_pairs(self, pairs: list[Pair], link: Link) -> None:
-        def hand_on(pair: Pair) -> None:
-            if link.has_room(CONNECTIONS_OF_A_PAIR) and not pair.stays:
-                self._hand_on_pair(pair, link)
-
-        one_by_one(in_slices(pairs), hand_on, "in handing on a transfer")
-
     def _share_work(self, load: float, link: Link) -> None:
-        self._hand_on_pairs(self._balance.surplus(list(self._pairs), load, link.load, in_slices), link)
-
-    def _stop_watching(self, sock: socket.socket) -> None:
-        """Make the event loop's epoll forget a socket that lives on in another process. It would go on to report it
-        when we close ours, since what it watches is the open connection and not our number for it: epoll(7)."""
-        try:
-            self._epoll.unregister(sock)
-        except OSError:
-            pass  # it was never watched
+        surplus = self._balance.surplus(list(self._pairs), load, link.load, in_slices)
+        self._handing_on.hand_on_pairs(surplus, link)
 
     # Taking in
 
@@ -261,7 +167,7 @@ class Household:
         for token in tokens:
             for client in self._matching.waiting_for(token):
                 if link.has_room(1):
-                    self._uproot(client, link)
+                    self._handing_on.uproot(client, link)
 
     def standing(self) -> Standing:
         """How this worker is, for its siblings."""
@@ -273,7 +179,7 @@ class Household:
         if client.token:
             self._matching.readmit(client)
         elif link is not None:
-            self._hand_on(client, link)
+            self._handing_on.hand_on(client, link)
         else:
             self._reception.expect(client)
 
@@ -335,7 +241,7 @@ class Household:
                 self.give_up(token)
                 continue
             tokens = self.siblings.tokens
-            home = None if tokens.are_ours(token) else _once_ready(partial(tokens.home, token))
+            home = None if tokens.are_ours(token) else once_ready(partial(tokens.home, token))
             if home is None:
                 self._matching.dismiss_spares(token)
                 continue
@@ -343,7 +249,7 @@ class Household:
                 self.siblings.tokens.doubt(token)
                 continue
             for client in self._matching.waiting_for(token):
-                self._uproot(client, home)
+                self._handing_on.uproot(client, home)
 
     def matched_elsewhere(self, token: bytes) -> None:
         """A sibling has matched two sides for `token`."""
@@ -374,13 +280,6 @@ class Household:
         link = self.siblings.idlest(CONNECTIONS_OF_A_PAIR)
         if link is not None and not self._sharing:
             self._sharing = gevent.spawn(self._share_work, load, link)
-
-
-def _once_ready(choose: Callable[[], Link | None]) -> Link | None:
-    """The sibling that `choose` says, as soon as that is not laden; asked again until then."""
-    while (link := choose()) is not None and link.laden:
-        gevent.sleep(REST_SECONDS)
-    return link
 
 
 def _popped_from(things: dict[T, None]) -> Iterator[T]:

@@ -14,8 +14,8 @@ from tests.support.mistaken_relay import mistakes
 
 MISTAKEN = "tests.support.mistaken_relay"
 HANDING_ON = (
-    "relay.workers.household:Household._hand_on_pair",
-    "relay.workers.household:Household._uproot",
+    "relay.workers.handing_on:HandingOn._hand_on_pair",
+    "relay.workers.handing_on:HandingOn.uproot",
 )
 ENDING = (
     "relay.clients.matching:Matching.dismiss",

@@ -318,10 +318,11 @@ def test_three_that_settle_the_same_tokens_at_the_same_time_agree_on_one_home_fo
     for worker, order in zip(workers, orders, strict=True):
         worker.start("settle", *order)
     said = [dict(zip(order, worker.settled(), strict=True)) for worker, order in zip(workers, orders, strict=True)]
+    # One may have been kept from running in the middle of a change; then the others ask again, and whoever was told of
+    # a home that was one for the time being hears of the right one with what it is handed.
+    doubtful = {token for answers in said for token, (_, certain) in answers.items() if not certain}
+    assert len(doubtful) < 120
     for worker, answers in zip(workers, said, strict=True):
-        # Another one may have been kept from running in the middle of a change; then a worker asks again.
-        doubtful = [token for token, (_, certain) in answers.items() if not certain]
-        assert len(doubtful) < 40
         answers.update((token, worker.settle(token)) for token in doubtful)
     assert said[0] == said[1] == said[2]
     assert {pid for pid, _ in said[0].values()} <= {worker.pid for worker in workers}
