@@ -62,8 +62,8 @@ rolling-restart: $(VENV)/.relay
 status:
 	$(BIN)/supervisorctl -c $(CONF) status
 
-# Side by side, since they wait more than they compute:   make test TESTS_AT_A_TIME=4   docs/internals.md has the rest.
-TESTS_AT_A_TIME ?= 1
+# Two at a time, since they wait more than they compute; docs/internals.md has the rest. Others:   make test TESTS_AT_A_TIME=4
+TESTS_AT_A_TIME ?= 2
 SIDE_BY_SIDE = -n $(TESTS_AT_A_TIME) --dist loadfile --no-loadscope-reorder --max-worker-restart 2
 test: $(VENV)/.test
 	@# Thousands of relays are started, and where PYTHONDONTWRITEBYTECODE is set none would keep what it has compiled.
