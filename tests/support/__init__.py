@@ -25,6 +25,7 @@
 `debian`         a Debian of the test's own; `container`: the image built on it, in namespaces of its own
 `status`         relay-status, and what its visitors read; `chromium`, a browser for its page
 `needs`          what not every machine has
+`kept_records`   what a relay in the test's own process records
 `neighbours`     what tests that run side by side agree on: whose turn it is, whose ports are whose
 ===============  ===================================================================================
 

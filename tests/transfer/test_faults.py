@@ -39,9 +39,9 @@ from relay.transfer.pipes import PipePool
 from relay.transfer.pump import ROOM, TURN, NoMemory, Pump, reserve
 from relay.transfer.rest import Rest
 from relay.transfer.turns import Turns
-from relay.usage.record import Record
 from tests.support.client_frames import BINARY, Sent
 from tests.support.harness import Relay, connect, handshake, new_side, new_token, read_exactly, wait_until
+from tests.support.kept_records import Records
 from tests.support.kernel_view import bytes_in_pipes
 from tests.support.web import dial_web, read_bytes, web_options, web_port
 
@@ -256,24 +256,6 @@ class Epoll:
     def _refuse(self) -> None:
         if self.refuses:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-class Records:
-    """A recorder that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.recorded: list[Record] = []
-
-    def record(self, record: Record) -> None:
-        """Keep it."""
-        self.recorded.append(record)
-
-    def kept(self) -> int:
-        """Nothing waits to be written."""
-        return 0
-
-    def refresh_current(self, *, tick: bool = False) -> None:
-        """There is no such table here."""
 
 
 class Worker:

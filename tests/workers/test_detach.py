@@ -19,8 +19,8 @@ from relay.transfer.pair import Detached, Pair
 from relay.transfer.pipes import PipePool
 from relay.transfer.rest import Rest
 from relay.transfer.turns import Turns
-from relay.usage.record import Record
 from tests.support.harness import connect, handshake, new_side, new_token, wait_until
+from tests.support.kept_records import Records
 
 
 def connection(listener: socket.socket) -> tuple[socket.socket, socket.socket]:
@@ -136,24 +136,6 @@ def test_a_pump_whose_turn_has_just_come_can_still_be_made_to_let_go() -> None:
     gevent.sleep(0.01)
     assert [type(error) for error in ended] == [Detached]
     assert not turns.busy()
-
-
-class Records:
-    """A recorder that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.recorded: list[Record] = []
-
-    def record(self, record: Record) -> None:
-        """Keep it."""
-        self.recorded.append(record)
-
-    def kept(self) -> int:
-        """Nothing waits to be written."""
-        return 0
-
-    def refresh_current(self, *, tick: bool = False) -> None:
-        """There is no such table here."""
 
 
 def test_a_transfer_that_ends_while_another_one_is_cut_off_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
