@@ -330,7 +330,7 @@ def _upstream(given: dict[str, Any]) -> str | None:
     for option in ("--usage-db", "--log-fd", "--log-stdout"):
         if given[option]:
             raise Mistake(f"{option}: a gateway records nothing (--upstream); give it to the relay that it leads to")
-    return text
+    return ",".join(target.strip() for target in text.split(","))  # as its siblings write it
 
 
 def _trusted_proxies(given: dict[str, Any]) -> str | None:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from relay.clients.sources import canonical
 from relay.options import Options
 from relay.process.dataclass import asdict
 
@@ -58,12 +59,18 @@ _NAMED: Final = {
 _WRITTEN: Final[Mapping[str, Callable[[Options], object]]] = {
     "usage_db": lambda options: None if options.usage_db is None else os.path.realpath(options.usage_db),
     "log_fd": lambda options: None if options.log_fd is None else "given",
-    "websocket": lambda options: None if options.websocket is None else "{1} port {0}".format(*options.websocket),
+    "websocket": lambda options: None if options.websocket is None else _endpoint(*options.websocket),
     "bounds_loopback": lambda options: (
         f"{options.max_per_source} and {options.max_new_per_source}" if options.bounds_loopback else None
     ),
 }
 """How the value of an option is written, if not as it is."""
+
+
+def _endpoint(port: int, interface: str) -> str:
+    """An endpoint in one spelling, whichever the operator has chosen."""
+    address, *zone = interface.partition("%")
+    return f"{canonical(address) or address}{''.join(zone)} port {port}"
 
 
 def terms_of(options: Options) -> dict[str, str]:

@@ -65,6 +65,28 @@ def test_a_worker_of_a_gateway_that_would_tell_the_upstream_less_is_refused(tmp_
         assert workers.start_one().pids
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (["--websocket", "{web}"], ["--websocket", "tcp:{web}:interface=127.0.0.1"]),
+        (["--websocket", "tcp:{web}:interface=\\:\\:1"], ["--websocket", "tcp:{web}:interface=0\\:0\\:\\:1"]),
+        (["--trusted-proxies", "10.0.0.0/8, ::ffff:1.2.3.4"], ["--trusted-proxies", "1.2.3.4,10.1.2.3/8"]),
+        (
+            ["--websocket", "{web}", "--upstream", "127.0.0.1:{up}, 127.0.0.2:{up}"],
+            ["--websocket", "{web}", "--upstream", "127.0.0.1:{up},127.0.0.2:{up}"],
+        ),
+    ],
+    ids=["websocket", "websocket IPv6", "trusted proxies", "upstream"],
+)
+def test_a_worker_that_spells_the_same_otherwise_is_let_in(tmp_path: Path, theirs: list[str], ours: list[str]) -> None:
+    web, up = free_port(), free_port()
+    first, second = ([option.format(web=web, up=up) for option in options] for options in (theirs, ours))
+    with Workers(tmp_path, *first, count=1, recording=False) as workers:
+        newcomer = Relay(tmp_path, "--run-dir", str(tmp_path / "run"), *second, port=workers.port, name="newcomer")
+        with newcomer:
+            assert "siblings" in newcomer.log_text()
+
+
 @pytest.mark.parametrize(("kind", "named"), [("--net", NETWORK), ("--pid", PROCESSES), ("--time", CLOCKS)])
 def test_a_worker_of_another_container_on_the_same_volume_is_refused(tmp_path: Path, kind: str, named: str) -> None:
     separate = ("unshare", kind, *(["--fork", "--mount-proc", "--kill-child"] if kind == "--pid" else []))
