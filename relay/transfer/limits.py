@@ -34,11 +34,16 @@ class Allowance:
     """What is left to one pair of its `limits`."""
 
     def __init__(self, limits: Limits) -> None:
+        self._since = time.monotonic()
         self._pair_bytes = limits.pair_bytes
         own = None if limits.pair_rate is None else Pace(limits.pair_rate)
         self.held_back = 0.0
         """Seconds for which its bytes have waited for these."""
         self._paces = [pace for pace in (own, limits.relay_pace) if pace is not None]
+
+    def part_held_back(self) -> float:
+        """`held_back`, of the time since this began to count; from 0 to 1."""
+        return min(1.0, self.held_back / max(time.monotonic() - self._since, 1e-3))
 
     def turn(self, pumps: Pumps, which: int, turns: Turns) -> None:
         """Give one of the pumps a turn that keeps to the limits; waits for that, in its pair's greenlet.

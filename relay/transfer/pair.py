@@ -253,6 +253,12 @@ class Pair:
         return 0.0 if self._allowance is None else self._allowance.held_back
 
     @property
+    def part_held_back(self) -> float:
+        """Of the time that this pair has been with this worker, the part for which bytes have waited for one; what they
+        waited at another worker, that one took with it."""
+        return 0.0 if self._allowance is None else self._allowance.part_held_back()
+
+    @property
     def is_closed(self) -> bool:
         """Whether it is over, or somebody else's."""
         return self.first.fileno() < 0

@@ -306,9 +306,8 @@ class Pairs:
         sender, receiver = look_at(busiest.source), look_at(busiest.sink)
         if sender is not None and receiver is not None:
             seconds = time.monotonic() - pair.arrived - pair.waiting_time
-            self.paths.note(
-                sender, receiver, size=pair.moved, seconds=seconds, held_back=pair.held_back, load=self.load()
-            )
+            held_back = pair.part_held_back
+            self.paths.note(sender, receiver, size=pair.moved, seconds=seconds, held_back=held_back, load=self.load())
 
     def cut_off(self) -> None:
         """End all pairs at once."""

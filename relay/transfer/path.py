@@ -7,7 +7,8 @@ trip. What is kept are counts in coarse buckets, over all transfers, and no valu
 ================  ==========================================================================================
 limit             found when, of the time that both sides were there
 ================  ==========================================================================================
-``relay``         bytes waited for a rate of the operator's, or the worker wants all of a processor
+``relay``         bytes waited for a rate of the operator's, or the worker wants all of a processor; as far as the
+                  worker knows with which it ends, and in the time that it was there
 ``sender``        for less than half of it there was anything to send on: it came no faster
 ``receiver``      for more than half of the rest its window was shut: it took no more
 ``path``          neither: what was sent had to wait for the network
@@ -88,8 +89,9 @@ def look_at(sock: socket.socket) -> Side | None:
 
 
 def limit_of(sender: Side, receiver: Side, *, seconds: float, held_back: float, load: float) -> Limit:
-    """What limited a transfer that took so long, of which bytes were `held_back` for a rate of ours for so long."""
-    if held_back > HALF * seconds or load > FULL_LOAD:
+    """What limited a transfer that took so long; for `held_back` of its time, from 0 to 1, bytes waited for a rate of
+    ours."""
+    if held_back > HALF or load > FULL_LOAD:
         return "relay"
     if receiver.busy < HALF * seconds:
         return "path" if sender.out_of_order > MANY_OUT_OF_ORDER else "sender"
@@ -106,7 +108,7 @@ class PathCounts:
         self._counts.update({f"path_limit.{limit}": 0 for limit in LIMITS})
 
     def note(self, sender: Side, receiver: Side, *, size: int, seconds: float, held_back: float, load: float) -> None:
-        """Count a transfer of so many bytes."""
+        """Count a transfer of so many bytes; see `limit_of`."""
         for side in (sender, receiver):
             if side.rtt is not None:
                 self._count("path_rtt", RTTS, side.rtt)

@@ -6,9 +6,9 @@ right in the event loop, one pump after the other. Between two calls the sockets
 little to move goes first.
 
 The time is shared: in each iteration of the loop the queue gets one turn at the least, and goes on until it has had
-as much (`SHARE`) as everything else has taken since. Otherwise thousands of pairs that each say one byte now and then
-would leave one turn, in each iteration, to all that move gigabytes. And as long as there is somebody who moves only a
-little, the turns of the others are smaller, and smaller still while two sides converse.
+`SHARE` of what everything else has taken since. Otherwise thousands of pairs that each say one byte now and then would
+leave one turn, in each iteration, to all that move gigabytes. And as long as there is somebody who moves only a little,
+the turns of the others are smaller, and smaller still while two sides converse.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LARGEST_TURN = 1 << 20
 """Bytes a pump moves in a turn; never more, since this also bounds what rests in the relay. Kernel work, too, is dear
 in small turns: at 8 pairs a quarter of this costs twice the CPU, for a splice loop in C as well as here."""
 
-CONSIDERATE_TURN = 512 << 10
+CONSIDERATE_TURN = 256 << 10
 CONSIDERATE_FOR = 64
 """Bytes a pump moves in a turn instead while somebody has moved only a little in one of the last so many turns."""
 
@@ -42,8 +42,8 @@ ROUND_BYTES = 256 << 20
 """Once so many pumps are busy that they would move more than this in a round, their turns become smaller. What bounds
 the others' wait is not the round, since only one pump of it goes at a time, but busy pairs wait for each other."""
 
-SHARE = 1.0
-"""What the queue gets of the time, as a part of what everything else takes: as much."""
+SHARE = 0.75
+"""What the queue gets of the time, as a part of what everything else takes."""
 
 LEAST_SECONDS = 0.0005
 """What it gets in an iteration of the event loop at the least: an iteration costs as much as a small turn."""

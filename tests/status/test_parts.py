@@ -154,7 +154,7 @@ def test_what_limited_a_transfer_follows_from_what_the_kernel_saw() -> None:
     assert limit(out_of_order=0.02) == "path"
     assert limit(busy=9) == "path"
     assert limit(busy=9, window_shut=8) == "receiver"
-    assert limit(busy=9, window_shut=8, held_back=6) == "relay"
+    assert limit(busy=9, window_shut=8, held_back=0.6) == "relay"
     assert limit(load=0.95) == "relay"
 
 

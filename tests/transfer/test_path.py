@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.harness import CHECKOUT, Relay, met, query, read_exactly, reset, shake_hands
+from tests.support.harness import CHECKOUT, Relay, Workers, met, query, read_exactly, reset, shake_hands
 from tests.support.wan import STOCK, Leg, long_paths, not_allowed, settle
 
 LIMITS = ("sender", "receiver", "path", "relay")
@@ -111,6 +111,25 @@ def test_a_rate_of_ours_is_named_and_small_transfers_are_not_measured(tmp_path: 
         check=True,
     ).stdout
     assert "100% of 1 transfers were limited by the relay itself: raise --pair-rate or --relay-rate" in told
+
+
+def test_a_rate_of_ours_is_named_also_when_another_worker_has_begun_with_the_transfer(tmp_path: Path) -> None:
+    with Workers(tmp_path, "--measure-paths", "--pair-rate", "1500000", count=2) as workers:
+        sender, receiver = met(workers.port)
+        sending = threading.Thread(target=sender.sendall, args=(bytes(6_000_000),))
+        sending.start()
+        read_exactly(receiver, 3_600_000)
+        reading = threading.Thread(target=read_exactly, args=(receiver, 2_400_000))
+        reading.start()
+        for number in range(2):
+            workers.start_one()
+            workers.stop_one(number)
+        for thread in (sending, reading):
+            thread.join(60)
+        sender.close()
+        receiver.close()
+        workers.wait_for_rows("usage", 1)
+    assert counts(tmp_path, "path_limit.") == {"relay": 1}
 
 
 def test_nothing_is_measured_unasked(tmp_path: Path) -> None:
