@@ -25,7 +25,7 @@ LARGEST_TURN = 1 << 20
 """Bytes a pump moves in a turn; never more, since this also bounds what rests in the relay. Kernel work, too, is dear
 in small turns: at 8 pairs a quarter of this costs twice the CPU, for a splice loop in C as well as here."""
 
-CONSIDERATE_TURN = 256 << 10
+CONSIDERATE_TURN = 512 << 10
 CONSIDERATE_FOR = 64
 """Bytes a pump moves in a turn instead while somebody has moved only a little in one of the last so many turns."""
 
@@ -43,7 +43,8 @@ ROUND_BYTES = 256 << 20
 the others' wait is not the round, since only one pump of it goes at a time, but busy pairs wait for each other."""
 
 SHARE = 0.75
-"""What the queue gets of the time, as a part of what everything else takes."""
+"""What the queue gets of the time, as a part of what everything else takes. Those who are served between two turns are
+part of that, and may take as much as the turns: so these come to three times what an iteration began with at most."""
 
 LEAST_SECONDS = 0.0005
 """What it gets in an iteration of the event loop at the least: an iteration costs as much as a small turn."""
