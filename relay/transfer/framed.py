@@ -94,6 +94,11 @@ class FramedPump:
         """Bytes that rest here, on either side."""
         return len(self._rest) + len(self._unread) - self._unread_at
 
+    @property
+    def is_dear(self) -> bool:
+        """Whether its last turn had all the frames that a turn may have, and they were short."""
+        return bool(self._unread)
+
     def turn(self, most: int) -> None:
         """As `Pump.turn`; `most` counts what comes off the wire."""
         self._move(most)

@@ -107,6 +107,7 @@ class Pump:
     reader = None
     frames_out = False
     """No frames are read here, and none written."""
+    is_dear = False
 
     __slots__ = (
         "_pipe",

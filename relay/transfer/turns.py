@@ -7,8 +7,10 @@ little to move goes first.
 
 The time is shared: in each iteration of the loop the queue gets one turn at the least, and goes on until it has had
 `SHARE` of what everything else has taken since. Otherwise thousands of pairs that each say one byte now and then would
-leave one turn, in each iteration, to all that move gigabytes. And as long as there is somebody who moves only a little,
-the turns of the others are smaller, and smaller still while two sides converse.
+leave one turn, in each iteration, to all that move gigabytes. So would hundreds that send nothing but tiny frames, and
+whose turns take longer than one of a megabyte: these are dear, and served in between like those who move a little. And
+as long as there is somebody who moves only a little, the turns of the others are smaller, and smaller still while two
+sides converse.
 """
 
 from __future__ import annotations
@@ -66,6 +68,10 @@ class Moving(Protocol):
 
     waits: int
 
+    @property
+    def is_dear(self) -> bool:
+        """Whether a turn of it takes long for the bytes that it moves."""
+
     def turn(self, most: int) -> None:
         """Move up to `most` bytes, and set `waits`; what it raises is its greenlet's."""
 
@@ -99,12 +105,13 @@ class Turns:
         self._prompt = 0
         self._hub = gevent.get_hub()
         self._queue: deque[_Place] = deque()
+        self._dear: deque[_Place] = deque()  # of whose pump `is_dear`
         self._timer = self._hub.loop.timer(0.0)
         self._last = 0.0  # when the queue has last had its time, or began
 
     def busy(self) -> bool:
         """Whether a pump waits for its turn."""
-        return bool(self._queue)
+        return bool(self._queue or self._dear)
 
     def size(self) -> int:
         """Bytes that a pump may move in the turn it is about to have."""
@@ -138,21 +145,25 @@ class Turns:
         Raises what the pump did: OSError as a rule, but whatever else it is ends that pair, and nobody else's turns.
         """
         place = _Place(gevent.getcurrent(), pump)
-        if not self._queue or not self._timer.active:
+        if not self.busy() or not self._timer.active:
             self._last = time.monotonic()
             self._timer.start(self._next, update=False)
-        self._queue.append(place)
+        self._line_up(place)
         try:
             self._hub.switch()
         except BaseException:  # this greenlet is being ended, it must not be switched to any more
             place.greenlet = None
-            with contextlib.suppress(ValueError):  # its turn may have come in the same iteration of the loop
-                self._queue.remove(place)
+            for queue in (self._queue, self._dear):
+                with contextlib.suppress(ValueError):  # its turn may have come in the same iteration of the loop
+                    queue.remove(place)
             if place.error is not None:
                 raise place.error from None  # the socket tells it only once
             raise
         if place.error is not None:
             raise place.error
+
+    def _line_up(self, place: _Place) -> None:
+        (self._dear if place.pump is not None and place.pump.is_dear else self._queue).append(place)
 
     def _next(self) -> None:
         """Runs in the hub, once per iteration of the loop while somebody queues."""
@@ -161,14 +172,16 @@ class Turns:
         left = max(LEAST_SECONDS, SHARE * (now - self._last))
         ahead = 0.0  # of the others, who are looked at in between
         try:
-            while self._queue:
+            while self.busy():
                 if ahead <= 0:
                     self.look_at_others()
+                    if self._queue and self._dear:
+                        self._give_a_turn(self._dear)
                     looked = time.monotonic()
                     ahead += looked - now
                     left += SHARE * (looked - now)
                     now = looked
-                self._give_a_turn(self._queue.popleft())
+                self._give_a_turn(self._queue or self._dear)
                 ended = time.monotonic()
                 ahead -= ended - now
                 left -= ended - now
@@ -177,10 +190,11 @@ class Turns:
                     break
         finally:  # whatever has gone wrong, the queue goes on
             self._last = now
-            if self._queue:
+            if self.busy():
                 self._timer.start(self._next, update=False)
 
-    def _give_a_turn(self, place: _Place) -> None:
+    def _give_a_turn(self, queue: deque[_Place]) -> None:
+        place = queue.popleft()
         pump = place.pump
         if pump is not None:
             try:
@@ -190,14 +204,14 @@ class Turns:
             else:
                 place.turns -= 1
                 if pump.waits == TURN and place.turns:
-                    self._queue.append(place)
+                    self._line_up(place)
                     return
         # Behind those that this iteration has woken: they have waited for input, and most of them move little.
         try:
             self._hub.loop.run_callback(_go_on, place)
         except BaseException:  # there is no memory for it
             place.pump = None  # which has had its turns
-            self._queue.appendleft(place)
+            queue.appendleft(place)
             raise
 
 

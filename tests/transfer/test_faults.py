@@ -62,6 +62,8 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
 class Hauler:
     """A pump that always has more, until it fails."""
 
+    is_dear = False
+
     def __init__(self, fault: BaseException | None = None) -> None:
         self.waits = TURN
         self.turns = 0

@@ -179,8 +179,9 @@ def test_deadlines_that_come_together_are_met_in_slices(clock: Clock, speakers: 
 class Hauler:
     """A pump that always has more; each turn takes so many seconds."""
 
-    def __init__(self, clock: Clock, seconds: float) -> None:
+    def __init__(self, clock: Clock, seconds: float, *, is_dear: bool = False) -> None:
         self.waits = TURN
+        self.is_dear = is_dear
         self.sizes: list[int] = []
         self.busy = 0.0
         self._clock = clock
@@ -215,6 +216,41 @@ def test_those_that_move_much_have_their_share_of_the_time_however_many_speak(cl
 def _keep_moving(turns: Turns, hauler: Hauler) -> None:
     while True:
         turns.wait(hauler)
+
+
+def test_those_whose_turns_are_dear_share_what_they_have_among_them_and_leave_the_others_theirs(clock: Clock) -> None:
+    turns = Turns()
+    haulers = [Hauler(clock, 0.0002) for _ in range(4)]
+    crowd = [Hauler(clock, 0.0006, is_dear=True) for _ in range(100)]
+    queued = [gevent.spawn(_keep_moving, turns, hauler) for hauler in [*crowd, *haulers]]
+    gevent.sleep(0)
+    began = clock.now
+    for _ in range(400):
+        clock.now += 0.0005
+        before = clock.now
+        turns._next()
+        assert clock.now - before < 0.01, "and the loop comes round"
+        gevent.sleep(0)
+    busy = sum(hauler.busy for hauler in haulers)
+    others = clock.now - began - busy
+    assert 0.7 * SHARE * others < busy < 1.1 * SHARE * others
+    shares = [hauler.busy for hauler in crowd]
+    assert 0 < max(shares) < 2 * min(shares)
+    gevent.killall(queued)
+
+
+def test_beside_nobody_else_those_whose_turns_are_dear_have_all_the_time(clock: Clock) -> None:
+    turns = Turns()
+    crowd = [Hauler(clock, 0.0006, is_dear=True) for _ in range(3)]
+    queued = [gevent.spawn(_keep_moving, turns, hauler) for hauler in crowd]
+    gevent.sleep(0)
+    began = clock.now
+    for _ in range(30):
+        turns._next()
+        gevent.sleep(0)
+    assert sum(hauler.busy for hauler in crowd) == pytest.approx(clock.now - began)
+    assert min(hauler.busy for hauler in crowd) > 0
+    gevent.killall(queued)
 
 
 def test_alone_a_turn_follows_another_and_the_sockets_are_looked_at_in_between(clock: Clock) -> None:
