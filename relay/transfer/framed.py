@@ -294,6 +294,14 @@ class FramedPump:
             with contextlib.suppress(OSError):  # the sink has gone; reading from it tells how
                 self.sink.shutdown(socket.SHUT_WR)
 
+    def take_leave(self) -> None:
+        """Tell a sink that has not been told yet that this is the end, before both are closed, whatever has become of
+        the source. In the middle of a message there is no saying so."""
+        is_told = self._ends or self.discards or self.waits == OVER
+        if self.frames_out and not is_told and not self._rest:
+            with contextlib.suppress(OSError):  # it has gone, or takes nothing
+                self.sink.send(frames.close(Close(NORMAL)))
+
     def _source_is_over(self, words: bytes) -> None:
         """The source, which speaks WebSocket, has said its last, and hears nothing any more but these `words`."""
         other = self.other

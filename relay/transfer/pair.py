@@ -283,6 +283,9 @@ class Pair:
             self.rest.forget(self)
             if self.on_ending is not None:
                 self.on_ending(self)
+            for pump in self.pumps:
+                if not isinstance(pump, Pump):
+                    pump.take_leave()
         finally:
             try:
                 self.close()

@@ -584,3 +584,26 @@ def test_what_was_sent_before_the_end_arrives_though_the_other_goes_on_in_tiny_f
 def _send_what_can_be(sock: socket.socket, content: bytes) -> None:
     with contextlib.suppress(OSError):
         sock.sendall(content)
+
+
+@pytest.mark.parametrize("why", ["--idle-timeout", "--grace", "--max-pair-bytes"])
+def test_a_client_whose_transfer_the_relay_ends_reads_a_close(start: Callable[..., Service], why: str) -> None:
+    options = {"--idle-timeout": "100", "--grace": "100", "--max-pair-bytes": "1000"}
+    options[why] = {"--idle-timeout": "2", "--grace": "0", "--max-pair-bytes": "9"}[why]
+    service = start(*(word for option in options.items() for word in option))
+    one, other = lines()
+    with dial_web(web_port(service)) as sender, dial_web(web_port(service)) as receiver:
+        for client, line in ((sender, one), (receiver, other)):
+            client.send(line)
+        for client in (sender, receiver):
+            assert client.recv(10) == b"ok\n"
+        sender.send(b"x")
+        assert receiver.recv(10) == b"x"
+        if why == "--grace":
+            service.stop()
+        elif why == "--max-pair-bytes":
+            sender.send(b"x" * 9)
+        for client in (receiver, sender):
+            _, close = read_to_close(client)
+            assert close is not None
+            assert close.code == 1000
