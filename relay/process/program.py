@@ -12,6 +12,7 @@ import contextlib
 import errno
 import io
 import os
+import resource
 import sys
 import warnings
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ def get_ready() -> frozenset[int]:
     """
     closed = _open_standard_fds()
     _open_standard_streams()
+    _leave_no_core()
     # In development mode the warnings are wanted, but even then none ends a program (PYTHONWARNINGS=error).
     warnings.simplefilter("default" if sys.flags.dev_mode else "ignore")
     for name in [name for name in os.environ if name.startswith(_FOREIGN)]:
@@ -76,6 +78,19 @@ def _open_nothing() -> int:
         return os.open(__file__, os.O_PATH)  # no /dev here; reading and writing fail, as on a closed one
     except OSError as error:
         raise Mistake(f"no file descriptor is to be had: {os.strerror(error.errno or 0)}") from None
+
+
+def _leave_no_core() -> None:
+    """Have the kernel write no core file should this process ever die of a fault: all that is in memory would be on the
+    disk, such as the tokens and addresses of clients.
+
+    One byte, and not none: then a program that takes cores from the kernel, such as systemd-coredump, gets nothing
+    either, though no other limit counts for those (fs/coredump.c). The hard limit stays, so that who looks for a defect
+    may ask for a core of the running process (prlimit(1)).
+    """
+    with contextlib.suppress(OSError, ValueError):  # refused: what the operator's own limit allows is left
+        _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+        resource.setrlimit(resource.RLIMIT_CORE, (1 if hard == resource.RLIM_INFINITY else min(1, hard), hard))
 
 
 def _open_standard_streams() -> None:
