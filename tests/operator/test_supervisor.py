@@ -80,6 +80,15 @@ def test_supervisord_brings_up_a_relay_that_records_and_blurs(service_of_any_use
     wait_until(lambda: service.query("SELECT bytes, result FROM usage") == [(20_000, "happy")], 5, "the row in usage")
 
 
+def test_what_is_recorded_is_for_the_relays_user_and_group_alone(service: Supervised) -> None:
+    finish(*met(service.port), b"a transfer")
+    wait_until(lambda: service.query("SELECT result FROM usage") == [("happy",)], 5, "the row in usage")
+    kept = {"usage.jsonl", "usage.sqlite", "usage.sqlite-wal", "usage.sqlite-shm"}
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in service.relay_folder.iterdir()}
+    assert {name: f"{mode:o}" for name, mode in modes.items() if name in kept} == dict.fromkeys(kept, "640")
+    assert stat.S_IMODE(service.relay_folder.stat().st_mode) == 0o750
+
+
 def test_the_relay_runs_as_the_user_who_started_supervisord(service_of_any_user: Supervised) -> None:
     service = service_of_any_user
     user = os.geteuid() if service.user is None else pwd.getpwnam(service.user).pw_uid

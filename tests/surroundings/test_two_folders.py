@@ -7,6 +7,7 @@ latter is the relay's user's. Whoever has an earlier layout, or another one in w
 from __future__ import annotations
 
 import contextlib
+import grp
 import os
 import pwd
 import re
@@ -111,6 +112,41 @@ def test_a_folder_that_the_relay_needs_is_named(there: str) -> None:
         line = told(service)
         assert line.startswith("var/relay ")
         assert f"the user that the relay runs as, {user}" in line
+
+
+@only_root
+def test_the_documented_steps_to_a_relay_of_another_user_make_one() -> None:
+    page = (CHECKOUT / "docs" / "running.md").read_text()
+    section = page.partition("### supervisord as root, the relay as a user of its own\n")[2].partition("\n#")[0]
+    steps = [line[4:] for line in section.splitlines() if line.startswith("    ")]
+    assert [step for step in steps if "~" in step] == []  # root's home is for nobody else
+    assert steps[0].startswith("useradd ")
+    assert steps[-1] == "supervisord -c /srv/relay/etc/supervisord.conf"
+    with supervised(relay_user=ORDINARY_USER, started=False) as service:
+        shutil.rmtree(service.conf.parent)
+        shutil.rmtree(service.var)
+        group = grp.getgrgid(pwd.getpwnam(ORDINARY_USER).pw_gid).gr_name
+        for step in steps[1:-1]:
+            here = step.replace("/opt/relay-gevent/share/relay-gevent", str(CHECKOUT))
+            here = here.replace("-o relay -g relay", f"-o {ORDINARY_USER} -g {group}")
+            here = here.replace("/user=relay/", f"/user={ORDINARY_USER}/").replace("/srv/relay", str(service.home))
+            subprocess.run(["/bin/sh", "-ec", here], check=True)
+        assert service.relay_folder.stat().st_mode & 0o777 == 0o750
+        service.start()
+        honest_transfer(service.port)
+        relay = pwd.getpwnam(ORDINARY_USER).pw_uid
+        assert {Path(f"/proc/{pid}").stat().st_uid for pid in service.pids()} == {relay}
+
+
+@only_root
+def test_a_folder_that_the_relays_user_may_not_enter_is_told_of_as_documented() -> None:
+    page = " ".join((CHECKOUT / "docs" / "running.md").read_text().split())
+    assert "`supervisor: couldn't chdir to …: EACCES`" in page
+    with supervised(relay_user=ORDINARY_USER, started=False) as service:
+        service.home.chmod(0o700)
+        service.run("-m", "supervisor.supervisord", "-c", str(service.conf))
+        wait_until(service.log_lines, 10, "what the worker's log says")
+        assert re.search(r"^supervisor: couldn't chdir to .*: EACCES$", service.log_lines()[0])
 
 
 def test_a_program_that_is_not_found_is_named() -> None:
