@@ -14,8 +14,8 @@ _TELLING = re.compile(
     b?"(?:[^"\\]|\\.)*" | b?'(?:[^'\\]|\\.)*'                          # what is quoted, or are bytes
     | \d{1,3}(?:\.\d{1,3}){3}                                          # addresses
     | [0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?:[.%]\S+)?
+    | [0-9A-Fa-f]{8,}                                                  # tokens and sides, which may begin like a port
     | \d{4,}                                                           # ports
-    | [0-9A-Fa-f]{8,}                                                  # tokens and sides
     """,
     re.VERBOSE,
 )

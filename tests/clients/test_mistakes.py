@@ -91,6 +91,7 @@ def test_a_mistake_with_a_health_check_keeps_none_from_an_answer_and_leaves_no_a
         'b"abcd\'"',
         "'192.0.2.7' does not appear to be an IPv4 or IPv6 address",
         "5d" * 32,
+        "123456ab" * 8,
         "'" + "5d" * 8 + "'",
     ],
 )
