@@ -19,9 +19,9 @@ from relay.clients import frames
 from relay.clients.frames import NORMAL, Close, FrameReader, Payload, Taken
 from relay.clients.handshake import OK
 from relay.clients.masks import mask_function
-from relay.transfer.pump import COPY_BYTES, INPUT, OVER, ROOM, TURN, NoMemory, copy_of, file_of, reserve, what_is_left
+from relay.transfer.pump import COPY_BYTES, INPUT, OVER, ROOM, TURN, copy_of, file_of, reserve, what_is_left
 from relay.transfer.state import PumpState
-from relay.transfer.turns import LARGEST_TURN, Turns
+from relay.transfer.turns import LARGEST_TURN, NoMemory, Turns
 
 _NOTHING = memoryview(b"")
 _buffer = bytearray(LARGEST_TURN)  # empty between two turns

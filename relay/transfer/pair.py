@@ -24,10 +24,10 @@ from relay.transfer import ending
 from relay.transfer.ending import Pumps
 from relay.transfer.limits import Allowance, Cut, Limits
 from relay.transfer.pipes import PipePool
-from relay.transfer.pump import INPUT, OVER, ROOM, TURN, NoMemory, Pump
+from relay.transfer.pump import INPUT, OVER, ROOM, TURN, Pump
 from relay.transfer.rest import Rest
 from relay.transfer.state import PairState
-from relay.transfer.turns import PROMPT_FOR, Turns
+from relay.transfer.turns import PROMPT_FOR, NoMemory, Turns
 
 if TYPE_CHECKING:
     from relay.clients.frames import FrameReader

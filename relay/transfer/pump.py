@@ -24,7 +24,7 @@ from select import POLLIN, POLLOUT
 
 from relay.transfer.pipes import Pipe, PipePool
 from relay.transfer.state import PIPE_FDS, PumpState
-from relay.transfer.turns import LARGEST_TURN, Turns
+from relay.transfer.turns import LARGEST_TURN, NoMemory, Turns
 from relay.transfer.turns import TURN as TURN
 
 # What a pump waits for, besides `TURN`: there is more to move, and it is somebody else's turn. The first two are
@@ -61,10 +61,6 @@ _FLAGS = getattr(os, "SPLICE_F_MOVE", 1) | getattr(os, "SPLICE_F_NONBLOCK", 2)
 
 _buffer = memoryview(mmap.mmap(-1, COPY_BYTES, mmap.MAP_PRIVATE))  # empty between two turns; takes memory as it fills
 _NOTHING = memoryview(b"")
-
-
-class NoMemory(Exception):
-    """There is no memory for what may have to be kept here. Nothing was read or lost; try again later."""
 
 
 class Reserve:

@@ -63,6 +63,10 @@ TURN = 0
 """What a pump `waits` for that has more to move; see `relay.transfer.pump`."""
 
 
+class NoMemory(Exception):
+    """A pump has no memory for what it may have to keep. Nothing was read or lost; try again later."""
+
+
 class Moving(Protocol):
     """A pump."""
 
@@ -156,7 +160,7 @@ class Turns:
             for queue in (self._queue, self._dear):
                 with contextlib.suppress(ValueError):  # its turn may have come in the same iteration of the loop
                     queue.remove(place)
-            if place.error is not None:
+            if place.error is not None and not isinstance(place.error, NoMemory):  # which is not to be waited for now
                 raise place.error from None  # the socket tells it only once
             raise
         if place.error is not None:

@@ -36,9 +36,10 @@ from relay.transfer import pump as pump_module
 from relay.transfer.framed import FramedPump
 from relay.transfer.pair import Pair
 from relay.transfer.pipes import PipePool
-from relay.transfer.pump import ROOM, TURN, NoMemory, Pump, reserve
+from relay.transfer.pump import ROOM, TURN, Pump, reserve
 from relay.transfer.rest import Rest
-from relay.transfer.turns import Turns
+from relay.transfer.state import PairState, PumpState
+from relay.transfer.turns import NoMemory, Turns
 from tests.support.client_frames import BINARY, Sent
 from tests.support.harness import Relay, connect, handshake, new_side, new_token, read_exactly, wait_until
 from tests.support.kept_records import Records

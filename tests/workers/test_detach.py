@@ -18,7 +18,7 @@ from relay.transfer import pair as pair_module
 from relay.transfer.pair import Detached, Pair
 from relay.transfer.pipes import PipePool
 from relay.transfer.rest import Rest
-from relay.transfer.turns import Turns
+from relay.transfer.turns import TURN, NoMemory, Turns
 from tests.support.harness import connect, handshake, new_side, new_token, wait_until
 from tests.support.kept_records import Records
 
@@ -135,6 +135,37 @@ def test_a_pump_whose_turn_has_just_come_can_still_be_made_to_let_go() -> None:
     turns._next()  # and before that its turn comes
     gevent.sleep(0.01)
     assert [type(error) for error in ended] == [Detached]
+    assert not turns.busy()
+
+
+class Short:
+    """A pump that has no memory."""
+
+    waits = TURN
+    is_dear = False
+
+    def turn(self, most: int) -> None:
+        """As `Pump.turn`."""
+        raise NoMemory
+
+
+def test_a_pump_that_finds_no_memory_in_the_moment_in_which_it_is_to_let_go_does_so() -> None:
+    turns = Turns()
+    ended: list[BaseException] = []
+
+    def pump() -> None:
+        try:
+            turns.wait(Short())
+        except BaseException as error:
+            ended.append(error)
+
+    greenlet = gevent.spawn(pump)
+    gevent.sleep(0)
+    assert turns.busy()
+    greenlet.kill(Detached, block=False)  # it will be thrown in when the loop comes to it
+    turns._next()  # and before that its pump has its turn
+    gevent.sleep(0.01)
+    assert [type(error) for error in ended] == [Detached], "or it would go on, and who waits for it would wait for ever"
     assert not turns.busy()
 
 
