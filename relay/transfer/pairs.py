@@ -213,11 +213,12 @@ class Pairs:
     # Moving house
 
     def take_in(self, state: PairState, sides: Sequence[socket.socket], fds: Sequence[int]) -> None:
-        """Go on with the pair of another worker, of these two `sides`; `fds` are what rests in it."""
+        """Go on with the pair of another worker, of these two `sides`; `fds` are what rests in it.
+
+        Whatever goes wrong with it ends it, on record. If this raises all the same, there was none.
+        """
         first, second = sides
         sources = (state.first_source, state.second_source)
-        for source in sources:
-            self._places.take(source)
         pair = self._new_pair(
             first,
             second,
@@ -227,6 +228,8 @@ class Pairs:
             waiting_time=state.waiting_time,
             readers=_readers(state),
         )
+        for source in sources:
+            self._places.take(source)
         self._pairs.add(pair)
         try:
             pair.unpack(state, fds)

@@ -64,7 +64,8 @@ class Receiver(Protocol):
     def take_in_pair(
         self, state: PairState, sides: Sequence[socket.socket], fds: Sequence[int], *, is_guest: bool
     ) -> None:
-        """The same for a pair, with its sockets and pipes in the order of `language.encode_pair`."""
+        """The same for a pair, with its sockets and pipes in the order of `language.encode_pair`; if it raises, these
+        are still the caller's."""
 
     def take_back_pair(self, pair: Pair) -> None:
         """A sibling could not take this pair."""
@@ -124,7 +125,11 @@ class Parcels:
             if not self._accepts(link, envelope, CONNECTIONS_OF_A_PAIR, complete=complete):
                 close_all(fds)
                 return
-            self._receiver.take_in_pair(state, sides, fds, is_guest=link.leaving)
+            try:
+                self._receiver.take_in_pair(state, sides, fds, is_guest=link.leaving)
+            except Exception:
+                close_all(fds)  # as the sides are
+                raise
             sides.clear()
 
     def _accepts(self, link: Link, envelope: Envelope, connections: int, *, complete: bool) -> bool:

@@ -418,7 +418,7 @@ def test_a_pair_that_cannot_begin_is_over_and_on_record(
     assert "127.0.0.1" not in told
 
 
-def fail(*arguments: object) -> None:
+def fail(*arguments: object, **named: object) -> None:
     """There is no memory."""
     raise MemoryError
 
@@ -460,6 +460,19 @@ def test_two_that_cannot_become_a_pair_are_sent_away_and_their_spares_with_them(
     assert token not in told
     assert "127.0.0.1" not in told
     worker.met()
+
+
+def test_a_pair_of_another_worker_that_cannot_be_made_here_takes_no_place(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = PumpState(0, 0, False, True, b"")
+    source = b"\xc0\x00\x02\x01"
+    state = PairState(0.0, 0.0, 0.0, nothing, nothing, b"", b"", source, None)
+    sides = socket.socketpair()
+    monkeypatch.setattr(worker.relay.pairs, "_new_pair", fail)
+    with sides[0], sides[1], pytest.raises(MemoryError):
+        worker.relay.pairs.take_in(state, sides, [])
+    assert worker.taken == worker.relay._places.count_of(source) == 0
 
 
 def test_who_is_sent_away_is_nobody_s_no_longer_whatever_goes_wrong(
