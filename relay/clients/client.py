@@ -37,7 +37,8 @@ class Watcher(Protocol):
     @property
     def active(self) -> bool:
         """Whether it is to call back. Where the kernel refuses to watch the descriptor, libev stops it, and calls back
-        once, as if something had come."""
+        once, as if something had come. Started again, it may never call: libev does not ask the kernel a second time
+        for what it takes to be watched already. It does for a new watcher."""
 
 
 class EventLoop(Protocol):
@@ -101,20 +102,25 @@ class Client:
         return self.speech.pack()
 
     def listen(self, loop: EventLoop, on_readable: Callable[[Client], None]) -> None:
-        """Have the event loop call `on_readable`, and nothing else, with this client when its socket is readable. Where
-        the system refuses that, it is as long as `is_heard` is not; who has a deadline is looked at then."""
-        if self.watcher is None:
-            try:
+        """Have the event loop call `on_readable`, and nothing else, with this client when its socket is readable.
+
+        That may be refused, at once or when the event loop comes to it; then `is_heard` is False from there on, and it
+        is the caller's to try again.
+        """
+        try:
+            if self.watcher is not None and not self.watcher.active:
+                self.stop_listening()
+            if self.watcher is None:
                 self.watcher = loop.io(self.sock.fileno(), 1)
-            except OSError:
-                return
-        else:
-            self.watcher.stop()
-        self.watcher.start(on_readable, self)
+            else:
+                self.watcher.stop()
+            self.watcher.start(on_readable, self)
+        except (OSError, MemoryError):
+            pass
 
     @property
     def is_heard(self) -> bool:
-        """Whether the event loop is to call when something comes."""
+        """Whether the event loop is to call when something comes; False when it was refused."""
         return self.watcher is not None and self.watcher.active
 
     def stop_listening(self) -> None:

@@ -105,11 +105,11 @@ class Farewell:
             if reply:
                 client.sock.send(reply)
             client.sock.shutdown(socket.SHUT_WR)
-            client.listen(self._loop, self._on_readable)
         except OSError:
             self.close(client)
             return
         self._lingering[client] = time.monotonic() + LINGER_SECONDS
+        client.listen(self._loop, self._on_readable)  # if that is refused, it is closed when its time is over
         self._places.look_again()
 
     def close(self, client: Client) -> None:

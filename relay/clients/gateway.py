@@ -162,8 +162,9 @@ class Gateway(Matching):
         self._try_next(client)
 
     def see_off(self, now: float) -> Iterator[None]:
-        """Try another address for those whose last one takes too long, one with each step; `now` in monotonic
-        seconds."""
+        """Try another address for those whose last one takes too long, one with each step, and listen to those who
+        could not be listened to; `now` in monotonic seconds."""
+        yield from self._listen_again()
         for client in self._deadlines.take_due(now):
             self._fail(client)
             yield

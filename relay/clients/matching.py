@@ -90,7 +90,7 @@ class Matching:
         self._on_match = on_match
         self._room: WaitingRoom[Client] = WaitingRoom()
         self._deadlines: Deadlines[Client] = Deadlines()
-        self._unheard: list[Client] = []
+        self._unheard: dict[Client, None] = {}  # whom the system refuses to watch, until it is tried again
         self._closed = False
         self._pings = pings
         self._iteration = Iteration(loop)
@@ -183,11 +183,18 @@ class Matching:
             self.dismiss_oldest()
 
     def _listen(self, client: Client) -> None:
-        """Hear what `client` has to say while it waits; as soon as that can be, if there is no memory for it."""
-        try:
-            client.listen(self._loop, self._on_readable)
-        except (OSError, MemoryError):
-            self._unheard.append(client)
+        """Hear when `client`, which waits, leaves or says something; if that is refused, it is tried every second."""
+        client.listen(self._loop, self._on_readable)
+        if not client.is_heard:
+            self._unheard[client] = None
+
+    def _listen_again(self) -> Iterator[None]:
+        """Try once more with those who could not be listened to, one with each step."""
+        for client in [*self._unheard]:
+            del self._unheard[client]
+            if client in self:
+                self._listen(client)
+            yield
 
     def leave(self, client: Client) -> None:
         """Take out of the waiting room somebody who is not matched; its watcher is as it was."""
@@ -216,6 +223,8 @@ class Matching:
             self.elsewhere.give_up(token)
 
     def _heard(self, client: Client) -> None:
+        if not client.is_heard:
+            self._unheard[client] = None
         if not self._iteration.is_over():
             self._interrupted(client)
 
@@ -291,11 +300,7 @@ class Matching:
     def see_off(self, now: float) -> Iterator[None]:
         """Send away those who have waited too long, one with each step, and listen to those who could not be listened
         to; `now` in monotonic seconds."""
-        unheard, self._unheard = self._unheard, []
-        for client in unheard:
-            if client in self:
-                self._listen(client)
-            yield
+        yield from self._listen_again()
         for client in self._deadlines.take_due(now):
             self.dismiss(client)
             yield

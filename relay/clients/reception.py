@@ -133,9 +133,7 @@ class Reception:
         time, and an honest one needs no longer than a round trip."""
         if client in self._shaking:
             return
-        client.listen(self._loop, self._on_readable)
-        if not client.is_heard:
-            self._unheard[client] = None
+        self._listen(client)
         self._shaking[client] = None
         if len(self._shaking) > self._options.max_handshakes:
             oldest = next(iter(self._shaking))
@@ -143,6 +141,12 @@ class Reception:
             if oldest in self._shaking:
                 self._places.bounds_met.note(Bound.HANDSHAKES)
                 self._turn_away(oldest)
+
+    def _listen(self, client: Client) -> None:
+        """Hear when `client` says more; if that is refused, it is tried every second."""
+        client.listen(self._loop, self._on_readable)
+        if not client.is_heard:
+            self._unheard[client] = None
 
     def let_go(self, client: Client) -> None:
         """`client` is somebody else's from now on; its watcher is as it was."""
@@ -187,12 +191,10 @@ class Reception:
     def see_off(self, now: float) -> Iterator[None]:
         """Turn away those who have taken too long, one with each step, and listen again to whom we could not; `now` in
         monotonic seconds."""
-        unheard, self._unheard = self._unheard, {}
-        for client in unheard:
+        for client in [*self._unheard]:
+            del self._unheard[client]
             if client in self._shaking:
-                client.listen(self._loop, self._on_readable)
-                if not client.is_heard:
-                    self._unheard[client] = None
+                self._listen(client)
                 self._shake_hands(client)
             yield
         for client in self._deadlines.take_due(now):

@@ -88,6 +88,7 @@ class Rest:
         self._hub = gevent.get_hub()
         loop = self._hub.loop
         self._timer = loop.timer(0.0)
+        self._new_watcher = loop.io
         self._watcher = loop.io(self._epoll.fileno(), 1)
         self._watcher.start(self._serve)
         turns.look_at_others = self.serve_a_few
@@ -214,7 +215,9 @@ class Rest:
         if self._refused and not self._to_try:
             self._to_try.extend(self._refused)
         self._has_told = bool(self._refused)
-        if not self._watcher.active:  # the kernel has refused to watch our epoll, too, and libev has given up
+        if not self._watcher.active:  # the kernel refuses to watch our epoll, too: see `relay.clients.client.Watcher`
+            self._watcher.close()
+            self._watcher = self._new_watcher(self._epoll.fileno(), 1)
             self._watcher.start(self._serve)
         if (self._due or self._to_try) and not self._timer.active:
             self._timer.start(self._look_around, update=False)

@@ -147,7 +147,8 @@ class Gathering:
             return False
         if not self._run_dir.lost_own_socket():
             if not self._visits.active:
-                self._visits.start(self._visited)
+                self._stop_visits()
+                self.open()
             return False
         try:
             own_socket = self._run_dir.renew()

@@ -142,6 +142,7 @@ class Link:
         sock.setblocking(False)
         loop = gevent.get_hub().loop
         self._run_callback = loop.run_callback
+        self._new_watcher = loop.io
         self._reads = loop.io(sock.fileno(), 1)
         self._reads.start(self._read_some)
         self._writes = loop.io(sock.fileno(), 2)
@@ -280,8 +281,10 @@ class Link:
 
     def keep_reading(self) -> None:
         """Watch the link again where nobody does: gevent stops a watcher after a mistake in what it has called, and
-        libev one for which the kernel has no room; to be called once a second."""
+        libev one that the kernel refuses to watch (see `relay.clients.client.Watcher`); to be called once a second."""
         if not self._reads.active and not self.closed:
+            self._reads.close()
+            self._reads = self._new_watcher(self._sock.fileno(), 1)
             self._reads.start(self._read_some)
 
     def send_again(self) -> None:

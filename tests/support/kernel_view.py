@@ -12,14 +12,17 @@ import errno
 import fcntl
 import os
 import resource
+import select
 import socket
 import struct
 import termios
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import gevent
 import pytest
 
+from relay.clients.client import Watcher
 from tests.support.harness import Relay, Service, wait_until
 
 _LISTENING = "0A"  # TCP_LISTEN in /proc/net/tcp, see proc_net_tcp(5)
@@ -199,3 +202,11 @@ def without_descriptors(worker: Relay) -> Iterator[None]:
     finally:
         if worker.pids:
             resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def refuse_to_watch(fd: int, watcher: Watcher) -> None:
+    """Have it as when the kernel has refused to watch a descriptor, in this process: libev has stopped the watcher, and
+    takes it to be watched until it looks again."""
+    with select.epoll.fromfd(os.dup(gevent.get_hub().loop.fileno())) as epoll:
+        epoll.unregister(fd)
+    watcher.stop()

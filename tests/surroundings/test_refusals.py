@@ -159,6 +159,9 @@ def test_when_nothing_can_be_watched_for_a_while_everybody_is_heard_afterwards(t
         going = met(relay.port, stack=stack)
         with refused("epoll_ctl", number, [relay.pid]):
             late = [stack.enter_context(connect(relay.port)) for _ in range(2)]
+            waits = stack.enter_context(connect(relay.port))
+            waits.sendall(handshake(new_token(), new_side()))
+            wait_until(lambda: relay.row("current")[1] == 1, 20, "it waits")
             wait_until(lambda: in_listen_queue(relay.port) == 0, what="they are accepted")
             going[0].close()  # which is not to be watched any more, and libev begins anew when it still is
             assert read_to_end(going[1]) == b""
@@ -177,10 +180,11 @@ def test_when_nothing_can_be_watched_for_a_while_everybody_is_heard_afterwards(t
         with connect(health) as check:
             check.sendall(b"GET / HTTP/1.1\r\n\r\n")
             assert read_to_end(check).startswith(b"HTTP/1.1 200")
-        for client in (*old, *late):
+        for client in (*old, *late, waits):
             client.close()
+        relay.wait_for_records(4)  # that of who waited among them
         assert relay.stop() == 0
-        assert [record["mood"] for record in relay.wait_for_records(4)] == ["happy"] * 4
+        assert sorted(record["mood"] for record in relay.records()) == ["happy"] * 4 + ["lonely"]
 
 
 @needs_strace

@@ -25,7 +25,7 @@ from websockets.sync.client import ClientConnection
 
 from relay.clients import frames
 from relay.clients.bounds import Bound
-from relay.clients.client import Client
+from relay.clients.client import Client, EventLoop
 from relay.clients.door import open_port
 from relay.clients.frames import FrameReader
 from relay.clients.waiting_room import WaitingRoom
@@ -43,7 +43,7 @@ from relay.transfer.turns import NoMemory, Turns
 from tests.support.client_frames import BINARY, Sent
 from tests.support.harness import Relay, connect, handshake, new_side, new_token, read_exactly, wait_until
 from tests.support.kept_records import Records
-from tests.support.kernel_view import bytes_in_pipes
+from tests.support.kernel_view import bytes_in_pipes, refuse_to_watch
 from tests.support.web import dial_web, read_bytes, web_options, web_port
 
 MIB = 1 << 20
@@ -382,6 +382,18 @@ def test_what_is_changed_of_one_that_is_refused_is_watched_once_it_can_be(rest: 
     assert len(rest) == 0
 
 
+def test_those_at_rest_are_heard_again_when_the_kernel_has_refused_to_watch_for_them(rest: Rest) -> None:
+    speaker = Speaker()
+    speaker.rest = rest
+    rest.watch(speaker)
+    gevent.sleep(0.01)
+    refuse_to_watch(rest._epoll.fileno(), rest._watcher)
+    rest.every_second(time.monotonic())
+    speaker.second.send(b"x")
+    until(lambda: speaker.heard > 0)
+    speaker.give_up()
+
+
 # How a pair begins, and is cut
 
 
@@ -490,23 +502,40 @@ def test_who_is_sent_away_is_nobody_s_no_longer_whatever_goes_wrong(
     monkeypatch.undo()
 
 
+def refuse_at_once(client: Client, loop: EventLoop, on_readable: Callable[[Client], None]) -> None:
+    """As `Client.listen` when there is no memory for a watcher."""
+    client.stop_listening()
+
+
+def refuse_later(
+    client: Client, loop: EventLoop, on_readable: Callable[[Client], None], listen: Callable[..., None] = Client.listen
+) -> None:
+    """As `Client.listen` when the kernel refuses to watch: libev stops the watcher, and calls back that once."""
+    listen(client, loop, on_readable)
+    watcher = client.watcher
+
+    def give_up() -> None:
+        if watcher is not None and watcher is client.watcher:
+            watcher.stop()
+            on_readable(client)
+
+    gevent.get_hub().loop.run_callback(give_up)
+
+
+@pytest.mark.parametrize("refuse", [refuse_at_once, refuse_later])
 def test_who_cannot_be_listened_to_waits_and_is_listened_to_as_soon_as_that_can_be(
-    worker: Worker, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, refuse: Callable[..., None]
 ) -> None:
     token = new_token()
     with monkeypatch.context() as patch:
         patch.setattr(Client, "listen", refuse)
         waits, leaves = worker.client(token), worker.client(new_token())
         until(lambda: len(worker.relay._matching) == 2)
+        gevent.sleep(0)  # for who is refused later
     leaves.close()
     until(lambda: worker.moods == ["lonely"])
     partner = worker.client(token)
     assert [heard(client, 3) for client in (waits, partner)] == [b"ok\n"] * 2
-
-
-def refuse(*arguments: object) -> None:
-    """As the kernel does that has no memory."""
-    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
 
 def test_who_cannot_be_seen_home_is_sent_away(
