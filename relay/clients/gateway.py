@@ -77,19 +77,17 @@ class Gateway(Matching):
         self._on_reached = on_reached
         self._calls: dict[Client, Call] = {}
 
-    def admit(self, client: Client, *, asks_now: bool = True) -> None:  # the relay upstream judges that
-        """Connect upstream for a client whose handshake is whole."""
+    def _see_home(self, client: Client, *, asks_now: bool) -> None:  # who is a spare, the relay upstream finds out
+        """Connect upstream for `client`."""
         if self._judge(client):
             return
         if self._closed:
             self._farewell.turn_away(client)
             return
-        self._room.enter(client)
         self._calls[client] = Call(self._upstream.in_turn())
+        self._room.enter(client)
         self._listen(client)
         self._try_next(client)
-
-    readmit = admit
 
     def leave(self, client: Client) -> None:
         """See `Matching.leave`: what is being made for it is given up."""

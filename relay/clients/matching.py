@@ -116,9 +116,11 @@ class Matching:
         return self._room.all_for(token)
 
     def admit(self, client: Client, *, asks_now: bool = True) -> None:
-        """See a client whose handshake is whole to its token's home; `asks_now` if it is so in this moment.
+        """See a client whose handshake is whole to its token's home. `asks_now` is whether it has become whole in this
+        moment; otherwise the client may have left or spoken meanwhile.
 
-        It is in somebody's hands then, whatever goes wrong with it."""
+        It is in somebody's hands then, whatever goes wrong with it.
+        """
         try:
             self._see_home(client, asks_now=asks_now)
         except Exception:
@@ -128,15 +130,15 @@ class Matching:
                 self._send_away(client)
 
     def _see_home(self, client: Client, *, asks_now: bool) -> None:
-        if client.speech.reader is not None and self._judge(client):
-            return  # it has said what it wants and left in one breath, and only here is that known
+        # Over WebSocket one may have said what it wants and left in one breath, and only here is that known.
+        if (client.speech.reader is not None or not asks_now) and self._judge(client):
+            return
         if self._room.waiting_for(client.token) or not self.elsewhere.sees_home(client):
             self._meet(client, asks_now=asks_now)
 
     def readmit(self, client: Client) -> None:
-        """The same for one that was under way between workers, and may have left or spoken meanwhile."""
-        if not self._judge(client):
-            self.admit(client, asks_now=False)
+        """The same for one that was under way between workers."""
+        self.admit(client, asks_now=False)
 
     def _meet(self, client: Client, *, asks_now: bool) -> None:
         """Pair `client`, or let it wait."""

@@ -34,7 +34,7 @@ class Reception:
         options: the operator's bounds and patience.
         places: where a newcomer's place comes from.
         farewell: takes those who are turned away.
-        admit: takes those whose handshake is whole, for good, also when it raises something.
+        admit: takes those whose handshake is whole, for good; it raises nothing.
     """
 
     def __init__(

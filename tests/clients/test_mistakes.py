@@ -24,6 +24,7 @@ from tests.support.harness import (
     wait_until,
 )
 from tests.support.mistaken_relay import mistakes
+from tests.support.web import dial_web, read_to_close
 
 MISTAKEN = "tests.support.mistaken_relay"
 
@@ -63,6 +64,23 @@ def test_a_mistake_with_one_newcomer_keeps_nobody_out_and_leaves_no_address(tmp_
         assert time.monotonic() - began < 5
         wait_until(lambda: relay.log_text().count("Traceback") == 3, what="three mistakes in the log")
         assert tells_of_nobody(relay.log_text(), *unlucky), relay.log_text()
+
+
+def test_a_mistake_with_one_client_of_a_gateway_sends_that_one_away_and_the_next_one_is_carried(tmp_path: Path) -> None:
+    port = free_port()
+    wrong = mistakes("relay.clients.upstream:Upstream.in_turn")
+    with Relay(tmp_path, recording=True) as relay, contextlib.ExitStack() as stack:
+        options = ("--websocket", f"tcp:{port}:interface=127.0.0.1", "--upstream", f"127.0.0.1:{relay.port}")
+        gateway = Relay(tmp_path, *options, port=port, name="gateway", env=wrong, program=MISTAKEN)
+        stack.enter_context(gateway)
+        gateway.tracebacks_expected = True
+        unlucky, next_one = (stack.enter_context(dial_web(port)) for _ in range(2))
+        unlucky.send(handshake(new_token(), new_side()))
+        messages, told = read_to_close(unlucky)
+        assert (messages, told and told.code) == ([], 1000)
+        next_one.send(handshake(new_token(), new_side()))
+        wait_until(lambda: relay.row("current")[1] == 1, what="it waits upstream")
+        assert gateway.log_text().count("Traceback") == 1
 
 
 def test_a_mistake_with_a_health_check_keeps_none_from_an_answer_and_leaves_no_address(tmp_path: Path) -> None:

@@ -556,6 +556,22 @@ def test_who_cannot_be_seen_home_is_sent_away(
     worker.met()
 
 
+def test_one_that_comes_back_from_another_worker_is_nobody_s_no_longer_whatever_goes_wrong(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    client = Client(ours)
+    client.token = new_token().encode()
+    worker.relay._places.take(client.source)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.relay._matching, "_judge", fail)
+        worker.relay._matching.readmit(client)
+    assert worker.moods == ["lonely"]
+    theirs.close()
+    until(lambda: worker.taken == 0)
+
+
 def test_a_token_that_is_asked_for_in_vain_is_in_no_message() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
