@@ -93,11 +93,15 @@ class Pairs:
         for pair in self:
             if pair in self._pairs:
                 self._count(pair)
-                if pair.is_stranded:
-                    self._do(pair, pair.start_anew)
+                self._help(pair)
                 held += sum(pump.held for pump in pair.pumps)
             yield
         self.held_bytes = held
+
+    def _help(self, pair: Pair) -> None:
+        """Have `pair` go on if it cannot by itself."""
+        if pair.is_stranded:
+            self._do(pair, pair.start_anew)
 
     def _count(self, pair: Pair) -> None:
         """Count what `pair` has moved since it was last counted, here or where it was before. Its size is rounded as in
@@ -332,13 +336,17 @@ class Pairs:
     # By the clock
 
     def cut_idle(self, now: float) -> Iterator[None]:
-        """Cut pairs in which nothing moves, looking at one with each step; `now` in monotonic seconds."""
+        """Cut pairs in which nothing moves, and see to it that the others go on, looking at one with each step; `now`
+        in monotonic seconds."""
         if now < self._next_idle_check:
             return
         self._next_idle_check = now + min(60.0, self._options.idle_timeout / 10)
         for pair in self:
-            if pair in self._pairs and pair.idle_for(now) > self._options.idle_timeout:
-                pair.cut(Bound.IDLE)
+            if pair in self._pairs:
+                if pair.idle_for(now) > self._options.idle_timeout:
+                    pair.cut(Bound.IDLE)
+                else:
+                    self._help(pair)
             yield
 
     def every_second(self, now: float, share_of: Callable[[int], float]) -> int:
