@@ -205,8 +205,12 @@ class Pairs:
     def begin_all(self) -> None:
         """Let those pump that were to move house: nobody is there to take them."""
         for pair in self:
-            if not pair.started_pumping and pair in self._pairs:
-                self._do(pair, pair.start)
+            self.go_on(pair)
+
+    def go_on(self, pair: Pair) -> None:
+        """Let `pair` pump if it is still here and has let go of its sockets; if something goes wrong, it is over."""
+        if pair in self._pairs and not pair.started_pumping:
+            self._do(pair, pair.start)
 
     def _do(self, pair: Pair, do: Callable[[], None]) -> None:
         try:
@@ -251,10 +255,10 @@ class Pairs:
 
     def let_go(self, pair: Pair) -> None:
         """`pair`, which was detached, is about to be somebody else's."""
-        self._pairs.discard(pair)
-        pair.be_silent(self._pings)
         self._count(pair)
+        pair.be_silent(self._pings)
         self._finished_bytes += pair.moved  # as far as this worker is concerned
+        self._pairs.discard(pair)
 
     def letting_go(self) -> Iterator[Pair]:
         """All pairs that can move to another process, for a greenlet that detaches each; so many at a time stand still.
@@ -324,9 +328,11 @@ class Pairs:
         one_by_one(self, self._cut_off, "in ending a transfer")
 
     def _cut_off(self, pair: Pair) -> None:
-        pair.detach()
-        if pair in self._pairs:  # and has not ended by itself while it was detached
-            self._do(pair, pair.give_up)
+        try:
+            pair.detach()
+        finally:
+            if pair in self._pairs:  # and has not ended by itself while it was detached
+                self._do(pair, pair.give_up)
 
     def close(self) -> None:
         """Let go of what pairs share; there are none any more."""

@@ -77,8 +77,7 @@ class HandingOn:
         try:
             self._give(pair, sibling)
         except Exception:
-            if pair in self._pairs:
-                self._pairs.begin(pair)
+            self._pairs.go_on(pair)
             raise
 
     def _give(self, pair: Pair, sibling: Link) -> None:

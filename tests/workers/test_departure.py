@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from tests.support.current import wait_for_current
-from tests.support.harness import Relay, Workers, connect, handshake, met, new_side, new_token, read_exactly
+from tests.support.harness import (
+    Relay,
+    Workers,
+    connect,
+    handshake,
+    met,
+    new_side,
+    new_token,
+    read_exactly,
+    wait_until,
+)
 from tests.support.mistaken_relay import mistakes
 
 MISTAKEN = "tests.support.mistaken_relay"
@@ -20,6 +30,7 @@ HANDING_ON = (
 ENDING = (
     "relay.clients.matching:Matching.dismiss",
     "relay.clients.matching:Matching.evict",
+    "relay.transfer.pair:Pair.detach",
     "relay.transfer.pump:Pump.abandon",
     "relay.server:Relay._close_door",
 )
@@ -46,6 +57,26 @@ def test_a_mistake_in_handing_one_on_leaves_all_transfers_and_all_who_wait_to_th
                 partner.sendall(handshake(token, new_side()))
                 assert read_exactly(client, 3) == read_exactly(partner, 3) == b"ok\n"
         assert [record["mood"] for record in workers.wait_for_records(8)] == ["happy"] * 8
+
+
+def test_a_transfer_that_cannot_be_handed_on_goes_on_and_is_tried_again_only_now_and_then(tmp_path: Path) -> None:
+    never = mistakes("relay.workers.handing_on:HandingOn._give", calls=1_000_000)
+    with (
+        Workers(tmp_path, "--grace", "3", count=1, env=never, program=MISTAKEN) as workers,
+        contextlib.ExitStack() as stack,
+    ):
+        first, second = met(workers.port, stack=stack)
+        leaving = workers.workers[0]
+        leaving.tracebacks_expected = True
+        workers.program, workers.env = "relay", None
+        workers.start_one()
+        leaving.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "a mistake in handing on a transfer" in leaving.log_text(), what="it was tried")
+        first.sendall(b"still here")
+        assert read_exactly(second, 10) == b"still here"
+        assert leaving.wait() == 0
+        assert [record["mood"] for record in workers.wait_for_records(1)] == ["happy"]
+        assert leaving.log_text().count("Traceback") < 10, "once a second"
 
 
 @pytest.mark.parametrize("calls", [1, 2])
