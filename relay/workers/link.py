@@ -13,7 +13,6 @@ import errno
 import math
 import mmap
 import socket
-import struct
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -198,11 +197,11 @@ class Link:
 
     def hand_client(self, client: Client) -> None:
         """Hand `client` on, with whatever else this iteration of the loop brings."""
-        self.room -= 1
-        self.under_way += 1
         if not self._next_clients:
             self._run_callback(self._send_clients)
         self._next_clients.append(client)
+        self.room -= 1
+        self.under_way += 1
 
     def hand_alone(self, client: Client) -> None:
         """Hand on `client`, which could not be sent together with others."""
@@ -227,7 +226,7 @@ class Link:
         size = 0
         for client in clients:
             batch.append(client)
-            size += len(client.packed_speech)
+            size += _size_of(client)
             if len(batch) == CLIENTS_AT_A_TIME or size > CLIENT_BYTES:
                 self.say(Parcel(batch))
                 batch, size = [], 0
@@ -247,6 +246,8 @@ class Link:
             if not self._writes.active:
                 self._writes.start(self._send)
             return
+        except MemoryError:
+            return  # it is tried again every second
         except OSError as error:
             if not isinstance(self._outbox[0], Parcel) or error.errno in _PASSING:
                 return
@@ -264,13 +265,15 @@ class Link:
 
     def _send_parcel(self, parcel: Parcel) -> None:
         """Send it; or give it back if it can never be sent, since whoever is in it, and behind it, is served nowhere
-        meanwhile. Raises OSError when another one would fare no better."""
+        meanwhile. Raises OSError or MemoryError when another one would fare no better."""
         envelope = self._owner.envelope()
         try:
             with contextlib.ExitStack() as files:
                 packet, fds = _packed(envelope, parcel, files)
                 self._sock.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
-        except (OSError, ValueError, struct.error) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever it is, those behind it are not to blame
             if isinstance(error, OSError) and (error.errno not in _LASTING or self.closed):
                 raise
             self.under_way -= parcel.connections
@@ -383,9 +386,16 @@ class Link:
         self._sock.close()
 
 
+def _size_of(client: Client) -> int:
+    """How many bytes of a packet what `client` has said may take."""
+    try:
+        return len(client.packed_speech)
+    except Exception:
+        return 0  # when it is to be packed, it is seen that it cannot be
+
+
 def _packed(envelope: Envelope, parcel: Parcel, files: contextlib.ExitStack) -> tuple[bytes, list[int]]:
-    """A parcel as a packet, and the file descriptors beside it, of which `files` closes what was opened for it; raises
-    OSError, ValueError or struct.error."""
+    """A parcel as a packet, and the file descriptors beside it, of which `files` closes what was opened for it."""
     if parcel.pair is None:
         return encode_clients(envelope, parcel.clients), [client.sock.fileno() for client in parcel.clients]
     state, fds = parcel.pair.pack(files)

@@ -19,6 +19,7 @@ import gevent
 from relay import __version__
 from relay.mistakes import Mistake
 from relay.process import log
+from relay.process.discreet import discreet
 from relay.workers.estate import Estate
 from relay.workers.gathering import Gathering
 from relay.workers.language import (
@@ -359,7 +360,8 @@ class Siblings:
 
     def is_unfit(self, link: Link, parcel: Parcel, error: Exception) -> None:
         """A parcel can never be sent over a link, and is ours again."""
-        self._warn("somebody cannot be handed on, and stays with this worker: %s", error)
+        reason = discreet(f"{type(error).__name__}: {error}")
+        self._warn("somebody cannot be handed on, and stays with this worker: %s", reason)
         self._parcels.is_unfit(link, parcel)
 
     # By the clock

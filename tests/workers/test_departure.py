@@ -26,6 +26,7 @@ MISTAKEN = "tests.support.mistaken_relay"
 HANDING_ON = (
     "relay.workers.handing_on:HandingOn._hand_on_pair",
     "relay.workers.handing_on:HandingOn.uproot",
+    "relay.clients.speech:Plain.pack",
 )
 ENDING = (
     "relay.clients.matching:Matching.dismiss",

@@ -1,4 +1,5 @@
-"""What a transfer takes along when it moves house, and what of that stays open where it was."""
+"""What goes over a link: what a transfer takes along when it moves house, what of that stays open where it was, and
+what becomes of the others when something goes wrong."""
 
 from __future__ import annotations
 
@@ -8,16 +9,22 @@ import socket
 import time
 from collections.abc import Iterator
 
+import gevent
 import pytest
 
+from relay.clients.client import Client
 from relay.clients.frames import FrameReader
+from relay.clients.speech import Plain
 from relay.transfer.pair import Pair, Readers
 from relay.transfer.pipes import PipePool
 from relay.transfer.pump import COPY_BYTES
 from relay.transfer.rest import Rest
 from relay.transfer.turns import Turns
-from relay.workers.language import LARGEST_PACKET, Envelope
-from relay.workers.link import Link, Parcel
+from relay.workers.estate import Estate
+from relay.workers.language import LARGEST_PACKET, Envelope, decode_clients
+from relay.workers.link import CLIENTS_AT_A_TIME, Link, Parcel
+from relay.workers.parcels import Parcels
+from tests.support.kernel_view import refuse_to_watch
 
 
 class Owner:
@@ -25,13 +32,15 @@ class Owner:
 
     def __init__(self) -> None:
         self.back: list[Parcel] = []
+        self.said: list[bytes] = []
 
     def envelope(self) -> Envelope:
         """For the next parcel."""
         return Envelope(1, time.monotonic())
 
     def heard(self, link: Link, packet: bytes, fds: list[int]) -> None:
-        """Nothing is said."""
+        """Something is said."""
+        self.said.append(packet)
 
     def came_back(self, parcel: Parcel) -> None:
         """It could not be sent now."""
@@ -117,3 +126,91 @@ def test_the_same_when_it_cannot_be_sent_now_nor_ever(
     sibling.close()
     link.send_again()
     assert open_files() == before - 1, "that was the sibling's end"
+
+
+def test_a_sibling_is_heard_again_when_the_kernel_has_refused_to_watch_for_it(
+    link_and_sibling: tuple[Link, socket.socket],
+) -> None:
+    link, sibling = link_and_sibling
+    gevent.sleep(0.01)
+    refuse_to_watch(link._sock.fileno(), link._reads)
+    link.keep_reading()
+    sibling.send(b"there")
+    gevent.sleep(0.01)
+    owner = link._owner
+    assert isinstance(owner, Owner)
+    assert owner.said == [b"there"]
+
+
+class Unable:
+    """A worker that has room for all, and makes a mistake with what comes."""
+
+    def has_room(self, connections: int) -> bool:
+        """There is."""
+        return True
+
+    def take_in_pair(self, *arguments: object, is_guest: bool) -> None:
+        """Nothing comes of it."""
+        raise MemoryError
+
+
+def test_what_came_with_a_transfer_that_cannot_be_taken_in_is_closed(
+    stalled: Pair, link_and_sibling: tuple[Link, socket.socket]
+) -> None:
+    link, sibling = link_and_sibling
+    before = open_files()
+    link.hand_pair(stalled)
+    packet, fds, _, _ = socket.recv_fds(sibling, LARGEST_PACKET, 10)
+    assert open_files() == before + 3
+    parcels = Parcels(Unable(), Estate())  # type: ignore[arg-type]  # nothing else is asked of it
+    with pytest.raises(MemoryError):
+        parcels.take_pair(link, packet, fds)
+    assert open_files() == before
+
+
+class Unpackable(Plain):
+    """How a client speaks with whom something is wrong."""
+
+    def pack(self) -> bytes:
+        """It raises what nobody expects."""
+        raise LookupError
+
+
+@pytest.fixture
+def clients() -> Iterator[list[Client]]:
+    """One more than a packet carries, and there is something wrong with the fourth."""
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for number in range(CLIENTS_AT_A_TIME + 1):
+            here, there = socket.socketpair()
+            stack.enter_context(here)
+            stack.enter_context(there)
+            clients.append(Client(here))
+            clients[-1].token = b"%064x" % number
+        clients[3].speech = Unpackable()
+        yield clients
+
+
+def test_a_client_that_cannot_be_packed_and_a_lack_of_memory_cost_no_other_its_way(
+    clients: list[Client], link_and_sibling: tuple[Link, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, sibling = link_and_sibling
+    for client in clients:
+        link.hand_client(client)
+    with monkeypatch.context() as patch:
+        patch.setattr("relay.workers.link.encode_clients", no_memory)
+        link._send_clients()
+    link.send_again()
+    owner = link._owner
+    assert isinstance(owner, Owner)
+    assert [parcel.clients for parcel in owner.back] == [clients[:-1]], "each of these is to be sent alone"
+    packet, fds, _, _ = socket.recv_fds(sibling, LARGEST_PACKET, 100)
+    for fd in fds:
+        os.close(fd)
+    assert [handed.token for handed in decode_clients(packet)] == [clients[-1].token]
+    assert link.under_way == 1
+
+
+def no_memory(*arguments: object) -> bytes:
+    """There is none."""
+    raise MemoryError
