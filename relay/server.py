@@ -392,7 +392,7 @@ class Relay:
         anything for a moment, libev stops that, too; a watcher that is started begins it anew, and what is sent over it
         has the loop look whether a signal has come meanwhile."""
         self._wake.stop()
-        self._wake.start(int)
+        self._wake.start(int)  # which does nothing
         self._wake.send()
 
     def _look_after_who_is_due(self) -> None:

@@ -25,9 +25,8 @@ class Pings:
     """Who is pinged, and when.
 
     Args:
-        interval: seconds after which somebody who was told nothing is pinged, at the latest, if `ping` is called every
-            second: it is kept to a second, so nobody is silent for over one more, or for over two where it is less; 0
-            is never.
+        interval: somebody who was told nothing for so many seconds is pinged, if `ping` is called every second. That
+            may come a second late, or two where it is no whole number. 0 is never.
     """
 
     def __init__(self, interval: float) -> None:

@@ -136,7 +136,8 @@ class Places:
 
 
 def in_user_namespace() -> bool:
-    """Whether this process is in a user namespace of somebody's, as in a rootless container (user_namespaces(7)).
+    """Whether this process is in another user namespace than the machine's own, as in a rootless container
+    (user_namespaces(7)).
 
     There clients may all come from an address of its own, if a port handler outside connects on their behalf.
     """

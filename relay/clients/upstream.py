@@ -130,8 +130,8 @@ def dial(address: Address) -> Connection:
 
 
 def lacks_port(error: OSError, address: Address) -> bool:
-    """Whether that is why there is no connection to `address`: all ports of this machine that one could have to it are
-    taken (ip(7), ip_local_port_range). The kernel says the same where it has no address to come from."""
+    """Whether `error`, for which there is no connection to `address`, means that all ports are taken that this machine
+    could have to it (ip(7), ip_local_port_range). The kernel says the same where it has no address to come from."""
     if error.errno != errno.EADDRNOTAVAIL:
         return False
     try:

@@ -13,7 +13,8 @@ T = TypeVar("T")
 def one_by_one(things: Iterable[T], do: Callable[[T], object], what: str) -> bool:
     """Call `do` with each of these `things`; it ends early when that returns False.
 
-    The log tells of the first mistake of all, made in `what`: as a rule there is one, or it is the same each time.
+    The log tells of the first mistake only: as a rule there is one, or it is the same each time. `what` says where it
+    was made, as in "in handing on a transfer".
 
     Returns whether `do` was done with all of them, and well.
     """

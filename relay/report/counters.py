@@ -17,7 +17,7 @@ MOST: Final = 1 << 63
 """No worker counts so far."""
 
 STEP: Final = 1 / 1024
-"""Of what fractions are multiples; see `relay.usage.told`, which has it so."""
+"""Fractions are multiples of this; `relay.usage.told` says why."""
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_.+-]{1,100}")
 _BOUND: Final = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,20})?(?:e[+-]?[0-9]{1,2})?|inf")

@@ -41,9 +41,8 @@ class History:
 
     Attributes:
         days: what was counted.
-        of: what `all_time` would be if all its connections, and no others, were among these: what it says beyond that
-            has ended since.
-        least: what `all_time` said of connections when the count began. It says less only of another file.
+        of: the `all_time` that goes with these days: what a later one has more than this has ended since.
+        least: the connections of `all_time` when the count began. Only another file has fewer.
     """
 
     days: dict[Day, Sums] = field(default_factory=dict)
@@ -51,8 +50,8 @@ class History:
     least: int = 0
 
     def counted_with(self, all_time: Sums) -> None:
-        """`all_time` is this after the count. If that is less than what was counted, rows are there that it never knew
-        of, and go on being there: whatever it says beyond this has ended since."""
+        """Note `all_time` as it is after the count. If it has fewer connections than were counted, it never knew of
+        some rows, which are still there: then it is this `all_time` that later ones are compared with."""
         if all_time.connections < self.of.connections:
             self.of = all_time
 

@@ -11,7 +11,7 @@ somebody is ended for it:
 - of those, whoever has been idle longest, and for `IDLE_SECONDS` at the least. A transfer is idle as long as it has
   moved no more than `LITTLE_BYTES`: otherwise a byte now and then would keep a place. Who moves more is never ended,
   nor who waits for a rate of the operator's;
-- but a source that has `many` is one of a few that have it all. What it has need only have been idle for
+- but a source that has many (see `MANY_OF`) is one of a few that have it all. What it has need only have been idle for
   `BRIEF_SECONDS`: otherwise it would keep its places by coming back every few seconds;
 - and a newcomer is turned away when only smaller sources than its own have anybody idle, or others of the same size. So
   who fills the relay with what moves cannot drive out those who wait. Of its own, half of the idle may give way to it:

@@ -182,16 +182,6 @@ class Pair:
         else:
             self._go_to_rest()
 
-    def detach_soon(self) -> None:
-        """The same in the next iteration of the event loop, so that many pairs can do it in one; `detach` is to follow,
-        and finds it done."""
-        self.rest.forget(self)
-        greenlet = self.greenlet
-        if greenlet is not None:
-            if greenlet.gr_frame is None:
-                self.greenlet = None  # it has not begun, and never will
-            greenlet.kill(Detached, block=False)
-
     def detach(self) -> None:
         """Make the pair let go of its sockets, between two turns; to be called from another greenlet."""
         self.rest.forget(self)
@@ -202,6 +192,16 @@ class Pair:
             if self.greenlet is greenlet:
                 self.greenlet = None
             self.rest.forget(self)
+
+    def detach_soon(self) -> None:
+        """Have the pair let go of its sockets in the next iteration of the event loop, so that many pairs can do it in
+        one. `detach` has to follow: as a rule it finds nothing left to do."""
+        self.rest.forget(self)
+        greenlet = self.greenlet
+        if greenlet is not None:
+            if greenlet.gr_frame is None:
+                self.greenlet = None  # it has not begun, and never will
+            greenlet.kill(Detached, block=False)
 
     def was_busy(self) -> bool:
         """Whether anything has moved since this was last asked."""

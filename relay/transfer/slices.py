@@ -21,7 +21,7 @@ REST_SECONDS = 0.001
 """How long it rests then: whoever is busy has half of the time."""
 
 MOST_MISTAKES = 100
-"""So often is gone on after a mistake of ours with one of many."""
+"""After so many mistakes of ours, each with one of many, the others are left alone."""
 
 T = TypeVar("T")
 
@@ -37,8 +37,9 @@ def in_slices(things: Iterable[T]) -> Iterator[T]:
 
 
 def see_to_all(begin: Callable[[], Iterator[None]], what: str) -> None:
-    """Do something for everybody, in slices and one with each step, from a greenlet. After a mistake made `what` those
-    who are left are begun with anew, `MOST_MISTAKES` times at the most: a mistake with one is no other's."""
+    """Do something for everybody, in slices and one with each step, from a greenlet. `begin` begins with those for whom
+    it is still to be done; after a mistake it is asked again, `MOST_MISTAKES` times at the most: a mistake with one is
+    no other's. The log tells of each; `what` says with whom it was, as in "with one who waits"."""
     mistakes = 0
     while not _went_well(begin(), what) and mistakes < MOST_MISTAKES:
         mistakes += 1

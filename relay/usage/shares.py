@@ -64,7 +64,7 @@ class Shares:
         self._start = self._seen_start or f"{UNKNOWN_BOOT}/{self._byte}"
         self._fd = -1
         self._has_lifeline = False
-        self._service_began: int | None = None  # of which this worker is
+        self._service_began: int | None = None  # that this worker belongs to; when it did
 
     def live(self, fd: int) -> None:
         """Hold a lifeline, from now on, until the database file that `fd` is open to is closed.
@@ -79,7 +79,7 @@ class Shares:
 
     def enter(self, connection: sqlite3.Connection) -> bool:
         """Say how this worker is known; return whether the service goes on: there are others, or it is the one that
-        this worker was of before, which had to open the file again. If not, it begins anew.
+        this worker belonged to before it had to open the file again. If not, it begins anew.
 
         Raises:
             Trouble: one of them is on another machine, or knows the file by another name.

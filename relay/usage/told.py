@@ -44,8 +44,8 @@ HISTOGRAMS: Final[Mapping[str, tuple[int, Sequence[float]]]] = {
 """Of what in a row of `usage` there are counts by bucket: its place there, and the bounds."""
 
 STEP: Final = 1 / 1024
-"""What sums of times are told in, in seconds: up to 2^43 seconds (ten thousand transfers at a time, for 27 years) a
-float has them without rounding."""
+"""Sums of times are told in multiples of this, in seconds. A float holds these exactly up to 2^43 seconds, which ten
+thousand transfers at a time come to in 27 years."""
 
 _MOST: Final = 1 << 63
 """No worker counts so far."""

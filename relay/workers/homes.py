@@ -146,8 +146,8 @@ class Homes:
         return now - last < FURTHER_SECONDS
 
     def give_up(self, token: bytes) -> bool:
-        """Be home to `token` no longer; nothing happens if we are not. Whether we were for certain, at its first place:
-        then nobody else was, unless somebody has stood still lately."""
+        """Be home to `token` no longer; nothing happens if we are not. Returns whether we were so for certain, at its
+        first place: then nobody else was, unless somebody has stood still lately."""
         first = self._first_place_of(token)
         was_ours = self._buckets.drop(first)
         if self._further:
@@ -157,7 +157,7 @@ class Homes:
 
     def match(self, token: bytes, when: float) -> int | None:
         """Tell all workers that two sides were matched for `token`, at `when` in seconds of CLOCK_MONOTONIC, and be
-        home to it no longer. What `holder` says then."""
+        home to it no longer. Returns what `holder` says then."""
         self._matches.note(self._number_of(token), when)
         self._buckets.fence()
         was_ours = self.give_up(token)

@@ -1,7 +1,7 @@
 """How long somebody to whom nothing is said is left without a ping.
 
-A worker asks every second, at any fraction of one, so an interval is kept to a second: two questions in each, and
-whoever was told something since the first is pinged at the second.
+A worker asks every second, at any fraction of one, so an interval is kept to a second, or two where it is no whole
+number. In each there are two questions, and whoever was told something since the first is pinged at the second.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Somebody:
 
 @given(interval=st.floats(0.01, 60), phase=phases, added=st.floats(0, 1))
 @example(interval=0.5, phase=0.9, added=0.89)
-def test_nobody_is_silent_for_longer_than_its_interval_and_a_second(
+def test_nobody_is_silent_for_longer_than_its_interval_rounded_up_to_an_even_number_of_seconds(
     interval: float, phase: float, added: float
 ) -> None:
     pings, somebody = Pings(interval), Somebody()
