@@ -16,8 +16,9 @@ from relay.options import Options
 from relay.preflight.check import check, check_log_fd
 from relay.preflight.ports import check_ports
 from relay.process import log
+from relay.process.command_line import NotUnderstood, read_command_line
 from relay.process.fd_limit import fd_limit, raise_fd_limit
-from relay.process.program import NotUnderstood, fail, get_ready, read_command_line
+from relay.process.program import fail, get_ready
 from relay.process.signals import be_ready_for_signals, end_by_signal
 from relay.usage.own_log import OwnLog
 
@@ -236,7 +237,8 @@ def read_options(arguments: Sequence[str]) -> Options:
     try:
         given = read_command_line(USAGE, arguments, f"relay-gevent {__version__}")
     except NotUnderstood as refusal:
-        raise Mistake(_what_docopt_means(arguments, str(refusal))) from None
+        complaint = str(refusal) or f"cannot make sense of {' '.join(arguments)!r}"
+        raise Mistake(f"{complaint}; see relay-gevent --help") from None
     port, interface = _endpoint(given["--port"], given["--interface"])
     websocket = _websocket(given, interface)
     health = None if given["--health"] is None else _endpoint(given["--health"], interface, "--health")
@@ -279,20 +281,6 @@ def read_options(arguments: Sequence[str]) -> Options:
         measure_paths=_measure_paths(given),
         check=given["--check"],
     )
-
-
-def _what_docopt_means(arguments: Sequence[str], complaint: str) -> str:
-    if complaint:
-        return f"{complaint}; see relay-gevent --help"
-    known = set(re.findall(r"^  (--[a-z-]+)", USAGE, re.MULTILINE))
-    names = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
-    for name in names:
-        if not any(option.startswith(name) for option in known):
-            return f"{name} is not an option; see relay-gevent --help"
-    for name in names:
-        if names.count(name) > 1:
-            return f"{name} is given more than once; give it once"
-    return f"cannot make sense of {' '.join(arguments)!r}; see relay-gevent --help"
 
 
 def _measure_paths(given: dict[str, Any]) -> bool:

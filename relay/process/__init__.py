@@ -2,6 +2,7 @@
 
 =============  ========================================================================================
 `program`      what every program here does around its own work, whatever it was started with
+`command_line` what docopt makes of one, and what is wrong with it
 `signals`      what each signal means to a worker
 `log`          the lines that it tells the operator
 `one_by_one`   something is done for each of many, and a mistake with one is no other's trouble

@@ -2,8 +2,8 @@
 
 The process may have been started for somebody else's purposes: without standard streams, with variables for other
 programs, with warnings that are errors, without docstrings (PYTHONOPTIMIZE=2: so a usage is a constant and no
-docstring). A program begins with `get_ready`, reads its command line with `read_command_line`, prints with `say`, and
-ends with `fail` when the operator has made a mistake.
+docstring). A program begins with `get_ready`, reads its command line (`command_line`), prints with `say`, and ends with
+`fail` when the operator has made a mistake.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import os
 import resource
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from relay.mistakes import Mistake
 
@@ -27,10 +26,6 @@ _FOREIGN = ("GEVENT", "PURE_PYTHON", "WEBSOCKETS_")
 """How the names of variables begin that make other libraries of those that the relay was built on and tried with:
 another event loop or a backend that is not epoll, C replaced by Python, a thread that watches, other limits of headers.
 Some values end the start, and whoever set one did not mean the relay."""
-
-
-class NotUnderstood(Mistake):
-    """A command line that is not as the usage says; the text is docopt's complaint, and empty when it has none."""
 
 
 def get_ready() -> frozenset[int]:
@@ -108,29 +103,6 @@ def _open_standard_streams() -> None:
         if "\n".encode(stream.encoding) != b"\n":
             stream.reconfigure(encoding="utf-8")  # PYTHONIOENCODING=utf-16 was not meant for us
         stream.reconfigure(errors="backslashreplace")  # what the encoding has no sign for ends no program
-
-
-def read_command_line(usage: str, arguments: Sequence[str], version: str | None = None) -> dict[str, Any]:
-    """What docopt makes of `arguments`. Prints and ends, with status 0, for --help and --version.
-
-    Raises:
-        NotUnderstood: it is not as `usage` says.
-        Mistake: the help cannot be printed.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Python 3.12 and later have something to say when they compile docopt 0.6.2
-        import docopt
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed):
-            return docopt.docopt(usage, list(arguments), version=version)
-    except docopt.DocoptExit as refusal:
-        raise NotUnderstood(str(refusal).partition("Usage:")[0].strip()) from None
-    except SystemExit:
-        say(printed.getvalue())
-        raise
-    finally:
-        sys.modules.pop("docopt", None)  # it is needed once
 
 
 def say(text: str) -> None:

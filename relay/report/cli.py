@@ -14,7 +14,8 @@ from typing import TextIO
 
 from relay import __version__
 from relay.mistakes import Mistake
-from relay.process.program import NotUnderstood, fail, get_ready, read_command_line, say
+from relay.process.command_line import NotUnderstood, read_command_line
+from relay.process.program import fail, get_ready, say
 from relay.process.shown import shown
 from relay.report.counters import added, read_counters
 from relay.report.database import ReportError, Summary, add_now, opened

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from relay import __version__
 from relay.mistakes import Mistake
-from relay.process.program import NotUnderstood, fail, get_ready, read_command_line
+from relay.process.command_line import NotUnderstood, read_command_line
+from relay.process.program import fail, get_ready
 from relay.process.signals import be_ready_for_signals, end_by_signal
 
 USAGE = """relay-status, relay-gevent seen live: a page, numbers for Prometheus and for other programs.

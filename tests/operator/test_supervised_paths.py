@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.harness import wait_until
 from tests.support.hostile import honest_transfer
-from tests.support.supervised import Supervised, supervised
+from tests.support.supervised import supervised
 
 
 def lines_of(path: Path) -> int:
@@ -43,14 +43,6 @@ def test_paths_are_in_the_folder_that_holds_etc_and_var_as_the_defaults_are(wher
         assert "Traceback" not in service.logs()
 
 
-def complaint(service: Supervised) -> str:
-    """What the first worker says of why it does not start."""
-    service.run("-m", "supervisor.supervisord", "-c", str(service.conf))
-    log = service.var / "relay-0.log"
-    wait_until(lambda: log.exists() and "\n" in log.read_text(), 20, service.logs())
-    return log.read_text().splitlines()[0]
-
-
 @pytest.mark.parametrize(
     ("variable", "value", "says"),
     [
@@ -67,7 +59,7 @@ def test_a_path_that_will_not_do_is_told_of_with_the_variable_and_what_to_do(
 ) -> None:
     with supervised(started=False) as service:
         service.env[variable] = value
-        line = complaint(service)
+        line = service.complaint()
         assert line.startswith(f"relay-gevent: error: {variable}, "), line
         assert f"{service.home}/{value}" in line
         assert says in line

@@ -101,6 +101,13 @@ class Supervised:
         wait_until(lambda: all(state == "RUNNING" for state in self.states()), 20, f"every worker runs: {self.logs()}")
         wait_until(lambda: len(self.listening()) == len(self.states()), 10, f"every worker listens: {self.logs()}")
 
+    def complaint(self) -> str:
+        """Start it, which must not go well, and return what the first worker says of why."""
+        self.run("-m", "supervisor.supervisord", "-c", str(self.conf))
+        log = self.var / "relay-0.log"
+        wait_until(lambda: log.exists() and "\n" in log.read_text(), 20, self.logs())
+        return log.read_text().splitlines()[0]
+
     def control(self, *words: str, check: bool = True) -> str:
         """Run supervisorctl and return what it printed."""
         return self.run("-m", "supervisor.supervisorctl", "-c", str(self.conf), *words, check=check).stdout

@@ -1,0 +1,63 @@
+"""What a relay under supervisor may be told without touching the file, and what it says of what it may not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.harness import connect, free_port, read_exactly, wait_until
+from tests.support.supervised import supervised
+
+
+@pytest.mark.parametrize(
+    ("options", "word", "remedy"),
+    [
+        ("--grace 5 --blur-usage 60", "--blur-usage", "RELAY_BLUR_USAGE"),
+        ("-w4002", "-w4002", "RELAY_WEBSOCKET"),
+        ("--log-stdout", "--log-stdout", "RELAY_USAGE_LOG"),
+        ("--health 4003", "--health", "RELAY_HEALTH"),
+        ("--check", "--check", "end at once"),
+        ("--upstream 127.0.0.1:4001", "--upstream", "docs/machines.md"),
+    ],
+)
+def test_an_option_that_is_not_for_relay_options_is_told_of_with_what_to_do(
+    options: str, word: str, remedy: str
+) -> None:
+    with supervised(started=False, options=options) as service:
+        service.env["RELAY_HEALTH"] = str(free_port())
+        line = service.complaint()
+        assert line.startswith(f"relay-gevent: error: RELAY_OPTIONS, {word}: "), line
+        assert remedy in line
+
+
+def test_the_beginning_of_an_option_that_the_file_gives_is_told_of_as_a_repetition() -> None:
+    with supervised(started=False, options="--blur 60") as service:
+        line = service.complaint()
+        assert line.startswith("relay-gevent: error: --blur-usage is given more than once, as --blur, too; "), line
+
+
+@pytest.mark.parametrize("blur", ["60", "no"])
+def test_the_blur_and_the_port_for_health_checks_are_changed_without_the_file(blur: str) -> None:
+    with supervised(started=False, options="--websocket-url ws://relay.example.org/") as service:
+        health = free_port()
+        service.env.update(RELAY_BLUR_USAGE=blur, RELAY_HEALTH=f"tcp:{health}:interface=127.0.0.1")
+        service.start()
+        told = {Path(f"/proc/{pid}/cmdline").read_bytes() for pid in service.pids()}
+        (words,) = [[word.decode() for word in line.split(b"\0")] for line in told]
+        assert ("--blur-usage" in words) == (blur != "no")
+        assert blur == "no" or words[words.index("--blur-usage") + 1] == blur
+        with connect(health) as check:
+            check.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            assert read_exactly(check, 12) == b"HTTP/1.1 200"
+
+
+def test_a_port_among_the_status_pages_options_is_told_of_with_the_variable() -> None:
+    with supervised(started=False) as service:
+        service.env["RELAY_STATUS_OPTIONS"] = "--port 4080"
+        service.run("-m", "supervisor.supervisord", "-c", str(service.conf))
+        log = service.var / "status.log"
+        wait_until(lambda: log.exists() and "\n" in log.read_text(), 20, service.logs())
+        line = log.read_text().splitlines()[0]
+        assert line.startswith("relay-status: error: RELAY_STATUS_OPTIONS, --port: ")
+        assert line.endswith("set RELAY_STATUS_LISTEN")
