@@ -2,14 +2,15 @@
 
 What is written at a time is whole lines of 4096 bytes at the most, so that the lines of several workers on one pipe or
 file never mix: pipe(7), PIPE_BUF. The descriptor may be a file, a pipe, a socket or a terminal, blocking or not; it is
-used as it is and never closed.
+never closed. A file is written at its end, however it was opened.
 
-But of a FIFO that was opened for both reading and writing, so that a shell did not wait for its reader, only the end
-for writing is kept: with the other one in this process's own hands nobody would notice that there is no reader.
+Of a FIFO that was opened for both reading and writing, so that a shell did not wait for its reader, only the end for
+writing is kept: with the other one in this process's own hands nobody would notice that there is no reader.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -19,6 +20,7 @@ import stat
 from collections import deque
 from collections.abc import Set as AbstractSet
 
+from relay.usage.folder import BESIDE
 from relay.usage.record import Record, blur
 from relay.usage.reopen import FollowedFile
 from relay.usage.trouble import LOCKED_PATIENCE, Trouble, UsageError
@@ -33,8 +35,8 @@ _NO_LINES = {stat.S_IFDIR: "a folder", stat.S_IFBLK: "a disk"}
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
-def check_log_fd(fd: int) -> None:
-    """Raise UsageError unless JSON lines can go to `fd`.
+def check_log_fd(fd: int, usage_db: str | None = None) -> None:
+    """Raise UsageError unless JSON lines can go to `fd`, and are no database at `usage_db`.
 
     Best asked before the process opens anything itself: a number that the operator forgot to open may be something of
     the relay's own by then, such as the socket it listens on.
@@ -50,6 +52,23 @@ def check_log_fd(fd: int) -> None:
         raise UsageError(not_open(fd))
     if flags is not None and flags & os.O_ACCMODE == os.O_RDONLY:
         raise UsageError(f"--log-fd {fd}: it is open for reading only; open it for writing, as in {fd}>>usage.json")
+    if usage_db is not None:
+        _check_apart(fd, usage_db)
+
+
+def _check_apart(fd: int, usage_db: str) -> None:
+    """Raise UsageError where the lines would go into the database, or into what SQLite keeps beside it."""
+    status = os.fstat(fd)
+    for beside in ("", *BESIDE):
+        try:
+            is_same = os.path.samestat(status, os.stat(os.path.realpath(usage_db) + beside))
+        except (OSError, ValueError):
+            continue  # the shell has made the file of the lines already, so this is none
+        if is_same:
+            what = f"the {beside} of the file" if beside else "the file"
+            raise UsageError(
+                f"--log-fd {fd}: it is {what} that --usage-db names, {usage_db}; give each a file of its own"
+            )
 
 
 def _flags(fd: int) -> int | None:
@@ -74,6 +93,16 @@ def _is_listening(fd: int, kind: int) -> bool:
             return bool(duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
     except OSError:
         return False  # not told; writing to it will
+
+
+def _append(fd: int) -> None:
+    """Have each line go to the end of a file, also one that the shell opened with > and not with >>: otherwise workers
+    that opened it each by themselves write over each other's. Where that is refused it stays as it was opened."""
+    flags = _flags(fd)
+    if flags is None or flags & os.O_APPEND or not stat.S_ISREG(os.fstat(fd).st_mode):
+        return
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_APPEND)
 
 
 def _be_no_reader(fd: int) -> None:
@@ -118,6 +147,7 @@ class JsonLog:
         self._warn = warn
         self._file = FollowedFile(fd)
         _be_no_reader(fd)
+        _append(fd)
         self._told_of_rotation = False
         self._rest = b""  # of the line of the oldest kept record, when part of it is written
         self._poll: select.poll | None = None

@@ -86,7 +86,7 @@ def open_recorder(
 
     Args:
         usage_db: path of the SQLite file, made when missing; None for no database.
-        log_fd: file descriptor for JSON lines, used as it is; None for none.
+        log_fd: file descriptor for JSON lines; None for none.
         blur_seconds: round times down to a multiple of this, and sizes up; None records both exactly.
         current: returns what this process holds at the moment; called on another thread, so it must only read.
         describe: returns what it tells of itself beside that; called like `current`.
@@ -118,7 +118,7 @@ def _open(
 ) -> Recorder:
     log = database = None
     if log_fd is not None:
-        check_log_fd(log_fd)
+        check_log_fd(log_fd, usage_db)
         log = Writer(JsonLog(log_fd, blur_seconds, warn), warn)
     if usage_db is not None:
         from relay.usage.database import Database  # not before: SQLite takes 1.5 MB

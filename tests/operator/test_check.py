@@ -130,6 +130,26 @@ def test_a_descriptor_that_takes_no_lines_is_told_for_what_it_is(tmp_path: Path,
     assert told.startswith(f"--log-fd {fd}: it is {'a folder; ' if opened == 'folder' else 'open for reading only; '}")
 
 
+@pytest.mark.parametrize("end", ["", "-wal", "-shm"])
+@pytest.mark.parametrize("flags", [os.O_APPEND, os.O_TRUNC], ids=[">>", ">"])
+def test_lines_that_would_go_into_the_database_are_told_of_by_both_options(
+    tmp_path: Path, end: str, flags: int
+) -> None:
+    database = tmp_path / "usage.sqlite"
+    open_database(str(database)).close()
+    fd = os.open(f"{database}{end}", os.O_WRONLY | os.O_CREAT | flags)
+    (tmp_path / "by-a-link").symlink_to(database)
+    try:
+        for path in (database, tmp_path / "by-a-link"):
+            options = ("--log-fd", str(fd), "--usage-db", str(path))
+            told = checked(run("--check", *options, pass_fds=(fd,)))
+            assert told == checked(run(*LOCAL, *options, pass_fds=(fd,)))
+            what = f"the {end} of the file" if end else "the file"
+            assert told.startswith(f"--log-fd {fd}: it is {what} that --usage-db names, {path}; ")
+    finally:
+        os.close(fd)
+
+
 def test_a_standard_descriptor_that_is_closed_is_told_of(tmp_path: Path) -> None:
     shut = ["/bin/sh", "-c", 'exec "$0" "$@" >&-']
     assert "it is not open" in checked(run("--check", "--log-stdout", inside=shut))

@@ -102,6 +102,7 @@ def test_wherever_a_write_is_cut_short_each_line_comes_once_and_whole(flags: int
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         path = Path(folder) / "log"
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | flags)
+        patch.setattr("relay.usage.json_log._append", lambda fd: None)
         log = JsonLog(fd, None, print)
         patch.setattr("relay.usage.json_log.os.write", write)
         kept = deque(map(numbered, range(100)))
@@ -112,6 +113,20 @@ def test_wherever_a_write_is_cut_short_each_line_comes_once_and_whole(flags: int
                 assert path.read_bytes()[-1:] in (b"", b"\n"), "another worker may go on"
         os.close(fd)
         assert numbers_of_lines(path.read_bytes()) == list(range(100))
+
+
+def test_workers_that_were_not_told_to_append_do_not_write_over_each_others_lines(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("a line of yesterday\n")
+    fds = [os.open(path, os.O_WRONLY) for _ in range(2)]
+    logs = [JsonLog(fd, None, print) for fd in fds]
+    for number in range(20):
+        logs[number % 2].write(deque([numbered(number)]), set())
+    for fd in fds:
+        os.close(fd)
+    yesterday, lines = path.read_bytes().split(b"\n", 1)
+    assert yesterday == b"a line of yesterday"
+    assert numbers_of_lines(lines) == list(range(20))
 
 
 def test_where_it_may_be_a_datagram_each_line_is_one_write_of_its_own() -> None:
