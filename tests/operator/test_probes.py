@@ -112,3 +112,49 @@ def test_a_proxy_for_others_is_not_asked_whether_the_relay_lives(host: Host, tmp
     proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy"), "http://192.0.2.9:3128")
     with Relay(tmp_path, "--health", "4003", inside=host.inside):
         assert healthy(host, "--alive", **proxies) == (0, "a worker answers\n")
+
+
+@pytest.mark.parametrize(
+    "health", ["4013", "tcp:4013", "tcp:4013:interface=127.0.0.9", r"tcp:4013:interface=\:\:1"]
+)
+def test_a_worker_is_asked_wherever_the_container_has_it_answer(host: Host, tmp_path: Path, health: str) -> None:
+    with Relay(tmp_path, "--health", health, inside=host.inside):
+        assert healthy(host, "--alive", RELAY_HEALTH=health) == (0, "a worker answers\n")
+    status, words = healthy(host, "--alive", RELAY_HEALTH=health)
+    assert (status, words.startswith("no worker answers")) == (1, True)
+
+
+def test_without_a_port_for_checks_it_says_so(host: Host) -> None:
+    for health in ("", "none", "tcp:4003:interface="):
+        assert healthy(host, "--alive", RELAY_HEALTH=health) == (1, "RELAY_HEALTH names no port for health checks\n")
+
+
+@pytest.mark.parametrize(
+    ("listen", "options"),
+    [
+        ("4090", "--interface :: --workers 2"),
+        ("", "--workers 2 --interface=0.0.0.0"),
+        ("4090", "--workers 2"),
+        ("4090", "--workers 2 --interface 127.0.0.9"),
+        ("4090", "--interface ::1"),
+    ],
+)
+def test_the_status_page_is_asked_wherever_the_container_has_it_listen(
+    host: Host, tmp_path: Path, listen: str, options: str
+) -> None:
+    pytest.importorskip("prometheus_client")
+    command = [*host.inside, sys.executable, "-m", "relay.status.cli", "--usage-db", str(tmp_path / "usage.sqlite")]
+    status = subprocess.Popen(
+        [*command, "--port", listen or "4080", *options.split()], cwd=CHECKOUT, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert status.stderr is not None
+        assert "the status page is at" in status.stderr.readline()
+        code, words = healthy(host, RELAY_STATUS_LISTEN=listen, RELAY_STATUS_OPTIONS=options)
+    finally:
+        status.terminate()
+        status.communicate(timeout=20)
+    assert code == 1  # there is no relay, as it says
+    assert words
+    assert "does not answer" not in words
+    assert "127.0.0" not in words
