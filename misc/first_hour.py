@@ -120,6 +120,10 @@ CERTBOT = r"""#!/bin/sh
 set -e
 for name; do :; done
 place=/etc/letsencrypt/live/$name
+if [ "$1" = delete ]; then
+    rm -r "$place"
+    exit
+fi
 mkdir -p "$place" /etc/letsencrypt/renewal-hooks/pre /etc/letsencrypt/renewal-hooks/post
 openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj "/CN=$name" -addext "subjectAltName=DNS:$name" \
     -keyout "$place/privkey.pem" -out "$place/fullchain.pem" 2>/dev/null

@@ -6,6 +6,7 @@ Without those that need further packages of Debian's, which `misc/first_hour.py`
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -50,6 +51,32 @@ def test_the_backup_holds_nothing_that_lies_between_the_rows(tmp_path: Path) -> 
     assert b"deleted" in database.read_bytes()
     assert b"kept" in backup.read_bytes()
     assert b"deleted" not in backup.read_bytes()
+
+
+def test_what_takes_the_relay_away_takes_every_file_that_a_page_put_on_its_machine() -> None:
+    taken = {
+        word
+        for line in PAGE.read_text().splitlines()
+        if re.match(r"rm -(f|r|rf) ", line)
+        for word in line.split()[2:]
+        if word.startswith("/")
+    }
+    put = set()
+    for name in ("first-hour", "systemd", "rsyslog", "munin", "tuning"):
+        page = (CHECKOUT / "docs" / f"{name}.md").read_text()
+        put |= set(re.findall(r">>? ?(/(?:etc|usr)/\S+)", page))
+        for sources, folder in re.findall(r"^ *(?:cp|ln -s) (?:-\S+ )*(\S.*) (/(?:etc|usr)/\S+/)$", page, re.MULTILINE):
+            put |= {folder + Path(source).name for source in sources.split()}
+    put -= {
+        # Of the central host, which serves other machines, and of a spool on either.
+        "/etc/rsyslog.d/relay-gevent-central.conf",
+        "/etc/logrotate.d/relay-gevent-central",
+        "/etc/fstab",
+    }
+    assert "/etc/logrotate.d/relay-gevent" in put
+    assert "/etc/letsencrypt/renewal-hooks/pre/nginx" in put
+    left = {path for path in put if not any(path == word or path.startswith(f"{word}/") for word in taken)}
+    assert left == set()
 
 
 @pytest.fixture(scope="module")
