@@ -280,6 +280,7 @@ def read_options(arguments: Sequence[str]) -> Options:
         relay_rate=_whole_or(given, "--relay-rate", None),
         measure_paths=_measure_paths(given),
         check=given["--check"],
+        own_interfaces=_own_interfaces(given),
     )
 
 
@@ -339,6 +340,13 @@ def _endpoint(port: str, interface: str, option: str = "--port") -> tuple[int, s
     if not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
         raise Mistake(f"{option} {port}: give a number from 0 to 65535, or tcp:PORT, or tcp:PORT:interface=ADDR")
     return int(port), interface
+
+
+def _own_interfaces(given: dict[str, Any]) -> tuple[str, ...]:
+    """The options whose value is a whole endpoint, with an interface."""
+    options = ("--port", "--websocket", "--health")
+    endpoints = {option: _ENDPOINT.fullmatch(given[option] or "") for option in options}
+    return tuple(option for option, endpoint in endpoints.items() if endpoint is not None and endpoint[2] is not None)
 
 
 def _path(given: dict[str, Any], option: str) -> str | None:

@@ -46,3 +46,18 @@ class Options:
     relay_rate: int | None = None
     measure_paths: bool = False
     check: bool = False
+    own_interfaces: tuple[str, ...] = ()
+    """Of --port, --websocket and --health those whose value names an interface; the others have that of --interface, or
+    of --port."""
+
+    def endpoints(self) -> list[tuple[str, int, str]]:
+        """The option, the port and the interface of each place where it listens."""
+        endpoints = [("--port" if self.upstream is None else "--websocket", self.port, self.interface)]
+        for option, endpoint in (("--websocket", self.websocket), ("--health", self.health)):
+            if endpoint is not None:
+                endpoints.append((option, *endpoint))
+        return endpoints
+
+    def interface_named_by(self, option: str) -> str:
+        """The option that has named the interface of `option`'s port: itself, or another one."""
+        return next((other for other in (option, "--port") if other in self.own_interfaces), "--interface")

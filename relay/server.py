@@ -207,7 +207,8 @@ class Relay:
 
     def _open_port(self, interface: str, port: int, option: str) -> socket.socket:
         try:
-            return open_port(interface, port, self.options.congestion_control, option=option)
+            named_by = self.options.interface_named_by(option)
+            return open_port(interface, port, self.options.congestion_control, option=option, named_by=named_by)
         except Mistake as mistake:
             unanswering = 0 if self._household is None else self._household.siblings.unanswering
             if not unanswering:
@@ -224,7 +225,7 @@ class Relay:
             from relay.clients.health_port import HealthPort  # not before: its pool of greenlets takes 0.6 MB
 
             number, interface = self.options.health
-            self._health = HealthPort(interface, number)
+            self._health = HealthPort(interface, number, self.options.interface_named_by("--health"))
         upstream = self.options.upstream
         if ports.web is None and not ports.shared and upstream is None:
             self._door = self._make_door(ports.plain)

@@ -13,7 +13,6 @@ else to be quicker stops, and every now and then each looks whether somebody sta
 from __future__ import annotations
 
 import errno
-import os
 import select
 import socket
 import time
@@ -24,9 +23,9 @@ from gevent.server import StreamServer
 
 from relay.clients.bounds import Bound
 from relay.clients.congestion import choose_congestion_control
-from relay.clients.listening import prepare, resolve, set_option, wrong_interface
-from relay.mistakes import Mistake
+from relay.clients.listening import prepare, set_option
 from relay.process import log
+from relay.process.addresses import bind, resolve, why_not
 
 BACKLOG = 4096
 """Connections that may wait to be accepted; the kernel cuts it to ``net.core.somaxconn``."""
@@ -57,6 +56,7 @@ def open_port(
     congestion_control: str | None = None,
     *,
     option: str = "--port",
+    named_by: str = "--interface",
     by_each_worker: bool = False,
 ) -> socket.socket:
     """Listen on `port` of the address `interface`, in any spelling (``::`` means every address, IPv6 and IPv4; port 0 a
@@ -65,9 +65,10 @@ def open_port(
     Its connections have `congestion_control`, or what is this machine's default. Where each worker listens
     `by_each_worker`, others of this user may listen there at the same time.
 
-    Raises Mistake when that cannot be had; `option` is what it names.
+    Raises Mistake when that cannot be had, which names the `option` that the port, or the one that the interface is
+    `named_by`.
     """
-    family, address = resolve(interface, port)
+    family, address = resolve(interface, port, named_by)
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         prepare(listener)
@@ -79,10 +80,10 @@ def open_port(
         if congestion_control is not None:
             choose_congestion_control(listener, congestion_control)
         try:
-            listener.bind(address)
+            bind(listener, address)
             listener.listen(BACKLOG)
         except OSError as error:
-            raise _port_mistake(error, interface, port, option) from None
+            raise why_not(error, interface, port, option, named_by) from None
     except BaseException:
         listener.close()
         raise
@@ -95,15 +96,6 @@ def is_at(listener: socket.socket, interface: str, port: int) -> bool:
     here = listener.getsockname()
     # Of an IPv6 address there is the zone, too: fe80::1 may be on several links.
     return bool((here[0], here[2:]) == (address[0], address[2:]) and port in (0, here[1]))
-
-
-def _port_mistake(error: OSError, interface: str, port: int, option: str) -> Mistake:
-    if error.errno == errno.EADDRINUSE:
-        return Mistake(f"{option} {port}: another program listens there already; stop it or choose another port")
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return Mistake(f"{option} {port}: this user may not listen there; ports below 1024 are for root")
-    reason = os.strerror(error.errno or 0)
-    return wrong_interface(error, interface) or Mistake(f"{option} {port} --interface {interface}: {reason}")
 
 
 class Door(StreamServer):  # type: ignore[misc]  # gevent has no types

@@ -32,12 +32,13 @@ ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 class HealthPort(StreamServer):  # type: ignore[misc]  # gevent has no types
-    """Listens from `start()` on, at `port` of the address `interface`; raises Mistake when that cannot be had."""
+    """Listens from `start()` on, at `port` of the address `interface`; raises Mistake when that cannot be had, which
+    may name the option that the interface is `named_by`."""
 
     _timer: Any
 
-    def __init__(self, interface: str, port: int) -> None:
-        listener = open_port(interface, port, option="--health", by_each_worker=True)
+    def __init__(self, interface: str, port: int, named_by: str = "--interface") -> None:
+        listener = open_port(interface, port, option="--health", named_by=named_by, by_each_worker=True)
         super().__init__(listener, handle=_answer, spawn=Pool(MOST_CHECKS))
 
     def do_handle(self, *connection: Any) -> None:  # noqa: ANN401  # gevent has no types

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from relay.clients.congestion import check_congestion_control
-from relay.clients.listening import check_interface
 from relay.mistakes import Mistake
 from relay.options import Options
 from relay.preflight.ports import check_ports
+from relay.process.addresses import check_interface
 
 
 def check(options: Options, closed: Collection[int] = ()) -> None:
@@ -26,10 +26,8 @@ def check(options: Options, closed: Collection[int] = ()) -> None:
         check_run_dir(options.run_dir)
     if options.usage_db is not None:
         _check_database(options.usage_db)
-    check_interface(options.interface)
-    for endpoint in (options.websocket, options.health):
-        if endpoint is not None:
-            check_interface(endpoint[1])
+    for option, _, interface in options.endpoints():
+        check_interface(interface, options.interface_named_by(option))
     if options.congestion_control is not None:
         check_congestion_control(options.congestion_control)
     if options.upstream is not None:

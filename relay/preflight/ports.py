@@ -1,24 +1,23 @@
-"""Whether the ports of a relay are different ones."""
+"""Whether the ports of a relay are different ones, at addresses that are some."""
 
 from __future__ import annotations
 
 from itertools import combinations
 
-from relay.clients.listening import resolve
 from relay.mistakes import Mistake
 from relay.options import Options
+from relay.process.addresses import resolve
 
 
 def check_ports(options: Options) -> None:
-    """Raise Mistake where two endpoints are one port; one that serves both kinds of clients is none."""
-    endpoints = [("--port" if options.upstream is None else "--websocket", options.port, options.interface)]
-    for option, endpoint in (("--websocket", options.websocket), ("--health", options.health)):
-        if endpoint is not None:
-            endpoints.append((option, *endpoint))
-    for (first, port, interface), (option, other, elsewhere) in combinations(endpoints, 2):
+    """Raise Mistake where two endpoints are one port, unless it serves both kinds of clients; or one is no address."""
+    endpoints = [
+        (option, port, resolve(interface, port, options.interface_named_by(option))[1])
+        for option, port, interface in options.endpoints()
+    ]
+    for (first, port, address), (option, other, another) in combinations(endpoints, 2):
         if port != other or port == 0:
             continue
-        address, another = (resolve(where, port)[1] for where in (interface, elsewhere))
         if address == another and option == "--websocket":
             continue
         if address == another or _all_of({address[0], another[0]}):

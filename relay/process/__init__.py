@@ -5,10 +5,12 @@
 `command_line` what docopt makes of one, and what is wrong with it
 `signals`      what each signal means to a worker
 `log`          the lines that it tells the operator
+`addresses`    addresses of this machine to listen on, and what the system has against them
 `one_by_one`   something is done for each of many, and a mistake with one is no other's trouble
 `fd_limit`     how many file descriptors this process may have
 `dataclass`    as the standard library's, in a fraction of the memory
 `discreet`     what the log tells of an exception, and nothing of whom it was with
+`folders`      whether something can be made in one
 `shown`        the name of a file for people and programs to read
 `temporary`    a folder for what a program needs for a moment
 =============  ========================================================================================

@@ -113,6 +113,8 @@ def read_options(arguments: Sequence[str]) -> Options:
 
 
 def _databases(given: Sequence[str]) -> tuple[Path, ...]:
+    if "" in given:
+        raise ReportError("DATABASE: it is empty; give the path that the relay's --usage-db names")
     databases = tuple(map(Path, given))
     files: dict[object, Path] = {}
     for database in databases:

@@ -254,6 +254,8 @@ def _reason(path: Path, error: sqlite3.Error) -> str:
         return NO_PERMISSION
     if "not a database" in text:
         return "not a database"
+    if "malformed" in text:
+        return f"it is damaged ({text}); sqlite3 {path} .recover saves what can be saved"
     return f"{text}; try again" if "locked" in text else text
 
 

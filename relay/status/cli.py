@@ -26,8 +26,8 @@ Usage:
   --usage-db PATH   The file that the relay's --usage-db names; given several times, for relays on several machines,
                     all together. It is only read; it may be missing, and the relay may be running or not.
   --port PORT       TCP port; 0 picks a free one, and the log says which [default: 4080]
-  --interface ADDR  Address to listen on. On one of this machine's own it answers only to who calls it localhost or
-                    by its address; on others, to everybody [default: 127.0.0.1]
+  --interface ADDR  Address to listen on. On loopback it answers only to who calls it localhost or by an address; on
+                    others, to everybody [default: 127.0.0.1]
   --workers N       How many workers the relay should have; with fewer, /healthz complains. Without it, as many as it
                     had at a time in the last ten minutes.
   --help            Show this.
@@ -81,6 +81,8 @@ def read_options(arguments: Sequence[str]) -> Options:
         raise Mistake(f"{complaint}; see relay-status --help") from None
     if importlib.util.find_spec("prometheus_client") is None:
         raise Mistake("it needs the package prometheus-client: pip install 'relay-gevent[status]'")
+    if "" in given["--usage-db"]:
+        raise Mistake("--usage-db: its value is empty; give a path")
     databases = [Path(path) for path in given["--usage-db"]]
     for number, path in enumerate(databases):
         if _real(path) in {_real(other) for other in databases[:number]}:
@@ -88,7 +90,7 @@ def read_options(arguments: Sequence[str]) -> Options:
     return Options(
         tuple(databases),
         _whole("--port", given["--port"], 0, 65535),
-        _address(given["--interface"]),
+        given["--interface"],
         None if given["--workers"] is None else _whole("--workers", given["--workers"], 1, 10_000),
     )
 
@@ -106,14 +108,6 @@ def _whole(option: str, text: str, least: int, most: int) -> int:
     return int(text)
 
 
-def _address(text: str) -> str:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        raise Mistake(f"--interface {text}: give a numeric address of this machine, such as 127.0.0.1") from None
-    return text
-
-
 def _serve(options: Options) -> None:
     from gevent.event import Event
 
@@ -123,13 +117,13 @@ def _serve(options: Options) -> None:
 
     listener = listen(options.interface, options.port)
     lookout = Lookout(options.databases, options.workers)
-    only_own = ipaddress.ip_address(options.interface).is_loopback
+    host, port = listener.getsockname()[:2]
+    only_own = ipaddress.ip_address(host).is_loopback
     server = Server(listener, Application(lambda plots: lookout.view(plots=plots), only_own=only_own))
     ended = Event()
     end_by_signal(ended.set)
     lookout.start()
     server.start()
-    host, port = listener.getsockname()[:2]
     logger.info("the status page is at http://%s:%d/", f"[{host}]" if ":" in host else host, port)
     ended.wait()
     server.stop(timeout=0)

@@ -16,7 +16,7 @@ import gevent
 from gevent import socket
 from gevent.pywsgi import WSGIHandler, WSGIServer
 
-from relay.mistakes import Mistake
+from relay.process.addresses import bind, resolve, why_not
 
 MOST_REQUEST_BYTES: Final = 16 << 10
 """Of a request, with what comes after its head."""
@@ -144,16 +144,15 @@ class Server(WSGIServer):  # type: ignore[misc]  # gevent has no types
 
 def listen(interface: str, port: int) -> socket.socket:
     """A listening socket there; raises Mistake."""
-    family = socket.AF_INET6 if ":" in interface else socket.AF_INET
+    family, address = resolve(interface, port)
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        sock.bind((interface, port))
+        bind(sock, address)
         sock.listen(BACKLOG)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         sock.close()
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise Mistake(f"--port {port} on --interface {interface}: {reason}") from None
+        raise why_not(error, interface, port) from None
     return sock

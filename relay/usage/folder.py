@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
+from relay.process.folders import can_make_files_in
 from relay.usage.trouble import LOCKED_PATIENCE, Trouble
 
 BESIDE: Final = ("-wal", "-shm")
@@ -25,6 +26,10 @@ _NOBODYS_BYTE: Final = (1 << 62) - 1
 
 _OF_THE_DISK: Final = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 """What says that flushing was tried, and has failed."""
+
+
+_OF_THE_MOMENT: Final = (*_OF_THE_DISK, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What says nothing of the folder."""
 
 
 @contextlib.contextmanager
@@ -67,16 +72,35 @@ def _lock(fd: int, folder: str) -> None:
 
 
 def check_writable(folder: str) -> None:
-    """Raise Trouble unless files can be made in the folder."""
-    if os.access(folder, os.W_OK | os.X_OK):
+    """Raise Trouble unless files can be made in the folder; on a full disk they can, for a start may have to wait."""
+    if can_make_files_in(folder):
         return
-    try:  # the question may have been refused, and not the answer no
+    try:
         with _trial_file(folder):
             pass
-    except OSError:
+    except PermissionError:
         raise Trouble(
             f"its folder {folder} cannot be written, and SQLite makes two files there; change mode or owner"
         ) from None
+    except OSError as error:
+        if error.errno not in _OF_THE_MOMENT:
+            raise Trouble(
+                f"no file can be made in its folder {folder} ({error.strerror}); give one elsewhere"
+            ) from None
+
+
+def check_name(file: str) -> None:
+    """Raise Trouble for a name that leaves no room for the names of what SQLite makes beside the file."""
+    if any(_is_too_long(file + end) for end in ("", *BESIDE, "-journal")):
+        raise Trouble("its name is too long, with what SQLite adds to it; give a shorter one")
+
+
+def _is_too_long(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG
+    return False
 
 
 @contextlib.contextmanager

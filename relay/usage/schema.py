@@ -13,7 +13,16 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from relay.process.dataclass import dataclass
-from relay.usage.folder import BESIDE, AsItWas, alone_in, can_be_flushed, check_link, check_writable, why_refused
+from relay.usage.folder import (
+    BESIDE,
+    AsItWas,
+    alone_in,
+    can_be_flushed,
+    check_link,
+    check_name,
+    check_writable,
+    why_refused,
+)
 from relay.usage.sqlite import sqlite3
 from relay.usage.sqlite_trouble import damaged, trouble_of
 from relay.usage.trouble import LOCKED_PATIENCE, Trouble, UsageError
@@ -289,6 +298,7 @@ def _is_blank(file: str) -> bool:
     Raises Trouble when it is something else, or may not be written.
     """
     folder = os.path.dirname(file)
+    check_name(file)
     try:
         status = os.stat(file)
     except FileNotFoundError:

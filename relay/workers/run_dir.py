@@ -22,6 +22,7 @@ import time
 from collections.abc import Collection
 
 from relay.mistakes import Mistake
+from relay.process.folders import can_make_files_in
 
 _SOCKET_NAME = re.compile(r"worker-[0-9]+-[0-9a-f]{8}")
 _UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
@@ -153,14 +154,29 @@ def check_run_dir(path: str) -> None:
 
     Raises Mistake when it would not.
     """
-    if os.path.lexists(path):
+    try:
+        os.lstat(path)
+        is_there = True
+    except FileNotFoundError:
+        is_there = False
+    except OSError as error:
+        raise _cannot_be_made(path, error) from None
+    if is_there:
         os.close(_opened(path))
         return
-    folder = os.path.dirname(path.rstrip("/")) or "."
-    if not os.path.isdir(folder):
-        raise _cannot_be_made(path, OSError(errno.ENOENT, ""))
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise _cannot_be_made(path, OSError(errno.EACCES, ""))
+    try:
+        _try_to_make_one_in(os.path.dirname(path.rstrip("/")) or ".")
+    except OSError as error:
+        raise _cannot_be_made(path, error) from None
+
+
+def _try_to_make_one_in(folder: str) -> None:
+    """Raise OSError where no folder can be made in `folder`."""
+    if can_make_files_in(folder):
+        return
+    trial = os.path.join(folder, f".relay-gevent-trial-{os.getpid()}")
+    os.mkdir(trial, 0o700)
+    os.rmdir(trial)
 
 
 def _opened(path: str) -> int:
@@ -189,9 +205,13 @@ def _why_not(fd: int) -> str:
 
 def _cannot_be_made(path: str, error: OSError) -> Mistake:
     folder = os.path.dirname(path.rstrip("/")) or "."
-    if error.errno == errno.ENOENT:
+    if error.errno == errno.ENOENT and not os.path.isdir(folder):
         return Mistake(f"--run-dir {path}: its folder {folder} does not exist; make it")
+    if error.errno == errno.ENOTDIR:
+        return Mistake(f"--run-dir {path}: {folder} is not a folder; name one in a folder")
     reason = os.strerror(error.errno or 0)
+    if error.errno in (errno.ENAMETOOLONG, errno.ENOENT, errno.EPERM, errno.EROFS):
+        return Mistake(f"--run-dir {path}: {reason} when making it; name another one")
     return Mistake(f"--run-dir {path}: {reason} when making it; make it, mode 700, for the user that this runs as")
 
 

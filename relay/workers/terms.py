@@ -47,6 +47,7 @@ MAY_DIFFER: Final = {
     "max_new_per_source": "as the connections of a source",
     "measure_paths": "counts more, and changes no record",
     "check": "is of no worker that runs",
+    "own_interfaces": "is how the interfaces were given, and not which",
 }
 """Options, by their names in `Options`, that are no terms, each with the reason."""
 

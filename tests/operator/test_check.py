@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -37,8 +38,16 @@ REFUSED = {
     "an address of somebody else's": ("--interface", "192.0.2.55"),
     "a name as an address": ("--interface", "localhost"),
     "an address without its link": ("--interface", "fe80::1"),
-    "an address that is none, for WebSocket": ("--websocket", "tcp:0:interface=192.0.2.55"),
-    "an address that is none, for health checks": ("--health", "tcp:0:interface=192.0.2.55"),
+    "an address of somebody else's, for WebSocket": ("--websocket", "tcp:0:interface=192.0.2.55"),
+    "an address of somebody else's, for health checks": ("--health", "tcp:0:interface=192.0.2.55"),
+    "an address of somebody else's, at the port": ("--port", "tcp:0:interface=192.0.2.55"),
+    "an address that is none, for WebSocket": ("--websocket", "tcp:0:interface=nope"),
+    "an address that is none, for health checks": ("--health", "tcp:0:interface=nope"),
+    "an address that is none, at the port": ("--port", "tcp:0:interface=nope"),
+    "an address of many machines": ("--interface", "224.0.0.1"),
+    "an IPv6 address of many machines": ("--interface", "ff02::1"),
+    "an address of all machines": ("--interface", "255.255.255.255"),
+    "the broadcast address of a network, for health checks": ("--health", "tcp:0:interface=127.255.255.255"),
     "a congestion control that is not there": ("--congestion-control", "nosuch"),
     "no congestion control": ("--congestion-control", ""),
     "a descriptor that is not open": ("--log-fd", "77"),
@@ -58,6 +67,14 @@ REFUSED = {
     "a run directory that others may enter": ("--run-dir", "HERE/open"),
     "a run directory where nothing may be made": ("--run-dir", "HERE/locked/run"),
     "a link to nowhere as a run directory": ("--run-dir", "HERE/to-nowhere"),
+    "a run directory in a file": ("--run-dir", "HERE/file/run"),
+    "a run directory with too long a name": ("--run-dir", f"HERE/{'x' * 256}"),
+    "a run directory among processes": ("--run-dir", "/proc/relay-gevent"),
+    "a run directory among devices": ("--run-dir", "/sys/relay-gevent"),
+    "a database with too long a name": ("--usage-db", f"HERE/{'x' * 256}"),
+    "a database with too long a name for its log": ("--usage-db", f"HERE/{'x' * 252}"),
+    "a database among processes": ("--usage-db", "/proc/usage.sqlite"),
+    "a database among devices": ("--usage-db", "/sys/usage.sqlite"),
     "an upstream of no known name": ("--websocket", "0", "--upstream", f"{'a' * 64}.example.org:4001"),
 }
 """HERE is the test's folder."""
@@ -69,10 +86,19 @@ def test_what_the_start_refuses_it_says_in_the_same_words(tmp_path: Path, option
     before = sorted(tmp_path.rglob("*"))
     given = [option.replace("HERE", str(tmp_path)) for option in options]
     interface = () if "--interface" in given else ("--interface", "127.0.0.1")
-    told = checked(run("--check", "--port", "0", *interface, *given, inside=powerless()))
+    port = () if "--port" in given else ("--port", "0")
+    told = checked(run("--check", *port, *interface, *given, inside=powerless()))
     assert sorted(tmp_path.rglob("*")) == before
-    assert told == checked(run("--port", "0", *interface, *given, inside=powerless()))
-    assert told.startswith("--interface" if "interface=" in given[1] else given[-2])
+    assert told == checked(run(*port, *interface, *given, inside=powerless()))
+    assert re.match(f"{given[-2]}[: ]", told)
+
+
+@pytest.mark.parametrize("option", ["--run-dir", "--usage-db"])
+@pytest.mark.parametrize("place", ["/proc", "/sys"])
+def test_what_nobody_can_make_there_it_tells_roots_relay_as_well(option: str, place: str) -> None:
+    told = checked(run("--check", option, f"{place}/relay-gevent"))
+    assert told == checked(run(*LOCAL, option, f"{place}/relay-gevent"))
+    assert "does not exist" not in told
 
 
 SAME = {

@@ -401,6 +401,7 @@ def test_a_reader_that_leaves_early_is_no_error(database: Path) -> None:
         (["nowhere.sqlite"], "nowhere.sqlite: no such file"),
         (["."], ".: not a file"),
         (["README.md"], "README.md: not a database"),
+        ([""], "DATABASE: it is empty; give the path"),
         (["--by", "year", "x"], "--by year: give day, week or month"),
         (["--last", "0", "x"], "--last 0: give a whole number"),
         (["--json", "--csv", "x"], "--json and --csv: give one of them"),
@@ -429,6 +430,17 @@ def test_other_databases_are_told_apart(tmp_path: Path) -> None:
     assert "import-twisted-usage" in relay_usage(twisted).stderr
     assert "newer relay-gevent" in relay_usage(newer).stderr
     assert "not a usage database" in relay_usage(other).stderr
+
+
+def test_of_a_damaged_database_it_says_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "usage.sqlite"
+    open_database(str(path)).close()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100] + bytes(len(whole) - 100))
+    ended = relay_usage(path)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"relay-usage: error: {path}: it is damaged (database disk image is malformed); ")
+    assert f"sqlite3 {path} .recover" in ended.stderr
 
 
 def test_no_permission_is_said_in_words(guarded: Path) -> None:

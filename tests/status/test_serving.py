@@ -256,7 +256,9 @@ def test_nothing_of_a_client_or_of_a_visitor_is_told_or_written(tmp_path: Path) 
         (["--usage-db", "x", "--port", "99999"], "--port 99999: "),
         (["--usage-db", "x", "--port", "-1"], "--port -1: "),
         (["--usage-db", "x", "--interface", "eth0"], "--interface eth0: "),
-        (["--usage-db", "x", "--interface", "192.0.2.1"], "--port 4080 on --interface 192.0.2.1: "),
+        (["--usage-db", "x", "--interface", "192.0.2.1"], "--interface 192.0.2.1: not an address of this machine"),
+        (["--usage-db", "x", "--interface", "fe80::1"], "--interface fe80::1: Invalid argument; name its link, too"),
+        (["--usage-db", ""], "--usage-db: its value is empty; give a path"),
         (["--usage-db", "x", "--workers", "0"], "--workers 0: "),
         (["--usage-db", "x", "--usage-db", "./x"], "--usage-db x: it is given twice"),
     ],
@@ -276,7 +278,8 @@ def test_a_taken_port_is_told_in_one_line(tmp_path: Path) -> None:
         command = [*COMMAND, "--usage-db", str(tmp_path / "x"), "--port", str(port)]
         ended = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2
-    assert ended.stderr == f"relay-status: error: --port {port} on --interface 127.0.0.1: Address already in use\n"
+    remedy = "another program listens there already; stop it or choose another port"
+    assert ended.stderr == f"relay-status: error: --port {port}: {remedy}\n"
 
 
 def test_without_prometheus_client_one_line_says_how_to_get_it(tmp_path: Path) -> None:
@@ -293,3 +296,10 @@ def test_without_prometheus_client_one_line_says_how_to_get_it(tmp_path: Path) -
     assert ended.stderr == (
         "relay-status: error: it needs the package prometheus-client: pip install 'relay-gevent[status]'\n"
     )
+
+
+@pytest.mark.parametrize("interface", ["::ffff:127.0.0.1", "0:0:0:0:0:ffff:7f00:1", "127.1"])
+def test_on_loopback_in_any_spelling_it_answers_only_to_who_calls_it_so(tmp_path: Path, interface: str) -> None:
+    with status_of(tmp_path / "usage.sqlite", folder=tmp_path, options=("--interface", interface)) as status:
+        assert status.get("/metrics", Host="localhost").code == 200
+        assert status.get("/metrics", Host="relay.example.org").code == 421
