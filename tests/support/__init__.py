@@ -26,6 +26,7 @@
 `status`         relay-status, and what its visitors read; `chromium`, a browser for its page
 `needs`          what not every machine has
 `kept_records`   what a relay in the test's own process records
+`bare_pair`      a pair there, with no relay around it
 `neighbours`     what tests that run side by side agree on: whose turn it is, whose ports are whose
 ===============  ===================================================================================
 

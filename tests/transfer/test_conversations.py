@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import time
 from collections.abc import Iterator
 
 import gevent
 import pytest
 
-from relay.transfer.pair import Pair
-from relay.transfer.pipes import PipePool
 from relay.transfer.rest import Rest
 from relay.transfer.turns import CONSIDERATE_FOR, CONSIDERATE_TURN, LARGEST_TURN, PROMPT_FOR, PROMPT_TURN, Turns
+from tests.support.bare_pair import new_pair
 
 
 class Talk:
@@ -27,17 +25,7 @@ class Talk:
         for sock in (self.left, self.right, first, second):
             stack.enter_context(sock)
             sock.setblocking(False)
-        pair = Pair(
-            first,
-            second,
-            started=0.0,
-            arrived=time.monotonic(),
-            waiting_time=0.0,
-            pipes=PipePool(),
-            turns=self.turns,
-            rest=rest,
-            on_over=lambda pair: None,
-        )
+        pair = new_pair(first, second, self.turns, rest)
         stack.callback(rest.close)
         stack.callback(pair.close)
         stack.callback(pair.detach)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import random
 import re
@@ -14,6 +15,7 @@ import resource
 import select
 import socket
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,7 +45,7 @@ from relay.transfer.turns import NoMemory, Turns
 from tests.support.client_frames import BINARY, Sent
 from tests.support.harness import Relay, connect, handshake, new_side, new_token, read_exactly, wait_until
 from tests.support.kept_records import Records
-from tests.support.kernel_view import bytes_in_pipes, refuse_to_watch
+from tests.support.kernel_view import refuse_to_watch
 from tests.support.web import dial_web, read_bytes, web_options, web_port
 
 MIB = 1 << 20
@@ -746,12 +748,19 @@ def test_what_rests_in_a_pipe_stays_there_while_there_is_no_memory_to_put_it_awa
     with monkeypatch.context() as patch:
         patch.setattr(pump_module, "bytearray", fail, raising=False)
         there.pump.put_away()
-        assert bytes_in_pipes(os.getpid()) >= len(CONTENT)
+        pipe = there.pump._pipe
+        assert pipe is not None
+        assert bytes_waiting_in(pipe.outlet) == len(CONTENT)
     heard(there.sink, filled)
     assert not there.pump.sip()
-    assert bytes_in_pipes(os.getpid()) == 0
+    assert there.pump._pipe is None, "somebody else may have it"
     assert heard(there.sink, len(CONTENT)) == CONTENT
     there.close()
+
+
+def bytes_waiting_in(pipe: int) -> int:
+    """How many; see ioctl_pipe(2), FIONREAD."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def test_no_transfer_ends_or_loses_a_byte_while_a_worker_gets_no_memory(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from relay.options import Options
 from relay.server import Ports, Relay
 from relay.transfer import pair as pair_module
 from relay.transfer.pair import Detached, Pair
-from relay.transfer.pipes import PipePool
 from relay.transfer.rest import Rest
 from relay.transfer.turns import TURN, NoMemory, Turns
+from tests.support.bare_pair import new_pair
 from tests.support.harness import connect, handshake, new_side, new_token, wait_until
 from tests.support.kept_records import Records
 
@@ -29,21 +29,6 @@ def connection(listener: socket.socket) -> tuple[socket.socket, socket.socket]:
     end, _ = listener.accept()
     end.setblocking(False)
     return client, end
-
-
-def new_pair(first: socket.socket, second: socket.socket, turns: Turns, rest: Rest) -> Pair:
-    """A pair of the relay's ends of two connections."""
-    return Pair(
-        first,
-        second,
-        started=0.0,
-        arrived=0.0,
-        waiting_time=0.0,
-        pipes=PipePool(),
-        turns=turns,
-        rest=rest,
-        on_over=lambda pair: None,
-    )
 
 
 @pytest.fixture

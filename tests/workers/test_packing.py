@@ -16,7 +16,6 @@ from relay.clients.client import Client
 from relay.clients.frames import FrameReader
 from relay.clients.speech import Plain
 from relay.transfer.pair import Pair, Readers
-from relay.transfer.pipes import PipePool
 from relay.transfer.pump import COPY_BYTES
 from relay.transfer.rest import Rest
 from relay.transfer.turns import Turns
@@ -24,6 +23,7 @@ from relay.workers.estate import Estate
 from relay.workers.language import LARGEST_PACKET, Envelope, decode_clients
 from relay.workers.link import CLIENTS_AT_A_TIME, Link, Parcel
 from relay.workers.parcels import Parcels
+from tests.support.bare_pair import new_pair
 from tests.support.kernel_view import refuse_to_watch
 
 
@@ -72,18 +72,7 @@ def stalled(request: pytest.FixtureRequest) -> Iterator[Pair]:
         turns = Turns()
         rest = Rest(turns)
         readers: Readers = (None, FrameReader()) if request.param == "framed" else (None, None)
-        pair = Pair(
-            first,
-            second,
-            started=0.0,
-            arrived=time.monotonic(),
-            waiting_time=0.0,
-            pipes=PipePool(),
-            turns=turns,
-            rest=rest,
-            on_over=lambda pair: None,
-            readers=readers,
-        )
+        pair = new_pair(first, second, turns, rest, readers)
         pair.pumps[0]._keep(memoryview(bytes(3 * COPY_BYTES)))
         yield pair
         pair.close()
