@@ -85,8 +85,8 @@ class Reading:
         return max(self.counters.get("bytes", 0), self.since_start.bytes)
 
     def ended(self, mood: str) -> float:
-        """Connections that have ended in this mood since the service began; the same holds for these. When somebody
-        overwrites the database's -wal, rows are lost, and the workers still know that there were some."""
+        """Connections that have ended in this mood since the service began; what is said of `bytes` holds for these,
+        too. When somebody overwrites the database's -wal, rows are lost, and the workers still know of them."""
         return max(self.counters.get(f"mood.{mood}", 0), self.since_start.named()[mood])
 
     def is_stale(self) -> bool:

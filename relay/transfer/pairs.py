@@ -27,11 +27,11 @@ from relay.transfer.turns import Turns
 from relay.usage.record import Record, blur_size
 
 PAIRS_AT_A_TIME = 1024
-"""Of how many pairs that are to move to another process those with a greenlet let go in one iteration of the event
-loop, which with thousands of these takes tenths of a second."""
+"""How many of the pairs that are to move to another process let go in one iteration of the event loop. All their
+greenlets run in it: with thousands it would take tenths of a second."""
 
 LOOKS = 3
-"""How often they are told to at the most: one may fall quiet in the same iteration, and begin anew."""
+"""How often they are told to let go, at the most: one may fall quiet in the same iteration, and begin anew."""
 
 
 class Pairs:
@@ -261,7 +261,8 @@ class Pairs:
         self._pairs.discard(pair)
 
     def letting_go(self) -> Iterator[Pair]:
-        """All pairs that can move to another process, for a greenlet that detaches each; so many at a time stand still.
+        """All pairs that can move to another process, for a greenlet that detaches each. Up to `PAIRS_AT_A_TIME` stand
+        still until it comes to them.
 
         In the event loop's iterations in between everybody else has their turns. Were there one for each pair that lets
         go, in which all the others move something, a thousand would take as many seconds as they do turns.

@@ -54,8 +54,8 @@ LEAST_UNDER_WAY = 8
 
 READ_SECONDS = 0.001
 MOST_READ_SECONDS = 0.05
-"""How long to take in what a sibling hands on before everybody else gets their turn: half as long as that took the last
-time, and between these two."""
+"""How long to take in what a sibling hands on before everybody else gets their turn: half as long as everybody else
+took the last time, but no less than the one and no more than the other."""
 
 _PASSING = (errno.ETOOMANYREFS, errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
 """Too many sockets are under way; or the link has ended, which reading finds out."""
