@@ -30,6 +30,9 @@ _view = memoryview(_buffer)
 MOST_FRAMES = 256
 """Frames in a turn, however short they are: about as much work as moving a megabyte."""
 
+DEAR_BYTES = 64 << 10
+"""A turn of so many frames that takes less than this off the wire is dear."""
+
 _PEEKED_BYTES = 4096
 
 
@@ -43,7 +46,8 @@ class FramedPump:
     """Moves payload from `source` to `sink`, both non-blocking.
 
     `reader` is where the frames of the source are, None if it speaks plainly; `frames_out` is whether the sink wants
-    frames. `other` is the pump in the other direction. For the rest see `Pump`; what it counts is payload.
+    frames. `other` is the pump in the other direction, and `is_dear` whether the last turn had as many frames as there
+    may be in one, and short ones. For the rest see `Pump`; what it counts is payload.
     """
 
     __slots__ = (
@@ -58,6 +62,7 @@ class FramedPump:
         "discards",
         "due",
         "frames_out",
+        "is_dear",
         "moved",
         "other",
         "reader",
@@ -78,6 +83,7 @@ class FramedPump:
         self.waits = INPUT
         self.moved = 0
         self.discards = False
+        self.is_dear = False
         self.splices = False
         self.due = 0
         self._turns = turns
@@ -93,11 +99,6 @@ class FramedPump:
     def held(self) -> int:
         """Bytes that rest here, on either side."""
         return len(self._rest) + len(self._unread) - self._unread_at
-
-    @property
-    def is_dear(self) -> bool:
-        """Whether its last turn had all the frames that a turn may have, and they were short."""
-        return bool(self._unread)
 
     def turn(self, most: int) -> None:
         """As `Pump.turn`; `most` counts what comes off the wire."""
@@ -162,6 +163,7 @@ class FramedPump:
                 self._keep_unread(copy_of(_view[:end]))
             raise NoMemory from None
         self._leave_unread(buffer, taken, end)
+        self.is_dear = taken.consumed - begin < DEAR_BYTES and bool(self._unread)
         self._hear(taken)
         return max(1, taken.consumed - begin)
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import pytest
 
 from relay.clients.frames import FrameReader
-from relay.transfer.framed import FramedPump
+from relay.transfer.framed import MOST_FRAMES, FramedPump
 from relay.transfer.pipes import PipePool
-from relay.transfer.pump import OVER, ROOM, Pump
+from relay.transfer.pump import INPUT, OVER, ROOM, TURN, Pump
 from relay.transfer.turns import LARGEST_TURN, Turns
 from tests.support.client_frames import BINARY, CLOSE, TEXT, Sent
 
@@ -53,6 +53,24 @@ def test_the_end_that_comes_with_more_than_there_is_room_for_comes_behind_it(
     else:
         assert partner.recv(100) == b"last words"
         assert partner.recv(100) == b""
+
+
+@pytest.mark.parametrize(("size", "is_dear"), [(0, True), (100, True), (300, False)])
+def test_many_short_frames_are_dear_as_long_as_there_are_more_of_them(
+    sockets: tuple[socket.socket, ...], size: int, is_dear: bool
+) -> None:
+    client, source, sink, _ = sockets
+    there = FramedPump(source, sink, turns := Turns(), FrameReader(), frames_out=False)
+    there.other = FramedPump(sink, source, turns, None, frames_out=True)
+    wire = Sent(BINARY, bytes(size)).wire
+    assert client.send(wire * 100) == 100 * len(wire)
+    there.turn(LARGEST_TURN)
+    assert (there.waits, there.is_dear) == (INPUT, False)
+    assert client.send(wire * (MOST_FRAMES + 10)) == len(wire) * (MOST_FRAMES + 10)
+    there.turn(LARGEST_TURN)
+    assert (there.waits, there.is_dear) == (TURN, is_dear)
+    there.turn(LARGEST_TURN)
+    assert (there.waits, there.is_dear) == (INPUT, False)
 
 
 KIB = 1 << 10
