@@ -72,8 +72,8 @@ What nobody gets more of (for each worker, unless it says otherwise):
   --max-waiting N              Clients that wait for a partner; the oldest gives way. Without it, three quarters
                                of --max-connections.
   --max-waiting-per-token N    Clients that wait with the same token; the oldest gives way [default: 16]
-  --max-per-source N           Connections from one address (IPv6: one /64). Without it, a sixteenth of
-                               --max-connections; where that is less than 64, then 64, but at most a quarter.
+  --max-per-source N           Connections from one address (IPv6: one /64). Without it, a sixteenth
+                               of --max-connections; where that is less than 64, then 64, but at most a quarter.
   --max-new-per-source N       New connections a second from one address; without it, 200. Both of these spare
                                this machine's own addresses, unless they are given.
   --trusted-proxies NETS       Addresses and networks, separated by commas, of proxies whose word is taken for where a

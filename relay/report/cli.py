@@ -39,8 +39,8 @@ relay on several machines, are added up.
   --last N    Show the last N of these, up to today; "all" shows each that has a connection. Without it, 14 days,
               12 weeks or 12 months.
   --utc       Begin days at midnight UTC instead of local time.
-  --paths     Show instead how good the paths of transfers were, and what limited them, as a relay with
-              --measure-paths counts it since it was started.
+  --paths     Show instead how good the paths of transfers were, and what limited them, as a relay
+              with --measure-paths counts it since it was started.
   --json      Print a JSON document.
   --csv       Print comma-separated values.
   --help      Show this.

@@ -60,3 +60,13 @@ def test_every_option_of_the_help_is_known(usage: str) -> None:
         assert refusal(usage, *words, "--no-such-thing") == "--no-such-thing is not an option"
         if letter:
             assert refusal(usage, f"{letter}1", "--no-such-thing") == "--no-such-thing is not an option"
+
+
+@pytest.mark.parametrize("usage", [cli.USAGE, report.USAGE, status.USAGE])
+def test_no_line_of_the_help_begins_with_an_option_but_its_description(usage: str) -> None:
+    # docopt would take it for another option, of which the beginning of the right one is not the only name any more.
+    assert re.findall(r"^(?:|   +)-.*", usage, re.MULTILINE) == []
+
+
+def test_an_option_may_be_given_by_the_beginning_of_its_name() -> None:
+    assert read_command_line(cli.USAGE, ["--max-con", "10"])["--max-connections"] == "10"
