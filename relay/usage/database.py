@@ -128,7 +128,9 @@ class Database:
     def _connect(self) -> None:
         if self._damaged_as is not None and self._damaged_as == schema.signature(self._path):
             raise damaged("as before")
-        opened = schema.connect(self._path, self._file.former(), flush=self._flush)
+        opened = schema.connect(
+            self._path, self._file.former(), lambda line: self._warn(f"{self.name}: {line}"), flush=self._flush
+        )
         try:
             if self._suspect:
                 schema.check_all(opened.connection)

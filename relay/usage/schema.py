@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from relay.process.dataclass import dataclass
+from relay.usage.belonging import note_owner, owner_of, put_aside
 from relay.usage.folder import (
     BESIDE,
     AsItWas,
@@ -69,10 +70,14 @@ ONE_ROW_TABLES: Final = {
 }
 
 
-def open_database(path: str) -> sqlite3.Connection:
+def open_database(path: str, tell: Callable[[str], None] = lambda line: None) -> sqlite3.Connection:
     """Open the relay's usage database, making it when it is missing; for programs that write to it besides the relay.
 
     The connection is in autocommit mode: begin each write with BEGIN IMMEDIATE. The file is under WAL.
+
+    Args:
+        path: the file.
+        tell: takes what the operator should know of what was found there.
 
     Raises:
         UsageError: it is no usage database of this relay's, or cannot be opened; one line that begins with the path.
@@ -81,7 +86,7 @@ def open_database(path: str) -> sqlite3.Connection:
     while True:
         trouble = None
         try:
-            return _connect(path, None, lambda file: None, flush=True)[0]
+            return _connect(path, None, lambda file: None, tell, flush=True)[0]
         except Trouble as trouble_itself:
             trouble = trouble_itself
         except (sqlite3.Error, OSError) as error:
@@ -135,23 +140,26 @@ class Opened:
         self.log.close()
 
 
-def connect(path: str, former: FormerFile | None = None, *, flush: bool = True) -> Opened:
+def connect(
+    path: str, former: FormerFile | None = None, tell: Callable[[str], None] = lambda line: None, *, flush: bool = True
+) -> Opened:
     """Do what `open_database` does, once, waiting for no lock on the file; and watch what is beside it.
 
     Args:
         path: the file.
         former: what was at this path before, if that is known.
+        tell: takes what the operator should know of what was found there.
         flush: have SQLite see to it that what has to be is on the disk; not where that is refused.
 
     Raises:
         Trouble: the file cannot be used.
         OSError: the same; `trouble_of` says it in words.
     """
-    return Opened(*_connect(path, former, WriteAheadLog, flush=flush))
+    return Opened(*_connect(path, former, WriteAheadLog, tell, flush=flush))
 
 
 def _connect(
-    path: str, former: FormerFile | None, watch: Callable[[str], T], *, flush: bool
+    path: str, former: FormerFile | None, watch: Callable[[str], T], tell: Callable[[str], None], *, flush: bool
 ) -> tuple[sqlite3.Connection, os.stat_result, T]:
     check_link(path)
     file = os.path.realpath(path)
@@ -165,7 +173,9 @@ def _connect(
             _make(file)
         elif former is not None and not _is_same(file, former.file) and _is_same(file + "-wal", former.wal):
             _remove_beside(file)
-        status = os.stat(file)
+        elif (line := put_aside(file)) is not None:
+            tell(line)
+        status, owner = os.stat(file), owner_of(file)
         flush = flush and (not blank or _may_be_flushed(file))
         # Whoever comes next waits for the folder, so nothing else is waited for here.
         connection = sqlite3.connect(_uri(file, "mode=rw"), uri=True, isolation_level=None, timeout=0.0)
@@ -180,6 +190,7 @@ def _connect(
             _tune(connection)
             if blank:
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # once to the -wal, which may be refused
+            note_owner(file, owner)
             watched = watch(file)
         except BaseException as error:
             connection.close()
