@@ -211,7 +211,8 @@ def run(block: Block, root: Path) -> None:
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "WORMHOLE_RELAY_URL": "ws://127.0.0.1:4000/v1",
     }
-    command = ["chroot", str(root), "/bin/sh", "-e", "-x", "-c", block.text]
+    # As on machines that are set up to keep what is new from everybody else.
+    command = ["chroot", str(root), "/bin/sh", "-e", "-x", "-c", f"umask 077\n{block.text}"]
     done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, timeout=SECONDS, check=False)
     if done.returncode != 0:
         for log in sorted([*root.glob("var/log/relay-gevent.log"), *root.glob("var/lib/relay-gevent/var/*.log")]):

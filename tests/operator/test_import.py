@@ -610,3 +610,48 @@ def test_one_whose_terminal_may_go_imports_to_the_end(tmp_path: Path) -> None:
         held.other.execute("ROLLBACK")
         assert held.importing.wait(20) == 0
     assert len(usage(held.ours)) == 10
+
+
+def started_by_its_name(folder: Path, *, python: bool) -> subprocess.CompletedProcess[str]:
+    """Start an installed copy as `misc/import-twisted-usage`, with a Python first on the PATH that knows no relay.
+
+    Args:
+        folder: what it was installed into.
+        python: whether the Python is there that it was installed for.
+    """
+    program = folder / "share" / "relay-gevent" / "misc" / PROGRAM.name
+    program.parent.mkdir(parents=True)
+    shutil.copy(PROGRAM, program)
+    (folder / "bin").mkdir()
+    if python:
+        (folder / "bin" / "python").write_text('#!/bin/sh\nshift\necho "the right one was told $*"\n')
+        (folder / "bin" / "python").chmod(0o755)
+    (folder / "path").mkdir()
+    (folder / "path" / "python3").write_text(f'#!/bin/sh\nexec {os.path.realpath(sys.executable)} -I -S "$@"\n')
+    (folder / "path" / "python3").chmod(0o755)
+    env = {"PATH": f"{folder / 'path'}:/usr/bin:/bin"}
+    return subprocess.run(
+        [program, "old.sqlite", "new.sqlite"], env=env, capture_output=True, text=True, timeout=30, check=False
+    )
+
+
+def test_started_by_its_name_it_goes_on_with_the_python_that_it_was_installed_for(tmp_path: Path) -> None:
+    done = started_by_its_name(tmp_path, python=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the right one was told old.sqlite new.sqlite\n", "")
+
+
+def test_without_that_python_it_says_in_one_line_what_to_do(tmp_path: Path) -> None:
+    done = started_by_its_name(tmp_path, python=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("import-twisted-usage: error: this Python has no ")
+    assert "run it with the one that relay-gevent is installed in" in done.stderr
+
+
+def test_the_printed_import_rounds_as_the_relay_that_is_configured_does() -> None:
+    page = (CHECKOUT / "docs" / "moving.md").read_text()
+    command = re.search(r"runuser .*misc/import-twisted-usage \\\n +(.*)$", page, re.MULTILINE)
+    conf = (CHECKOUT / "etc" / "supervisord.conf").read_text()
+    rounded = re.search(r"RELAY_BLUR_USAGE[:-]+(\d+)", conf)
+    assert command is not None
+    assert rounded is not None
+    assert command[1].startswith(f"--blur-usage {rounded[1]} /")

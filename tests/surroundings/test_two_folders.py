@@ -120,17 +120,16 @@ def test_the_documented_steps_to_a_relay_of_another_user_make_one() -> None:
     section = page.partition("### supervisord as root, the relay as a user of its own\n")[2].partition("\n#")[0]
     steps = [line[4:] for line in section.splitlines() if line.startswith("    ")]
     assert [step for step in steps if "~" in step] == []  # root's home is for nobody else
-    assert steps[0].startswith("useradd ")
+    steps = [step for step in steps if not step.startswith("useradd ")]
     assert steps[-1] == "supervisord -c /srv/relay/etc/supervisord.conf"
     with supervised(relay_user=ORDINARY_USER, started=False) as service:
         shutil.rmtree(service.conf.parent)
         shutil.rmtree(service.var)
         group = grp.getgrgid(pwd.getpwnam(ORDINARY_USER).pw_gid).gr_name
-        for step in steps[1:-1]:
-            here = step.replace("/opt/relay-gevent/share/relay-gevent", str(CHECKOUT))
-            here = here.replace("-o relay -g relay", f"-o {ORDINARY_USER} -g {group}")
-            here = here.replace("/user=relay/", f"/user={ORDINARY_USER}/").replace("/srv/relay", str(service.home))
-            subprocess.run(["/bin/sh", "-ec", here], check=True)
+        here = "\n".join(steps[:-1]).replace("/opt/relay-gevent/share/relay-gevent", str(CHECKOUT))
+        here = here.replace("-o relay -g relay", f"-o {ORDINARY_USER} -g {group}")
+        here = here.replace("/user=relay/", f"/user={ORDINARY_USER}/").replace("/srv/relay", str(service.home))
+        subprocess.run(["/bin/sh", "-ec", f"umask 077\n{here}"], check=True)  # as a hardened machine's root has it
         assert service.relay_folder.stat().st_mode & 0o777 == 0o750
         service.start()
         honest_transfer(service.port)
