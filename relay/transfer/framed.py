@@ -104,9 +104,9 @@ class FramedPump:
         """As `Pump.turn`; `most` counts what comes off the wire."""
         self._move(most)
 
-    def sip(self) -> bool:
+    def sip(self, most: int = COPY_BYTES) -> bool:
         """As `Pump.sip`."""
-        self._move(COPY_BYTES)
+        self._move(most)
         return self.waits == TURN
 
     def _move(self, most: int) -> None:

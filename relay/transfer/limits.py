@@ -1,16 +1,31 @@
-"""What the operator allows to a pair, and turns that keep to it."""
+"""What the operator allows to a pair, and pumps that keep to it.
+
+As long as no limit holds a pair back it is as any other: it rests, sips, and queues for turns. What it moves is charged
+when it is known. A pump that is held back moves nothing and says so with `HeldBack`; its pair then waits, with its
+greenlet, in the order in which all such have come.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import sys
+import termios
 import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import gevent
 
 from relay.clients.bounds import Bound
 from relay.process.dataclass import dataclass
 from relay.transfer.ending import Pumps
-from relay.transfer.pace import Pace
-from relay.transfer.turns import Turns
+from relay.transfer.pace import MOMENT, Line, Pace
+from relay.transfer.pump import COPY_BYTES, Pump
+from relay.transfer.turns import HeldBack, Turns
+
+if TYPE_CHECKING:
+    from relay.transfer.framed import FramedPump
 
 
 class Cut(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types
@@ -21,53 +36,227 @@ class Cut(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types
         self.bound = bound
 
 
+class _Place:
+    """A place in the line: the greenlet that waits there, and what was reserved for it when its turn had come."""
+
+    __slots__ = ("granted", "greenlet")
+
+    def __init__(self, greenlet: Any) -> None:  # noqa: ANN401  # gevent has no types
+        self.greenlet = greenlet
+        self.granted = 0
+
+
+class SharedPace:
+    """A pace that all pairs of this worker share, and the greenlets that it holds back."""
+
+    def __init__(self, rate: float) -> None:
+        self.pace = Pace(rate)
+        self.line: Line[_Place] = Line(self.pace)
+        self._hub = gevent.get_hub()
+        self._timer = self._hub.loop.timer(0.0)
+
+    def set_rate(self, rate: float) -> None:
+        """From now on it is so many bytes a second."""
+        self.pace.rate = rate
+        self._plan()
+
+    def wait(self, has: Callable[[], int]) -> int:
+        """Wait for the calling greenlet's turn in the line; returns how many bytes are reserved for it then. For `has`
+        see `Line.join`."""
+        place = _Place(gevent.getcurrent())
+        self.line.join(place, has)
+        try:
+            if len(self.line) == 1:
+                self._plan()
+            self._hub.switch()
+        except BaseException:  # this greenlet is being ended, it must not be switched to any more
+            place.greenlet = None
+            self.line.leave(place)
+            self.give_back(place.granted)
+            raise
+        return place.granted
+
+    def give_back(self, size: int) -> None:
+        """Give back `size` reserved bytes that were not moved: somebody else may move some at once."""
+        self.pace.give_back(size)
+        if size > 0:
+            self._plan()
+
+    def _plan(self) -> None:
+        self._timer.close()
+        if self.line:
+            self._timer = self._hub.loop.timer(self.pace.free_in(time.monotonic()))
+            self._timer.start(self._go_on)
+
+    def _go_on(self) -> None:
+        try:
+            for place, size in self.line.take_due(time.monotonic()):
+                place.granted = size
+                self._hub.loop.run_callback(_switch_to, place)
+        finally:
+            self._plan()
+
+    def close(self) -> None:
+        """Let go of the timer."""
+        self._timer.close()
+
+
+def _switch_to(place: _Place) -> None:
+    if place.greenlet is not None:  # and was not ended meanwhile
+        place.greenlet.switch()
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What the operator allows to a pair, in bytes and bytes a second; None is no limit. `relay_pace` is shared."""
 
     pair_bytes: int | None = None
     pair_rate: int | None = None
-    relay_pace: Pace | None = None
+    relay_pace: SharedPace | None = None
 
 
 class Allowance:
-    """What is left to one pair of its `limits`."""
+    """What is left to one pair of its `limits`; `pumps` are that pair's."""
+
+    __slots__ = ("_granted", "_has_waited", "_own", "_pair_bytes", "_shared", "_since", "held_back", "hurries", "pumps")
 
     def __init__(self, limits: Limits) -> None:
+        self.pumps: Pumps | tuple[()] = ()
         self._since = time.monotonic()
         self._pair_bytes = limits.pair_bytes
-        own = None if limits.pair_rate is None else Pace(limits.pair_rate)
+        self._own = None if limits.pair_rate is None else Pace(limits.pair_rate)
+        self._has_waited = False  # for its own pace, and has moved nothing since
+        self._shared = limits.relay_pace
+        self._granted = 0  # bytes that are reserved at the shared pace
         self.held_back = 0.0
         """Seconds for which its bytes have waited for these."""
-        self._paces = [pace for pace in (own, limits.relay_pace) if pace is not None]
+        self.hurries = False
+        """Whether nothing of this can wait any more: the rates do not count."""
 
     def part_held_back(self) -> float:
         """`held_back`, of the time since this began to count; from 0 to 1."""
         return min(1.0, self.held_back / max(time.monotonic() - self._since, 1e-3))
 
-    def turn(self, pumps: Pumps, which: int, turns: Turns) -> None:
-        """Give one of the pumps a turn that keeps to the limits; waits for that, in its pair's greenlet.
-
-        Raises Cut when they allow none any more, and OSError as the pump does.
-        """
-        pump = pumps[which]
-        most = min([turns.size(), *(pace.portion() for pace in self._paces)])
-        if self._pair_bytes is not None:
-            most = min(most, self._pair_bytes - sum(pump.moved + pump.held for pump in pumps))
-            if most <= 0 and not pump.untaken:
-                harmless = pump.without_payload()  # it was exactly what is allowed, and its end is no byte
-                if harmless is None:
-                    raise Cut(Bound.PAIR_BYTES)
-                most = harmless
+    def holds_back(self) -> bool:
+        """Whether a rate does at the moment."""
         now = time.monotonic()
-        delay = max((pace.reserve(most, now) for pace in self._paces), default=0.0)
+        return (self._own is not None and self._own.holds_back(now)) or (
+            self._shared is not None and not self._granted and self._shared.line.holds_back(now)
+        )
+
+    def take_turns(self, pump: Pump | FramedPump, turns: Turns) -> None:
+        """Wait until no rate holds `pump` back, and let it queue for its `turns`; in its pair's greenlet.
+
+        Raises as a turn does.
+        """
+        if not pump.untaken:  # which was charged when it was read
+            self._wait(pump)
+        try:
+            turns.wait(pump)
+        finally:
+            if self._granted and self._shared is not None:  # it has had no turn
+                granted, self._granted = self._granted, 0
+                self._shared.give_back(granted)
+
+    def _wait(self, pump: Pump | FramedPump) -> None:
+        began = time.monotonic()
+        try:
+            if self._own is not None and self._own.holds_back(began):
+                gevent.sleep(self._own.free_in(began))
+                self._has_waited = True
+            if self._shared is not None and self._shared.line.holds_back(time.monotonic()):
+                self._granted = self._shared.wait(partial(_has, pump))
+        finally:
+            self.held_back += time.monotonic() - began
+
+    def turn(self, pump: Pump | FramedPump, move: Callable[[int], None], most: int) -> None:
+        """Have `pump` `move` up to `most` bytes, as far as the limits allow that now.
+
+        Raises as a turn does, HeldBack when a rate allows nothing at the moment, and Cut when nothing is left.
+        """
+        now = time.monotonic()
+        size = self._allowed(most, now)
+        if not size and not pump.untaken:
+            if self._left() > 0:
+                raise HeldBack
+            harmless = pump.without_payload()  # it was exactly what is allowed, and its end is no byte
+            if harmless is None:
+                raise Cut(Bound.PAIR_BYTES)
+            size = harmless
         before = pump.moved + pump.held
         try:
-            if delay > 0:
-                self.held_back += delay
-                gevent.sleep(delay)
-            pump.turn(most)
+            move(size)
         finally:
-            unused = most - (pump.moved + pump.held - before)
-            for pace in self._paces:
-                pace.give_back(unused)
+            self._charge(pump.moved + pump.held - before, now)
+
+    def sip(self, pump: Pump | FramedPump, move: Callable[[int], bool]) -> bool:
+        """The same for a sip; raises HeldBack also when nothing is left."""
+        now = time.monotonic()
+        size = self._allowed(COPY_BYTES, now)
+        if not size:
+            raise HeldBack
+        before = pump.moved + pump.held
+        try:
+            return move(size)
+        finally:
+            self._charge(pump.moved + pump.held - before, now)
+
+    def _left(self) -> int:
+        """Bytes that the pair may still read, if there is a bound for that."""
+        if self._pair_bytes is None:
+            return 1
+        return self._pair_bytes - sum(pump.moved + pump.held for pump in self.pumps)
+
+    def _allowed(self, most: int, now: float) -> int:
+        """Of `most` bytes, how many may be read `now`."""
+        if self._pair_bytes is not None:
+            most = max(0, min(most, self._left()))
+        if self.hurries:
+            return most
+        if self._own is not None:
+            if self._own.holds_back(now):
+                return 0
+            most = min(most, self._own.portion())
+        if self._shared is not None:
+            if self._granted:
+                return min(most, self._granted)
+            if self._shared.line.holds_back(now):
+                return 0
+            most = min(most, self._shared.pace.portion())
+        return most
+
+    def _charge(self, moved: int, now: float) -> None:
+        if self._own is not None:
+            self._own.reserve(moved, now - MOMENT if self._has_waited else now)
+            self._has_waited = False
+        if self._shared is not None:
+            if self._granted:
+                granted, self._granted = self._granted, 0
+                self._shared.give_back(granted - moved)
+            else:
+                self._shared.pace.reserve(moved, now)
+
+
+class LimitedPump(Pump):
+    """A pump that keeps to the `allowance` of its pair."""
+
+    __slots__ = ("allowance",)
+
+    allowance: Allowance
+
+    def turn(self, most: int) -> None:
+        """As `Pump.turn`; raises HeldBack and Cut, too."""
+        self.allowance.turn(self, super().turn, most)
+
+    def sip(self, most: int = COPY_BYTES) -> bool:
+        """As `Pump.sip`; raises HeldBack, too."""
+        return self.allowance.sip(self, super().sip)
+
+
+def _has(pump: Pump | FramedPump) -> int:
+    """How many bytes there are for `pump` to move, as far as the kernel tells."""
+    try:
+        answer = fcntl.ioctl(pump.source.fileno(), termios.FIONREAD, bytes(4))
+    except OSError:
+        return 0  # then what is reserved for nobody less
+    return pump.held + int.from_bytes(answer, sys.byteorder)

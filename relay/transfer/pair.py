@@ -22,12 +22,12 @@ from gevent.select import poll
 from relay.clients.bounds import Bound
 from relay.transfer import ending
 from relay.transfer.ending import Pumps
-from relay.transfer.limits import Allowance, Cut, Limits
+from relay.transfer.limits import Allowance, Cut, LimitedPump, Limits
 from relay.transfer.pipes import PipePool
 from relay.transfer.pump import INPUT, OVER, ROOM, TURN, Pump
 from relay.transfer.rest import Rest
 from relay.transfer.state import PairState
-from relay.transfer.turns import PROMPT_FOR, NoMemory, Turns
+from relay.transfer.turns import PROMPT_FOR, HeldBack, NoMemory, Turns
 
 if TYPE_CHECKING:
     from relay.clients.frames import FrameReader
@@ -125,12 +125,16 @@ class Pair:
         self.sources = sources
         self.cut_by: Bound | None = None
         self.stays = False
-        self._allowance = None if limits is None else Allowance(limits)
         self._moved_then = 0
         self.counted = 0
         self._moved_a_second_ago = 0
         self._idle_since = 0.0
-        self.pumps = _pumps(first, second, pipes, turns, readers)
+        if limits is None:
+            self._allowance = None
+            self.pumps = _pumps(first, second, pipes, turns, readers)
+        else:
+            self._allowance = Allowance(limits)
+            self.pumps = _limited_pumps(first, second, pipes, turns, readers, self._allowance)
         self.greenlet: gevent.Greenlet | None = None
 
     @property
@@ -268,6 +272,8 @@ class Pair:
         try:
             for pump in self.pumps:
                 pump.abandon()
+            if self._allowance is not None:
+                self._allowance.pumps = ()  # which have it
         finally:
             self.first.close()
             self.second.close()
@@ -318,9 +324,6 @@ class Pair:
 
     def attend(self, fd: int, events: int) -> None:
         """Something has happened to the side with that descriptor while the pair rests."""
-        if self._allowance is not None and events & (EPOLLIN | EPOLLOUT):
-            self._wake()
-            return
         there, back = self.pumps
         out_of, into = (there, back) if there.source.fileno() == fd else (back, there)
         much = False
@@ -331,8 +334,6 @@ class Pair:
         try:
             if not events & (EPOLLIN | EPOLLOUT):
                 ending.raise_error_of(out_of.source)
-                if self._allowance is not None:
-                    return  # an end that is still to be read; nothing has changed
             if into.waits == ROOM:
                 much = into.sip()
             if out_of.waits == INPUT:
@@ -341,7 +342,7 @@ class Pair:
             self._deliver_what_fits()
             self._end()
             return
-        except NoMemory:
+        except (NoMemory, HeldBack):
             much = True  # so it has a greenlet, which can wait
         if much:
             self._wake()
@@ -417,9 +418,10 @@ class Pair:
         watched: tuple[int, int] | None = None
         moved = [pump.moved for pump in self.pumps]
         look_back_at = time.monotonic() + QUIET_SECONDS
-        for pump in self.pumps:
-            if pump.waits == INPUT:
-                pump.waits = TURN  # whatever has woken this pair
+        if self._allowance is None:  # or else each direction may have to stand in a line, and not for nothing
+            for pump in self.pumps:
+                if pump.waits == INPUT:
+                    pump.waits = TURN  # whatever has woken this pair
         while not ending.is_over(self.pumps):
             now = time.monotonic()
             if now >= look_back_at:
@@ -461,30 +463,34 @@ class Pair:
         for which, pump in enumerate(self.pumps):
             if pump.waits == OVER:
                 continue
-            if self._allowance is None and pump.waits == TURN:
+            if pump.waits == TURN:
                 try:
-                    self.turns.wait(pump)
+                    if self._allowance is None:
+                        self.turns.wait(pump)
+                    else:
+                        self._allowance.take_turns(pump, self.turns)
                 except NoMemory:
                     gevent.sleep(SHORT_SECONDS)
-            else:
-                if pump.waits == TURN:
-                    self.turns.wait()
+                except HeldBack:
+                    pass  # it waits for that before its next turn
+            elif self._allowance is None or not self._allowance.holds_back():
                 self._turn(which)
 
     def _turn(self, which: int) -> None:
         self.turns.look_at_others()
         try:
-            if self._allowance is None:
-                self.pumps[which].turn(self.turns.size())
-            else:
-                self._allowance.turn(self.pumps, which, self.turns)
+            self.pumps[which].turn(self.turns.size())
         except NoMemory:
             gevent.sleep(SHORT_SECONDS)
+        except HeldBack:
+            self.pumps[which].waits = TURN
 
     def _deliver_what_fits(self) -> None:
         """After a reset: let through what had arrived before it, as far as that takes no waiting."""
+        if self._allowance is not None:
+            self._allowance.hurries = True
         for pump in self.pumps:
-            with contextlib.suppress(OSError, NoMemory):
+            with contextlib.suppress(OSError, NoMemory, HeldBack, Cut):
                 if pump.waits != OVER:
                     pump.turn(self.turns.size())
 
@@ -502,6 +508,31 @@ def _pumps(first: socket.socket, second: socket.socket, pipes: PipePool, turns: 
     there = FramedPump(first, second, turns, readers[0], frames_out=readers[1] is not None)
     back = FramedPump(second, first, turns, readers[1], frames_out=readers[0] is not None)
     there.other, back.other = back, there
+    return there, back
+
+
+def _limited_pumps(
+    first: socket.socket,
+    second: socket.socket,
+    pipes: PipePool,
+    turns: Turns,
+    readers: Readers,
+    allowance: Allowance,
+) -> Pumps:
+    """The same, which keep to that `allowance`."""
+    if readers == (None, None):
+        pumps = LimitedPump(first, second, pipes, turns), LimitedPump(second, first, pipes, turns)
+        for pump in pumps:
+            pump.allowance = allowance
+        allowance.pumps = pumps
+        return pumps
+    from relay.transfer.limited_framed import LimitedFramedPump  # as above
+
+    there = LimitedFramedPump(first, second, turns, readers[0], frames_out=readers[1] is not None)
+    back = LimitedFramedPump(second, first, turns, readers[1], frames_out=readers[0] is not None)
+    there.other, back.other = back, there
+    there.allowance = back.allowance = allowance
+    allowance.pumps = there, back
     return there, back
 
 

@@ -15,8 +15,7 @@ from relay.clients.places import Places
 from relay.options import Options
 from relay.process import log
 from relay.process.one_by_one import one_by_one
-from relay.transfer.limits import Limits
-from relay.transfer.pace import Pace
+from relay.transfer.limits import Limits, SharedPace
 from relay.transfer.pair import Pair, Readers
 from relay.transfer.path import LEAST_BYTES, PathCounts, look_at
 from relay.transfer.pipes import PipePool
@@ -55,7 +54,7 @@ class Pairs:
         self._pings = pings
         self._pairs: set[Pair] = set()
         self._pipes = PipePool(most=options.most_pipes)
-        self._relay_pace = None if options.relay_rate is None else Pace(options.relay_rate)
+        self._relay_pace = None if options.relay_rate is None else SharedPace(options.relay_rate)
         self._limits = self._limits_of_pairs()
         self._finished_bytes = 0
         self.paths = PathCounts() if options.measure_paths else None
@@ -339,6 +338,8 @@ class Pairs:
         """Let go of what pairs share; there are none any more."""
         self._rest.close()
         self._pipes.close()
+        if self._relay_pace is not None:
+            self._relay_pace.close()
 
     # By the clock
 
@@ -366,9 +367,8 @@ class Pairs:
         self._rest.every_second(now)
         if self._relay_pace is None or self._options.relay_rate is None:
             return 0
-        busy = sum(pair.was_busy() for pair in self._pairs)
-        self._relay_pace.rate = self._options.relay_rate * share_of(busy)
-        self._relay_pace.sharers = max(1, busy)
+        busy = max(sum(pair.was_busy() for pair in self._pairs), len(self._relay_pace.line))
+        self._relay_pace.set_rate(self._options.relay_rate * share_of(busy))
         return busy
 
 

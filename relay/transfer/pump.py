@@ -152,8 +152,8 @@ class Pump:
                 self._pipes.give_back(self._pipe)
                 self._pipe = None
 
-    def sip(self) -> bool:
-        """Move what is held or what one small read brings, and set `waits`.
+    def sip(self, most: int = COPY_BYTES) -> bool:
+        """Move what is held or what one small read of up to `most` bytes brings, and set `waits`.
 
         Returns whether there may be more than that to move at once. Raises OSError and NoMemory as `turn` does.
         """
@@ -165,12 +165,12 @@ class Pump:
                     self._pipe = None
                 self.waits = ROOM if self.held else INPUT
                 return False
-            got = self._copy_in(COPY_BYTES)
+            got = self._copy_in(most)
             if not got:
                 self._end()
                 return False
             self.waits = INPUT
-            return got == COPY_BYTES
+            return got == most
         except BlockingIOError:
             self.waits = ROOM if self.held else INPUT
         except BrokenPipeError:

@@ -67,6 +67,10 @@ class NoMemory(Exception):
     """A pump has no memory for what it may have to keep. Nothing was read or lost; try again later."""
 
 
+class HeldBack(Exception):
+    """A limit of the operator's allows a pump nothing at the moment. Nothing was read or lost; see `limits`."""
+
+
 class Moving(Protocol):
     """A pump."""
 
@@ -160,7 +164,7 @@ class Turns:
             for queue in (self._queue, self._dear):
                 with contextlib.suppress(ValueError):  # its turn may have come in the same iteration of the loop
                     queue.remove(place)
-            if place.error is not None and not isinstance(place.error, NoMemory):  # which is not to be waited for now
+            if place.error is not None and not isinstance(place.error, (NoMemory, HeldBack)):  # nothing to wait for now
                 raise place.error from None  # the socket tells it only once
             raise
         if place.error is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 
+from relay.transfer.limits import Limits
 from relay.transfer.pair import Pair, Readers
 from relay.transfer.pipes import PipePool
 from relay.transfer.rest import Rest
@@ -12,7 +13,12 @@ from relay.transfer.turns import Turns
 
 
 def new_pair(
-    first: socket.socket, second: socket.socket, turns: Turns, rest: Rest, readers: Readers = (None, None)
+    first: socket.socket,
+    second: socket.socket,
+    turns: Turns,
+    rest: Rest,
+    readers: Readers = (None, None),
+    limits: Limits | None = None,
 ) -> Pair:
     """A pair of these two, which has just begun, and of whose end nobody hears."""
     return Pair(
@@ -25,5 +31,6 @@ def new_pair(
         turns=turns,
         rest=rest,
         on_over=lambda pair: None,
+        limits=limits,
         readers=readers,
     )

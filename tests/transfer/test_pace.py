@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from heapq import heapify, heapreplace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay.transfer.pace import LEAST_BYTES, MOMENT, ROUND, Pace
+from relay.transfer.pace import LEAST_BYTES, MOMENT, ROUND, SLACK, Line, Pace
 
 RATES = st.floats(1_000, 1e9)
 ROUNDED = 1 + 1e-12  # by so much a float may be off
@@ -71,3 +72,91 @@ def test_a_portion_is_a_moments_worth_and_a_round_of_all_is_short(rate: float, s
     pace.sharers = sharers
     assert pace.portion() <= max(LEAST_BYTES, rate * MOMENT)
     assert pace.portion() == LEAST_BYTES or pace.portion() * sharers <= rate * ROUND * ROUNDED
+
+
+class Mover:
+    """Somebody who has so many bytes to move."""
+
+    def __init__(self, has: float) -> None:
+        self.has = has
+        self.moved = 0
+        self.turns: list[float] = []
+
+
+def run(pace: Pace, movers: list[Mover], seconds: float, late: float = 0.0) -> None:
+    """Let those move for so long who have stood up at the same moment; every wait takes `late` seconds more."""
+    line: Line[Mover] = Line(pace)
+    for mover in movers:
+        line.join(mover, lambda mover=mover: int(min(mover.has, 1 << 30)))  # type: ignore[misc]
+    now = 0.0
+    while now < seconds and len(line):
+        for mover, size in [*line.take_due(now)]:
+            moved = int(min(size, mover.has))
+            mover.has -= moved
+            mover.moved += moved
+            mover.turns.append(now)
+            pace.give_back(size - moved)
+            if mover.has:
+                line.join(mover, lambda mover=mover: int(min(mover.has, 1 << 30)))  # type: ignore[misc]
+        now += max(1e-6, pace.free_in(now)) + late
+
+
+def test_a_byte_of_each_of_many_takes_no_more_than_these_bytes_from_who_has_much() -> None:
+    pace = Pace(1e7)
+    much, few = Mover(math.inf), [Mover(1) for _ in range(300)]
+    run(pace, [much, *few], 2.0)
+    assert all(mover.moved == 1 for mover in few)
+    assert max(mover.turns[-1] for mover in few) < MOMENT + SLACK + 300 * 2e-6
+    assert much.moved == pytest.approx(2e7, rel=0.05)
+
+
+@given(st.floats(1e6, 1e9), st.integers(2, 200))
+@settings(deadline=None, max_examples=20)
+def test_many_who_begin_at_once_have_all_had_a_portion_within_a_round(rate: float, movers: int) -> None:
+    pace = Pace(rate)
+    all_of_them = [Mover(math.inf) for _ in range(movers)]
+    run(pace, all_of_them, 3.0)
+    for mover in all_of_them:
+        pauses = [after - before for before, after in zip([0.0, *mover.turns], [*mover.turns, 3.0], strict=True)]
+        assert max(pauses) <= ROUND + 2 * MOMENT
+    moved = [mover.moved for mover in all_of_them]
+    assert sum(moved) <= rate * (3.0 + MOMENT + 2 * SLACK)
+    assert max(moved) - min(moved) <= rate * MOMENT
+
+
+def test_who_is_called_late_gets_the_rate_all_the_same() -> None:
+    mover = Mover(math.inf)
+    run(Pace(1e6), [mover], 10.0, late=0.01)
+    assert mover.moved == pytest.approx(1e7, rel=0.02)
+
+
+def test_but_what_was_long_ago_is_not_saved_up() -> None:
+    pace = Pace(1e6)
+    line: Line[str] = Line(pace)
+    pace.reserve(1000, 0.0)
+    line.join("somebody", lambda: 1 << 20)
+    assert [size for _, size in line.take_due(1000.0)] == [int(1e6 * MOMENT)]
+    line.join("the same", lambda: 1 << 20)
+    assert len([*line.take_due(1000.0)]) == 1
+    line.join("again", lambda: 1 << 20)
+    assert not [*line.take_due(1000.0)]
+
+
+def test_who_leaves_the_line_takes_nothing_with_it() -> None:
+    pace = Pace(1e6)
+    line: Line[str] = Line(pace)
+    pace.reserve(50_000, 0.0)
+    for who in ("a", "b", "c"):
+        line.join(who, lambda: 1 << 20)
+    assert line.holds_back(0.0)
+    line.leave("b")
+    line.leave("nobody")
+    assert [who for now in (0.05, 0.5) for who, _ in line.take_due(now)] == ["a", "c"]
+    assert not line.holds_back(1.0)
+
+
+def test_as_long_as_somebody_stands_in_the_line_nobody_goes_before_it() -> None:
+    line: Line[str] = Line(Pace(1e6))
+    assert not line.holds_back(0.0)
+    line.join("somebody", lambda: 1)
+    assert line.holds_back(0.0)

@@ -17,7 +17,7 @@ from relay.server import Ports, Relay
 from relay.transfer import pair as pair_module
 from relay.transfer.pair import Detached, Pair
 from relay.transfer.rest import Rest
-from relay.transfer.turns import TURN, NoMemory, Turns
+from relay.transfer.turns import TURN, HeldBack, NoMemory, Turns
 from tests.support.bare_pair import new_pair
 from tests.support.harness import connect, handshake, new_side, new_token, wait_until
 from tests.support.kept_records import Records
@@ -124,25 +124,29 @@ def test_a_pump_whose_turn_has_just_come_can_still_be_made_to_let_go() -> None:
 
 
 class Short:
-    """A pump that has no memory."""
+    """A pump whose turn comes to nothing, as it says with `error`."""
 
     waits = TURN
     is_dear = False
 
+    def __init__(self, error: type[Exception]) -> None:
+        self._error = error
+
     def turn(self, most: int) -> None:
         """As `Pump.turn`."""
-        raise NoMemory
+        raise self._error
 
 
-def test_a_pump_that_finds_no_memory_in_the_moment_in_which_it_is_to_let_go_does_so() -> None:
+@pytest.mark.parametrize("error", [NoMemory, HeldBack])
+def test_a_pump_that_has_to_wait_in_the_moment_in_which_it_is_to_let_go_does_so(error: type[Exception]) -> None:
     turns = Turns()
     ended: list[BaseException] = []
 
     def pump() -> None:
         try:
-            turns.wait(Short())
-        except BaseException as error:
-            ended.append(error)
+            turns.wait(Short(error))
+        except BaseException as exception:
+            ended.append(exception)
 
     greenlet = gevent.spawn(pump)
     gevent.sleep(0)
@@ -150,7 +154,7 @@ def test_a_pump_that_finds_no_memory_in_the_moment_in_which_it_is_to_let_go_does
     greenlet.kill(Detached, block=False)  # it will be thrown in when the loop comes to it
     turns._next()  # and before that its pump has its turn
     gevent.sleep(0.01)
-    assert [type(error) for error in ended] == [Detached], "or it would go on, and who waits for it would wait for ever"
+    assert [type(it) for it in ended] == [Detached], "or it would go on, and who waits for it would wait for ever"
     assert not turns.busy()
 
 

@@ -1,0 +1,23 @@
+"""A pump that reads and writes frames, and keeps to what the operator allows."""
+
+from __future__ import annotations
+
+from relay.transfer.framed import FramedPump
+from relay.transfer.limits import Allowance
+from relay.transfer.pump import COPY_BYTES
+
+
+class LimitedFramedPump(FramedPump):
+    """As `relay.transfer.limits.LimitedPump`."""
+
+    __slots__ = ("allowance",)
+
+    allowance: Allowance
+
+    def turn(self, most: int) -> None:
+        """As `LimitedPump.turn`."""
+        self.allowance.turn(self, super().turn, most)
+
+    def sip(self, most: int = COPY_BYTES) -> bool:
+        """As `LimitedPump.sip`."""
+        return self.allowance.sip(self, super().sip)

@@ -1,0 +1,256 @@
+"""Where the operator has set limits, a pair that none holds back is as any other, and what it moves is charged exactly.
+
+--pair-rate, --relay-rate and --max-pair-bytes from outside are in `tests.hostile.test_bounds`, the arithmetic of a pace
+in `test_pace`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import gevent
+import pytest
+
+from relay.clients.bounds import Bound
+from relay.clients.frames import FrameReader
+from relay.transfer import limits as limits_module
+from relay.transfer.limits import Limits, SharedPace
+from relay.transfer.pace import MOMENT, SLACK
+from relay.transfer.pump import COPY_BYTES
+from relay.transfer.rest import Rest
+from relay.transfer.turns import Moving, Turns
+from tests.support.bare_pair import new_pair
+from tests.support.client_frames import BINARY, Sent
+from tests.support.harness import Relay, met
+
+LARGE = 10**12
+
+
+class Queue(Turns):
+    """Short turns, which remember who has queued."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queued: list[Moving | None] = []
+
+    def size(self) -> int:
+        """As `Turns.size`."""
+        return 16 << 10
+
+    def wait(self, pump: Moving | None = None) -> None:
+        """As `Turns.wait`."""
+        self.queued.append(pump)
+        super().wait(pump)
+
+
+class Transfer:
+    """Two clients and their pair, whose first side may speak WebSocket."""
+
+    def __init__(self, limits: Limits, *, framed: bool, stack: contextlib.ExitStack) -> None:
+        self.turns = Queue()
+        rest = Rest(self.turns)
+        self.framed = framed
+        self.left, first = socket.socketpair()
+        self.right, second = socket.socketpair()
+        for sock in (self.left, self.right, first, second):
+            stack.enter_context(sock)
+            sock.setblocking(False)
+        self.pair = new_pair(
+            first, second, self.turns, rest, readers=(FrameReader() if framed else None, None), limits=limits
+        )
+        stack.callback(rest.close)
+        stack.callback(self.pair.close)
+        stack.callback(self.pair.detach)
+        self.pair.start()
+
+    def say(self, size: int) -> None:
+        """So many bytes from the left, in one piece."""
+        self.left.send(Sent(BINARY, bytes(size)).wire if self.framed else bytes(size))
+
+    def heard(self, size: float, patience: float = 10.0) -> int:
+        """How many bytes come to the right: so many, or all until the end, or the patience is over."""
+        got = 0
+        until = time.monotonic() + patience
+        while got < size and time.monotonic() < until:
+            gevent.sleep(0.001)
+            with contextlib.suppress(BlockingIOError):
+                chunk = self.right.recv(1 << 20)
+                got += len(chunk)
+                if not chunk:
+                    break
+        return got
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "framed"])
+def transfer(request: pytest.FixtureRequest) -> Iterator[Callable[[Limits], Transfer]]:
+    """Makes one, with each kind of pump."""
+    with contextlib.ExitStack() as stack:
+        yield lambda limits: Transfer(limits, framed=request.param, stack=stack)
+
+
+def limits_of(kind: str) -> Limits:
+    """A limit of that kind that holds nobody back."""
+    if kind == "relay":
+        return Limits(relay_pace=SharedPace(LARGE))
+    return Limits(pair_bytes=LARGE) if kind == "bytes" else Limits(pair_rate=LARGE)
+
+
+KINDS = pytest.mark.parametrize("kind", ["bytes", "pair", "relay"])
+
+
+@KINDS
+def test_a_pair_that_is_not_held_back_passes_small_messages_at_rest(
+    transfer: Callable[[Limits], Transfer], kind: str
+) -> None:
+    talk = transfer(limits_of(kind))
+    for _ in range(20):
+        talk.say(100)
+        assert talk.heard(100) == 100
+        assert talk.pair.greenlet is None
+        talk.right.send(b"answer")
+        wait_for_answer(talk)
+        assert talk.pair.greenlet is None
+    assert not talk.turns.queued
+
+
+def wait_for_answer(talk: Transfer) -> None:
+    """Of `Transfer.right`, at the left."""
+    until = time.monotonic() + 10
+    while not select.select([talk.left], [], [], 0)[0]:
+        assert time.monotonic() < until
+        gevent.sleep(0.001)
+    assert talk.left.recv(100).endswith(b"answer")
+
+
+@KINDS
+def test_who_has_much_queues_with_its_pump(transfer: Callable[[Limits], Transfer], kind: str) -> None:
+    bulk = transfer(limits_of(kind))
+    for _ in range(20):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                bulk.say(COPY_BYTES)
+        gevent.sleep(0)
+        bulk.heard(1)
+        if bulk.turns.queued:
+            break
+    assert bulk.turns.queued
+    assert None not in bulk.turns.queued
+
+
+def test_a_sip_never_takes_more_than_is_left_of_what_a_pair_may_move(transfer: Callable[[Limits], Transfer]) -> None:
+    talk = transfer(Limits(pair_bytes=1000))
+    for _ in range(9):
+        talk.say(100)
+        assert talk.heard(100) == 100
+    assert talk.pair.greenlet is None
+    talk.say(101)
+    assert talk.heard(math.inf) == 100
+    assert talk.pair.is_closed
+    assert talk.pair.cut_by is Bound.PAIR_BYTES
+    assert talk.pair.moved == 1000
+
+
+def test_neither_does_what_is_let_through_after_a_reset(transfer: Callable[[Limits], Transfer]) -> None:
+    talk = transfer(Limits(pair_bytes=1000))
+    talk.say(1100)
+    talk.pair._deliver_what_fits()
+    assert talk.pair.moved <= 1000
+
+
+@pytest.mark.parametrize("pace", ["own", "shared"])
+def test_what_is_sipped_is_charged_and_nothing_else(
+    transfer: Callable[[Limits], Transfer], pace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Still:
+        """A clock that stands."""
+
+        monotonic = staticmethod(lambda: 1000.0)
+
+    monkeypatch.setattr(limits_module, "time", Still)
+    shared = SharedPace(1e6)
+    talk = transfer(Limits(relay_pace=shared) if pace == "shared" else Limits(pair_rate=1_000_000))
+    charged = shared.pace
+    if pace == "own":
+        assert talk.pair._allowance is not None
+        own = talk.pair._allowance._own
+        assert own is not None
+        charged = own
+    for _ in range(3):
+        talk.say(500)
+        assert talk.heard(500) == 500
+    talk.say(20_000)
+    assert talk.heard(20_000) == 20_000
+    assert charged.free_in(1000.0) == pytest.approx(0.0215 - SLACK)
+    assert talk.pair.greenlet is None
+    shared.close()
+
+
+def test_who_is_held_back_lets_go_at_once_and_leaves_no_place_in_the_line(
+    transfer: Callable[[Limits], Transfer],
+) -> None:
+    shared = SharedPace(10_000)
+    bulk = transfer(Limits(relay_pace=shared))
+    bulk.say(60_000)
+    until = time.monotonic() + 10
+    while not len(shared.line) and time.monotonic() < until:
+        gevent.sleep(0.001)
+    assert len(shared.line) == 1
+    bulk.pair.detach()
+    assert bulk.pair.greenlet is None
+    assert not len(shared.line)
+    assert shared.pace.free_in(time.monotonic()) <= MOMENT
+    bulk.pair.start()
+    shared.set_rate(1e9)
+    assert bulk.heard(60_000) == 60_000
+    shared.close()
+
+
+def flow(sender: socket.socket, receiver: socket.socket, until: Callable[[int], bool]) -> int:
+    """Pour, and read, until that is so of the bytes that have come, or 15 seconds are over; returns how many have."""
+    got = 0
+    end = time.monotonic() + 15
+    while not until(got) and time.monotonic() < end:
+        _, writable, _ = select.select([], [sender], [], 0)
+        with contextlib.suppress(BlockingIOError):
+            if writable:
+                sender.send(bytes(1 << 16))
+        if select.select([receiver], [], [], 0.001)[0]:
+            got += len(receiver.recv(1 << 20))
+    return got
+
+
+def test_a_byte_of_each_of_many_stops_nobody(tmp_path: Path) -> None:
+    """They all say it in the same moment, and all that takes less than the bulk transfer may move in 5 seconds; once,
+    each took a twentieth of a second from all."""
+    with Relay(tmp_path, "--relay-rate", "4000000") as relay, contextlib.ExitStack() as stack:
+        few = [met(relay.port, stack=stack) for _ in range(200)]
+        sender, receiver = met(relay.port, stack=stack)
+        for sock in (sender, receiver):
+            sock.setblocking(False)
+        flow(sender, receiver, lambda got: got > 8_000_000)
+        for left, _ in few:
+            left.send(b"x")
+        silent = {right for _, right in few}
+        poller = select.poll()
+        by_fd = {right.fileno(): right for right in silent}
+        for fd in by_fd:
+            poller.register(fd, select.POLLIN)
+
+        def all_have_heard(_: int) -> bool:
+            for fd, _events in poller.poll(0):
+                assert by_fd[fd].recv(10) == b"x"
+                silent.discard(by_fd[fd])
+            return not silent
+
+        began = time.monotonic()
+        moved = flow(sender, receiver, all_have_heard)
+        assert not silent
+        assert time.monotonic() - began < 5
+        assert moved < 20_000_000
+        assert flow(sender, receiver, lambda got: got > 2_000_000) > 2_000_000
