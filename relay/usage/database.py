@@ -314,8 +314,16 @@ class Database:
         self._held = (self._held or 0) + len(new)
         self._histograms.note(new)
         if is_due:
-            with contextlib.suppress(sqlite3.Error):  # the rows are safe, and it is tried again
-                connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            self._copy_log_into_file(connection)
+
+    def _copy_log_into_file(self, connection: sqlite3.Connection) -> None:
+        """As far as that can be had now: the rows are safe in any case."""
+        try:
+            _, frames, copied = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        except sqlite3.Error:
+            frames, copied = 1, 0
+        if copied < frames:
+            self._file.log.some_stay()
 
     def _put_right(self, connection: sqlite3.Connection) -> None:
         with self._transaction(connection):

@@ -39,6 +39,10 @@ _AT_ONCE: Final = 64  # frames
 CHECKPOINT_FRAMES: Final = 1000
 """Pages in the log from which on they are copied into the database, as SQLite would by itself."""
 
+AGAIN_FRAMES: Final = 100
+"""After how many more it is tried again when somebody kept some of them from being copied: the log begins anew only
+when all are."""
+
 
 class StillInUse(Exception):
     """Another worker writes to the log at the moment."""
@@ -175,7 +179,7 @@ class WriteAheadLog:
     def is_due(self) -> bool:
         """Tell whether so much was in the log, when it was looked at last, that it is to be copied into the database.
 
-        Once for each thousand frames: a reader may keep them from being copied for long.
+        Once for each thousand frames, unless it is told that `some_stay`.
         """
         if self._frames < self._copied_at:
             self._copied_at = 0
@@ -183,6 +187,10 @@ class WriteAheadLog:
             return False
         self._copied_at = self._frames
         return True
+
+    def some_stay(self) -> None:
+        """When they were due, not all could be copied: another worker wrote, or a reader still needs them."""
+        self._copied_at += AGAIN_FRAMES - CHECKPOINT_FRAMES
 
     def _index(self) -> _Index | None:
         """Return None for one that is not set up, or is being written this moment."""
