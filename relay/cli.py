@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from relay import __version__
 from relay.clients.trusted_proxies import TrustedProxies
@@ -18,7 +18,8 @@ from relay.preflight.ports import check_ports
 from relay.process import log
 from relay.process.command_line import NotUnderstood, read_command_line
 from relay.process.fd_limit import fd_limit, raise_fd_limit
-from relay.process.program import fail, get_ready
+from relay.process.memory import lack_behind, no_thread
+from relay.process.program import fail, fail_for_lack_of_memory, get_ready
 from relay.process.signals import be_ready_for_signals, end_by_signal
 from relay.usage.own_log import OwnLog
 
@@ -120,8 +121,6 @@ RECORDS_SECONDS = 10.0
 SIGN_OFF_SECONDS = 1.0
 """How long a worker that cannot start takes to leave a database that is locked."""
 
-W = TypeVar("W", int, None)
-
 _ENDPOINT = re.compile(r"tcp:(\d+)(?::interface=((?:[^:\\]|\\.)+))?")
 
 
@@ -152,6 +151,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             own_log.finish(LOG_SECONDS)
     except Mistake as mistake:
         fail("relay-gevent", mistake)
+    except (MemoryError, ImportError) as error:
+        fail_for_lack_of_memory("relay-gevent", error)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -209,6 +210,9 @@ def _serve(options: Options) -> None:
 
 
 def _cannot_do_without(error: OSError) -> Mistake:
+    lack = lack_behind(error)
+    if lack is not None:
+        return Mistake(lack)
     what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
     return Mistake(
         f"the system refuses something that the relay cannot do without ({what}); allow it, or see what the container "
@@ -221,10 +225,7 @@ def _log_to_stderr() -> OwnLog:
     try:
         own_log = OwnLog()
     except RuntimeError:
-        raise Mistake(
-            "the system lets this process have no further thread; raise its limit of processes (ulimit -u, or pids.max "
-            "of its cgroup)"
-        ) from None
+        raise Mistake(no_thread()) from None
     log.send_to(own_log.write)
     return own_log
 
@@ -275,9 +276,9 @@ def read_options(arguments: Sequence[str]) -> Options:
         bounds_loopback=given["--max-per-source"] is not None or given["--max-new-per-source"] is not None,
         trusted_proxies=_trusted_proxies(given),
         proxy_protocol=given["--proxy-protocol"],
-        max_pair_bytes=_whole_or(given, "--max-pair-bytes", None),
-        pair_rate=_whole_or(given, "--pair-rate", None),
-        relay_rate=_whole_or(given, "--relay-rate", None),
+        max_pair_bytes=_bytes(given, "--max-pair-bytes"),
+        pair_rate=_bytes(given, "--pair-rate"),
+        relay_rate=_bytes(given, "--relay-rate"),
         measure_paths=_measure_paths(given),
         check=given["--check"],
         own_interfaces=_own_interfaces(given),
@@ -399,19 +400,29 @@ def _max_per_source(most: int) -> int:
     return max(most // 16, min(most // 4, 64), min(most, LEAST_PER_SOURCE))
 
 
-def _whole(given: dict[str, Any], option: str, least: int) -> int:
+def _whole(given: dict[str, Any], option: str, least: int, most_digits: int = 12) -> int:
     text = given[option]
-    if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) < least:
+    if not re.fullmatch("[0-9]+", text) or (len(text) <= most_digits and int(text) < least):
         raise Mistake(f"{option} {text}: give a whole number, {least} or more")
+    if len(text) > most_digits:
+        raise Mistake(f"{option} {text}: give a whole number of at most {most_digits} digits")
     return int(text)
 
 
-def _whole_or(given: dict[str, Any], option: str, otherwise: W) -> int | W:
+def _whole_or(given: dict[str, Any], option: str, otherwise: int) -> int:
     return otherwise if given[option] is None else _whole(given, option, 1)
+
+
+def _bytes(given: dict[str, Any], option: str) -> int | None:
+    return None if given[option] is None else _whole(given, option, 1, most_digits=18)
 
 
 def _seconds(given: dict[str, Any], option: str, least: float) -> float:
     text = given[option]
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or float(text) < least:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
+        raise Mistake(f"{option} {text}: give seconds, {least:g} or more")
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+        raise Mistake(f"{option} {text}: give seconds of at most 9 digits, and 9 behind the point")
+    if float(text) < least:
         raise Mistake(f"{option} {text}: give seconds, {least:g} or more")
     return float(text)

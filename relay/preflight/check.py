@@ -21,9 +21,11 @@ def check(options: Options, closed: Collection[int] = ()) -> None:
     check_log_fd(options, closed)
     check_ports(options)
     if options.run_dir is not None:
-        from relay.workers.run_dir import check_run_dir  # not before: see `relay.server`
+        from relay.workers.estate import Estate  # not before: see `relay.server`
+        from relay.workers.run_dir import check_run_dir
 
         check_run_dir(options.run_dir)
+        Estate().make_homes(options.run_dir, first=True)  # in memory, and gone with this process
     if options.usage_db is not None:
         _check_database(options.usage_db)
     for option, _, interface in options.endpoints():

@@ -5,6 +5,7 @@
 `command_line`  what docopt makes of one, and what is wrong with it
 `signals`       what each signal means to a worker
 `log`           the lines that it tells the operator
+`memory`        memory that it may not have, and what to do about it
 `addresses`     addresses of this machine to listen on, and what the system has against them
 `one_by_one`    something is done for each of many, and a mistake with one is no other's trouble
 `fd_limit`      how many file descriptors this process may have

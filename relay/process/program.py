@@ -18,6 +18,7 @@ import warnings
 from typing import NoReturn
 
 from relay.mistakes import Mistake
+from relay.process.memory import lack_behind
 
 STANDARD_FDS = (0, 1, 2)
 
@@ -121,6 +122,14 @@ def say(text: str) -> None:
         os.dup2(_open_nothing(), sys.stdout.fileno())
         if error.errno != errno.EPIPE:
             raise Mistake(f"cannot write to standard output: {os.strerror(error.errno or 0)}") from None
+
+
+def fail_for_lack_of_memory(program: str, error: Exception) -> NoReturn:
+    """End with one line where a lack of memory, or of threads, is behind the error; raise it where it is another."""
+    lack = lack_behind(error)
+    if lack is None:
+        raise error
+    fail(program, Mistake(lack))
 
 
 def fail(program: str, mistake: Exception) -> NoReturn:

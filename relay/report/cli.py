@@ -15,7 +15,7 @@ from typing import TextIO
 from relay import __version__
 from relay.mistakes import Mistake
 from relay.process.command_line import NotUnderstood, read_command_line
-from relay.process.program import fail, get_ready, say
+from relay.process.program import fail, fail_for_lack_of_memory, get_ready, say
 from relay.process.shown import shown
 from relay.report.counters import added, read_counters
 from relay.report.database import ReportError, Summary, add_now, opened
@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             say(_text(read_report(options), options.form, sys.stdout))
     except (ReportError, Mistake) as mistake:
         fail("relay-usage", mistake)
+    except (MemoryError, ImportError) as error:
+        fail_for_lack_of_memory("relay-usage", error)
     except KeyboardInterrupt:
         sys.exit(130)
 

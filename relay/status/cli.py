@@ -15,7 +15,7 @@ from pathlib import Path
 from relay import __version__
 from relay.mistakes import Mistake
 from relay.process.command_line import NotUnderstood, read_command_line
-from relay.process.program import fail, get_ready
+from relay.process.program import fail, fail_for_lack_of_memory, get_ready
 from relay.process.signals import be_ready_for_signals, end_by_signal
 
 USAGE = """relay-status, relay-gevent seen live: a page, numbers for Prometheus and for other programs.
@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _serve(options)
     except Mistake as mistake:
         fail("relay-status", mistake)
+    except (MemoryError, ImportError, RuntimeError) as error:
+        fail_for_lack_of_memory("relay-status", error)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -17,6 +17,7 @@ from collections.abc import Set as AbstractSet
 from queue import SimpleQueue
 from typing import Final, Protocol
 
+from relay.process.memory import no_thread
 from relay.usage.record import Record
 from relay.usage.trouble import Trouble, UsageError
 
@@ -113,10 +114,7 @@ class Writer:
         try:
             self._thread.start()
         except RuntimeError:
-            raise UsageError(
-                f"{self._destination.option}: the system lets this process have no further thread to write it; "
-                "raise its limit of processes (ulimit -u, or pids.max of its cgroup)"
-            ) from None
+            raise UsageError(f"{self._destination.option}: {no_thread()}") from None
         self._first_attempt.wait(ATTEMPT_PATIENCE)
         self._first_success.wait(max(0.0, until - time.monotonic()))
         with self._start_lock:

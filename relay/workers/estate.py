@@ -9,6 +9,7 @@ import os
 import socket
 
 from relay.mistakes import Mistake
+from relay.process.memory import no_memory
 from relay.workers.homes import FILES, Homes
 from relay.workers.language import LANGUAGE
 
@@ -42,6 +43,8 @@ class Estate:
             reason = errno.EMFILE  # those of a sibling did not all arrive
         except OSError as error:
             reason = error.errno or 0
+        if reason == errno.ENOMEM:
+            raise Mistake(f"--run-dir {run_dir}: {no_memory()}")
         advice = _ADVICE.get(reason, "see memfd_create(2)")
         raise Mistake(f"--run-dir {run_dir}: {os.strerror(reason)}; {advice}")
 

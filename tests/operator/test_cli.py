@@ -121,6 +121,18 @@ def test_a_wrong_bound_is_a_mistake(option: str, value: str, here: Here) -> None
     assert here(f"{option}={value}").startswith(f"{option} ")
 
 
+def test_a_number_that_is_too_long_is_told_of_as_such(here: Here) -> None:
+    assert here("--max-waiting", "1" * 13).endswith(": give a whole number of at most 12 digits")
+    assert here("--relay-rate", "1" * 19).endswith(": give a whole number of at most 18 digits")
+    assert "at most 9 digits" in here("--grace", "1" * 10)
+
+
+def test_a_relay_takes_any_number_of_bytes_that_it_is_given(relay_factory: Start) -> None:
+    most = "9" * 18
+    relay = relay_factory("--max-pair-bytes", most, "--pair-rate", most, "--relay-rate", most)
+    honest_transfer(relay.port)
+
+
 @pytest.mark.parametrize("option", ["--handshake-timeout", "--wait-timeout", "--idle-timeout"])
 def test_no_time_at_all_is_a_mistake(option: str, here: Here) -> None:
     assert here(option, "0").startswith(f"{option} 0: ")
