@@ -69,14 +69,16 @@ What nobody gets more of (for each worker, unless it says otherwise):
                                whoever has most, or new ones wait in the listen queue. Without it, as many as the limit
                                of file descriptors allows, or, with --run-dir, half of that: then a worker has room for
                                what another one hands it when that leaves.
-  --max-handshakes N           Clients that have not said what they want; the oldest gives way [default: 1000]
-  --max-waiting N              Clients that wait for a partner; the oldest gives way. Without it, three quarters
-                               of --max-connections.
+  --max-handshakes N           Clients that have not said what they want; the oldest gives way, of whoever has most
+                               [default: 1000]
+  --max-waiting N              Clients that wait for a partner; the oldest gives way, of whoever has most. Without
+                               it, three quarters of --max-connections.
   --max-waiting-per-token N    Clients that wait with the same token; the oldest gives way [default: 16]
   --max-per-source N           Connections from one address (IPv6: one /64). Without it, a sixteenth
                                of --max-connections; where that is less than 64, then 64, but at most a quarter.
-  --max-new-per-source N       New connections a second from one address; without it, 200. Both of these spare
-                               this machine's own addresses, unless they are given.
+  --max-new-per-source N       New connections a second from one address, and four times as many from all of one
+                               IPv6 site (/48); without it, 200. Both of these spare this machine's own addresses,
+                               unless they are given.
   --trusted-proxies NETS       Addresses and networks, separated by commas, of proxies whose word is taken for where a
                                client comes from: a PROXY header on either port, X-Forwarded-For on WebSocket. Only the
                                bounds above need to know; it is recorded nowhere.

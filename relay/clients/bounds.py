@@ -13,14 +13,28 @@ from collections import Counter
 LOG_SECONDS = 60.0
 """At most so often does the log say that bounds were met."""
 
+FEW = 8
+"""Below so many connections, all sources are alike: two sides and their spares may come from one household."""
+
+NEW_OF_SITE = 4
+"""How many times as many newcomers as one source the networks of one site may have together."""
+
+
+def rank_of(count: int) -> int:
+    """The rank of whoever has so many: 0 for a few, and higher each time that there are twice as many."""
+    return (count // FEW).bit_length()
+
 
 class Bound(enum.Enum):
     """A bound; the value is what the log says was done, and to how many."""
 
-    HANDSHAKES = "--max-handshakes: turned away the client that had been silent longest"
+    HANDSHAKES = "--max-handshakes: turned away the client that had been silent longest, of whoever had most"
     PER_SOURCE = "--max-per-source: turned away new connections from an address that had its share"
-    NEW_PER_SOURCE = "--max-new-per-source: turned away new connections from an address that made too many"
-    WAITING = "--max-waiting: turned away the client that had waited longest"
+    NEW_PER_SOURCE = (
+        "--max-new-per-source: turned away new connections from an address that made too many, or from an IPv6 site "
+        "whose networks did together"
+    )
+    WAITING = "--max-waiting: turned away the client that had waited longest, of whoever had most"
     PER_TOKEN = "--max-waiting-per-token: turned away the client that had waited longest with the same token"
     IDLE = "--idle-timeout: ended transfers in which nothing moved"
     PAIR_BYTES = "--max-pair-bytes: ended transfers that were too large"
@@ -46,7 +60,7 @@ class Bound(enum.Enum):
 
 
 class Sources:
-    """How many connections there are from each source, and how many came from it in this second."""
+    """How many connections there are from each source and site, and how many came from there in this second."""
 
     def __init__(self, most: int, most_new: int) -> None:
         self._most = most
@@ -54,6 +68,7 @@ class Sources:
         self._here: dict[bytes, int] = {}  # only those that are here; no Counter, which is slow with what is new
         self._sites: dict[bytes, int] = {}  # of networks of 64 bits, by what `site_of` has for them
         self._new: Counter[bytes] = Counter()
+        self._new_at_site: Counter[bytes] = Counter()  # of networks of 64 bits, as far as none had too many
 
     def __len__(self) -> int:
         """How many sources are known at the moment."""
@@ -64,6 +79,12 @@ class Sources:
         self._new[source] += 1
         if self._new[source] > self._most_new:
             return Bound.NEW_PER_SOURCE
+        if len(source) == 8:
+            # Without those that were too many of one network: it alone keeps none of its neighbours out.
+            site = source[:6]
+            self._new_at_site[site] += 1
+            if self._new_at_site[site] > self._most_new * NEW_OF_SITE:
+                return Bound.NEW_PER_SOURCE
         if self._here.get(source, 0) >= self._most:
             return Bound.PER_SOURCE
         return None
@@ -98,6 +119,7 @@ class Sources:
     def next_second(self) -> None:
         """Forget who has come; to be called every second."""
         self._new.clear()
+        self._new_at_site.clear()
 
 
 def _take_one(counts: dict[bytes, int], whose: bytes) -> None:

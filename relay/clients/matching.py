@@ -16,6 +16,7 @@ from relay.clients.farewell import Farewell
 from relay.clients.iteration import Iteration
 from relay.clients.pings import Pings
 from relay.clients.places import Places
+from relay.clients.sites import Sites
 from relay.clients.waiting_room import WaitingRoom
 from relay.options import Options
 from relay.process import log
@@ -88,7 +89,7 @@ class Matching:
         self._note = places.bounds_met.note
         self._farewell = farewell
         self._on_match = on_match
-        self._room: WaitingRoom[Client] = WaitingRoom()
+        self._room: WaitingRoom[Client] = WaitingRoom(Sites(places.count_of, places.count_at_site))
         self._deadlines: Deadlines[Client] = Deadlines()
         self._unheard: dict[Client, None] = {}  # whom the system refuses to watch, until it is tried again
         self._closed = False
@@ -179,10 +180,10 @@ class Matching:
         if client.speech.reader is not None:
             client.speech.be_pinged(self._pings, client.sock)
         if len(self._room) > self._options.max_waiting + self._places.guests:
-            # The oldest gives way. Were newcomers turned away instead, whoever fills the room once would own it for as
-            # long as clients may wait; like this it takes more newcomers all the time, and those are bounded, too.
+            # Somebody who waits gives way. Were newcomers turned away instead, whoever fills the room once would own it
+            # for as long as clients may wait.
             self._note(Bound.WAITING)
-            self.dismiss_oldest()
+            self.dismiss(self._room.first_to_go())
 
     def _listen(self, client: Client) -> None:
         """Hear when `client`, which waits, leaves or says something; if that is refused, it is tried every second."""
@@ -214,10 +215,6 @@ class Matching:
         """End the connection of somebody who waits here, at once, for its place."""
         self.leave(client)
         self._farewell.end(client, replace(client.speech.lonely(), gone=True))
-
-    def dismiss_oldest(self) -> None:
-        """The same for the one that has waited longest; there is one."""
-        self.dismiss(self._room.oldest())
 
     def _vacate(self, token: bytes) -> None:
         """Be home to `token` no longer if nobody waits for it here."""

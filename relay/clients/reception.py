@@ -19,6 +19,7 @@ from relay.clients.handshake import Handshake, Refusal
 from relay.clients.iteration import Iteration
 from relay.clients.origins import Origins
 from relay.clients.places import Places
+from relay.clients.sites import Sites
 from relay.clients.speech import PLAIN, Ending, Speech
 from relay.options import Options
 from relay.process import log
@@ -47,6 +48,7 @@ class Reception:
         self._farewell = farewell
         self._admit = admit
         self._shaking: dict[Client, None] = {}  # in the order in which they came
+        self._sites: Sites[Client] = Sites(places.count_of, places.count_at_site)
         self._deadlines: Deadlines[Client] = Deadlines()
         self._unheard: dict[Client, None] = {}  # whom the system refuses to watch, until it is tried again
         self._closed = False
@@ -122,6 +124,8 @@ class Reception:
             while client.claim is not None:
                 if not self._origins.settle(client):
                     return Ending(None, gone=True)
+                if client in self._shaking:
+                    self._sites.enter(client)  # now that it is known whose it is
                 if verdict is None:
                     verdict = client.speech.hear(client)
         except BlockingIOError:
@@ -129,14 +133,16 @@ class Reception:
         return verdict
 
     def _expect_more(self, client: Client) -> None:
-        """Wait for the rest of a handshake. When too many are waited for, the oldest gives way: it has had the most
-        time, and an honest one needs no longer than a round trip."""
+        """Wait for the rest of a handshake. When too many are awaited, the oldest of the site that has the most gives
+        way, or, where all have few, the oldest of all: it has had the most time, and an honest one needs no longer than
+        a round trip."""
         if client in self._shaking:
             return
         self._listen(client)
         self._shaking[client] = None
+        self._sites.enter(client)
         if len(self._shaking) > self._options.max_handshakes:
-            oldest = next(iter(self._shaking))
+            oldest = self._sites.first_to_go() or next(iter(self._shaking))
             self._shake_hands(oldest)  # what has come counts, however late we are to look
             if oldest in self._shaking:
                 self._places.bounds_met.note(Bound.HANDSHAKES)
@@ -152,6 +158,7 @@ class Reception:
         """`client` is somebody else's from now on; its watcher is as it was."""
         self._deadlines.clear(client)
         self._shaking.pop(client, None)
+        self._sites.leave(client)
         self._origins.forget(client)
 
     def _turn_away(self, client: Client) -> None:
@@ -200,6 +207,7 @@ class Reception:
         for client in self._deadlines.take_due(now):
             # What has come counts, however late we are to look.
             self._shaking.pop(client, None)
+            self._sites.leave(client)
             self._shake_hands(client)
             if client in self._shaking:
                 self._turn_away(client)

@@ -28,7 +28,8 @@ A sender cannot claim the IPv4 address of somebody else like this: what is sent 
 handshake does not end.
 
 Who owns a network of 64 bits may own its neighbours, too: a household has 56 bits as a rule, and 48 are to be had for
-nothing (RFC 6177, tunnel brokers). So when it is about who has the most, the networks of one `site` are one.
+nothing (RFC 6177, tunnel brokers). So when it is about who has the most, or who comes too fast, the networks of one
+`site` are one.
 """
 
 from __future__ import annotations

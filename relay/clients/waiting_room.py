@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
 
+from relay.clients.sites import Sites
+
 
 class Waiting(Protocol):
     """What the room has to know of a client."""
@@ -30,14 +32,23 @@ class Waiting(Protocol):
     def arrived(self) -> float:
         """When it connected, in seconds of a clock that all workers share."""
 
+    @property
+    def source(self) -> bytes | None:
+        """Whose it is; None for one that nobody counts."""
+
 
 W = TypeVar("W", bound=Waiting)
 
 
 class WaitingRoom(Generic[W]):
-    """Clients with a good handshake and no partner yet, by token, the longest waiting first."""
+    """Clients with a good handshake and no partner yet, by token, the longest waiting first.
 
-    def __init__(self) -> None:
+    Args:
+        sites: tells who gives way, and is told of everybody who waits.
+    """
+
+    def __init__(self, sites: Sites[W]) -> None:
+        self._sites = sites
         self._by_token: dict[bytes, list[W]] = {}
         self._count = 0
 
@@ -60,6 +71,7 @@ class WaitingRoom(Generic[W]):
         clients = self._by_token.setdefault(client.token, [])
         clients.append(client)
         self._count += 1
+        self._sites.enter(client)
         if len(clients) > 1 and clients[-2].arrived > client.arrived:
             clients.sort(key=lambda waiting: waiting.arrived)  # another worker has handed it on, and that took a while
 
@@ -73,11 +85,14 @@ class WaitingRoom(Generic[W]):
         if not clients:
             del self._by_token[client.token]
         self._count -= 1
+        self._sites.leave(client)
 
     def take_all(self, token: bytes) -> list[W]:
         """Empty the room of everybody who waits for `token`, and return them: the spares, once one is matched."""
         clients = self._by_token.pop(token, [])
         self._count -= len(clients)
+        for client in clients:
+            self._sites.leave(client)
         return clients
 
     def all_for(self, token: bytes) -> list[W]:
@@ -92,9 +107,11 @@ class WaitingRoom(Generic[W]):
         """All tokens that somebody waits for; the room may change meanwhile."""
         return [*self._by_token]
 
-    def oldest(self) -> W:
-        """The one who waits for the token that somebody has waited for longest; the room is not empty."""
-        return next(iter(self._by_token.values()))[0]
+    def first_to_go(self) -> W:
+        """Who gives way when too many wait: the one who has waited longest, of the site that has the most. Where all
+        have few, it is of all those the one who waits for the token that somebody has waited for longest. The room is
+        not empty."""
+        return self._sites.first_to_go() or next(iter(self._by_token.values()))[0]
 
     def waiting_for(self, token: bytes) -> int:
         """How many clients wait for `token`."""

@@ -42,7 +42,7 @@ from typing import TypeAlias
 
 import gevent
 
-from relay.clients.bounds import Bound
+from relay.clients.bounds import FEW, Bound, rank_of
 from relay.clients.client import Client
 from relay.clients.farewell import Farewell
 from relay.clients.matching import Matching
@@ -55,9 +55,6 @@ from relay.transfer.slices import in_slices
 
 IDLE_SECONDS = 5.0
 BRIEF_SECONDS = 1.0
-
-FEW = 8
-"""Below so many connections, all sources are alike: two sides and their spares may come from one household."""
 
 MANY_OF = 64
 """A source has many when it has more than a few connections and such a part of all places."""
@@ -285,7 +282,7 @@ class Eviction:
 def _rank(at_site: int, count: int) -> int:
     """The rank of a source that has `count` connections, where its site has so many: 0 for a few, and higher each time
     that there are twice as many at the site, or, where that is equal, from the source."""
-    return (at_site // FEW).bit_length() * RANKS + (count // FEW).bit_length()
+    return rank_of(at_site) * RANKS + rank_of(count)
 
 
 def _site_of(source: bytes | None) -> bytes | None:

@@ -8,7 +8,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.clients.bounds import LOG_SECONDS, Bound, BoundsMet, Sources
+from relay.clients.bounds import LOG_SECONDS, NEW_OF_SITE, Bound, BoundsMet, Sources
 from relay.clients.sources import source_of
 
 
@@ -68,6 +68,20 @@ def test_the_networks_of_one_site_are_counted_together_too(events: list[tuple[bo
         assert sources.count_at_site(source_of(host)) == together
         assert sources.count(source_of(host)) == here[host]
     assert sources.count_at_site(None) == 0
+
+
+def test_newcomers_of_one_site_are_bounded_together_and_one_network_of_it_keeps_no_other_out() -> None:
+    sources = Sources(1000, 10)
+    networks = [source_of(f"2001:db8:0:{number:x}::1") for number in range(20)]
+    neighbour, elsewhere, household = source_of("2001:db8:0:ff::1"), source_of("2001:db8:1::1"), source_of("192.0.2.1")
+    for _ in range(2):
+        assert [sources.refuses(networks[0]) for _ in range(1000)] == [None] * 10 + [Bound.NEW_PER_SOURCE] * 990
+        assert [sources.refuses(neighbour) for _ in range(10)] == [None] * 10
+        came = [sources.refuses(network) for _ in range(10) for network in networks[1:]]
+        assert came == [None] * (10 * NEW_OF_SITE - 20) + [Bound.NEW_PER_SOURCE] * (190 + 20 - 10 * NEW_OF_SITE)
+        assert sources.refuses(elsewhere) is None
+        assert sources.refuses(household) is None
+        sources.next_second()
 
 
 def test_a_source_whose_connections_siblings_hand_on_may_come_to_have_too_many() -> None:

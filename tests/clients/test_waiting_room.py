@@ -17,6 +17,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from relay.clients.sites import Sites
 from relay.clients.waiting_room import WaitingRoom
 
 TOKENS = [b"a" * 64, b"A" * 64, b"b" * 64]
@@ -30,6 +31,7 @@ class Someone:
     token: bytes
     side: bytes | None
     arrived: float
+    source: bytes | None = None
 
     def matches(self, other: Someone) -> bool:
         """The rule of the protocol."""
@@ -38,12 +40,16 @@ class Someone:
         return self.side is None or other.side is None or self.side != other.side
 
 
+def _none(source: bytes | None) -> int:
+    return 0
+
+
 class Arrivals(RuleBasedStateMachine):
     """The room beside a plain list of everybody who waits, the longest waiting first."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.room: WaitingRoom[Someone] = WaitingRoom()
+        self.room: WaitingRoom[Someone] = WaitingRoom(Sites(_none, _none))
         self.waiting: list[Someone] = []
 
     @rule(token=st.sampled_from(TOKENS), side=st.sampled_from(SIDES), arrived=st.integers(0, 9).map(float))
@@ -108,7 +114,7 @@ TestArrivals.settings = settings(max_examples=150, stateful_step_count=40, deadl
 
 
 def test_the_room_may_change_while_one_goes_through_it() -> None:
-    room: WaitingRoom[Someone] = WaitingRoom()
+    room: WaitingRoom[Someone] = WaitingRoom(Sites(_none, _none))
     for token in TOKENS:
         room.enter(Someone(token, SIDES[1], 0.0))
     for somebody in room:

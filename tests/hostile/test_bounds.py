@@ -263,6 +263,65 @@ def test_of_too_many_who_wait_the_one_that_has_waited_longest_gives_way(
     assert times_said(relay, "--max-waiting") == 3
 
 
+TRUSTING = ("--trusted-proxies", "127.0.0.0/8", "--proxy-protocol", "--max-new-per-source", "10000")
+
+
+def called(relay: Relay, host: str, said: bytes) -> socket.socket:
+    """A client at `host`, whom a proxy on this machine names, and who says this."""
+    sock = connect(relay.port)
+    family, here = ("TCP6", "::1") if ":" in host else ("TCP4", "127.0.0.1")
+    sock.sendall(f"PROXY {family} {host} {here} 51234 4001\r\n".encode() + said)
+    return sock
+
+
+def honest_and_greedy(
+    relay: Relay, stack: contextlib.ExitStack, words: Callable[[], bytes]
+) -> tuple[list[socket.socket], list[socket.socket]]:
+    """Ten of different addresses, and then 150 of ten networks of one IPv6 site and 150 of another machine, each of
+    whom says what `words` gives."""
+    ten = [stack.enter_context(called(relay, f"203.0.113.{number}", words())) for number in range(10)]
+    hosts = [host for n in range(150) for host in (f"2001:db8:0:{n % 10:x}::{n:x}", "198.51.100.66")]
+    return ten, [stack.enter_context(called(relay, host, words())) for host in hosts]
+
+
+def test_of_too_many_who_wait_whoever_has_most_gives_way(
+    relay_factory: RelayFactory, stack: contextlib.ExitStack
+) -> None:
+    relay = relay_factory("--grace", "0", "--max-waiting", "60", *TRUSTING)
+    honest, greedy = honest_and_greedy(relay, stack, lambda: handshake(new_token(), new_side()))
+    wait_until(lambda: sum(map(is_open, greedy)) == 50, 10, "so many gave way")
+    assert all(is_open(sock) for sock in honest)
+    of_a_site, of_a_machine = (sum(is_open(sock) for sock in greedy[which::2]) for which in (0, 1))
+    assert of_a_machine <= 2 * of_a_site + 16, "the two have about the same"
+    assert of_a_site <= 2 * of_a_machine + 16
+    assert times_said(relay, "--max-waiting") == 250
+
+
+def test_of_too_many_pending_handshakes_those_of_whoever_has_most_give_way(
+    relay_factory: RelayFactory, stack: contextlib.ExitStack
+) -> None:
+    relay = relay_factory("--grace", "0", "--max-handshakes", "60", *TRUSTING)
+    honest, greedy = honest_and_greedy(relay, stack, lambda: b"please re")
+    wait_until(lambda: sum(map(is_open, greedy)) == 50, 10, "so many gave way")
+    assert all(is_open(sock) for sock in honest)
+    token = new_token()
+    for sock in honest[:2]:
+        sock.sendall(handshake(token, new_side()).removeprefix(b"please re"))
+    assert [read_exactly(sock, 3) for sock in honest[:2]] == [b"ok\n"] * 2
+    assert times_said(relay, "--max-handshakes") == 250
+
+
+def test_connections_that_nobody_counts_give_way_by_age_where_no_source_has_many(
+    relay_factory: RelayFactory, stack: contextlib.ExitStack
+) -> None:
+    relay = relay_factory("--grace", "0", "--max-waiting", "20", *TRUSTING[:2], recording=True)
+    first = [stack.enter_context(called(relay, "203.0.113.1", handshake(new_token(), new_side()))) for _ in range(7)]
+    wait_until(lambda: relay.rows("current")[0]["waiting"] == 7, what="they wait")
+    own = [stack.enter_context(called(relay, "127.0.0.1", handshake(new_token(), new_side()))) for _ in range(20)]
+    wait_until(lambda: not any(map(is_open, first)), what="those who came first give way")
+    assert all(is_open(sock) for sock in own)
+
+
 def test_a_token_flooded_with_spares_keeps_a_few_and_still_meets_its_partner(
     relay_factory: RelayFactory, stack: contextlib.ExitStack
 ) -> None:
