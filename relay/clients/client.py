@@ -47,6 +47,9 @@ class EventLoop(Protocol):
     def io(self, fd: int, events: int) -> Watcher:
         """A watcher of `fd`: 1 is readable, 2 is writable."""
 
+    def prepare(self) -> Watcher:
+        """A watcher of the moment in each iteration before it is asked what there is to do."""
+
     def now(self) -> float:
         """When its present iteration began; its callbacks all read the same."""
 

@@ -58,8 +58,8 @@ class Farewell:
         self.turned_away: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
         """Those on record since the beginning, by kind."""
         self._lingering: OrderedDict[Client, float] = OrderedDict()  # until when, the first of them soonest
-        self._iteration = Iteration(loop)
-        self._on_readable = self._discard  # bound once, and not for every client
+        self._iteration = Iteration(loop, self._discard)
+        self._on_readable = self._iteration.see_to  # bound once, and not for every client
 
     @property
     def lingering(self) -> int:
@@ -135,7 +135,7 @@ class Farewell:
 
     def _discard(self, client: Client) -> None:
         """A client that lingers says something, or has ended its stream."""
-        if self._iteration.is_over():
+        if client not in self._lingering:  # it was late, and its time is over
             return
         try:
             count = client.sock.recv_into(_scrap)

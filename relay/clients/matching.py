@@ -94,7 +94,7 @@ class Matching:
         self._unheard: dict[Client, None] = {}  # whom the system refuses to watch, until it is tried again
         self._closed = False
         self._pings = pings
-        self._iteration = Iteration(loop)
+        self._iteration = Iteration(loop, self._hear)
         self._on_readable = self._heard  # bound once, and not for every client
 
     def __len__(self) -> int:
@@ -224,7 +224,10 @@ class Matching:
     def _heard(self, client: Client) -> None:
         if not client.is_heard:
             self._unheard[client] = None
-        if not self._iteration.is_over():
+        self._iteration.see_to(client)
+
+    def _hear(self, client: Client) -> None:
+        if client in self:
             self._interrupted(client)
 
     def _interrupted(self, client: Client) -> None:

@@ -52,7 +52,7 @@ class Reception:
         self._deadlines: Deadlines[Client] = Deadlines()
         self._unheard: dict[Client, None] = {}  # whom the system refuses to watch, until it is tried again
         self._closed = False
-        self._iteration = Iteration(loop)
+        self._iteration = Iteration(loop, self._hear)
         self._on_readable = self._heard  # bound once, and not for every client
 
     def __iter__(self) -> Iterator[Client]:
@@ -97,7 +97,10 @@ class Reception:
     def _heard(self, client: Client) -> None:
         if not client.is_heard:
             self._unheard[client] = None
-        if not self._iteration.is_over():
+        self._iteration.see_to(client)
+
+    def _hear(self, client: Client) -> None:
+        if client in self._shaking:
             self._shake_hands(client)
 
     def _shake_hands(self, client: Client) -> None:
