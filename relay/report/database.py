@@ -54,8 +54,9 @@ class Now:
     refreshed: int | None
 
     def is_stale(self, now: float) -> bool:
-        """Return whether the relay has missed two ticks, so that nobody knows whether the numbers still hold."""
-        return self.refreshed is None or now - self.refreshed > STALE_AFTER
+        """Return whether the relay has missed two ticks, so that nobody knows whether the numbers still hold. A time
+        that is yet to come, from a clock that was wrong, says no more than an old one."""
+        return self.refreshed is None or abs(now - self.refreshed) > STALE_AFTER
 
 
 def add_now(parts: Iterable[Now]) -> Now:

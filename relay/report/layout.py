@@ -66,10 +66,12 @@ def _now(report: Report) -> str:
     told = f"now: {pairs} connected, {now.waiting:,} waiting, {size(now.partial_bytes)} under way"
     if now.refreshed is None:
         return f"{told} (never refreshed: has a relay used this database yet?)"
-    age = duration(report.made - now.refreshed)
+    age = duration(abs(report.made - now.refreshed))
     if now.is_stale(report.made):
+        if now.refreshed > report.made:
+            return f"{told} (but refreshed {age} from now, by a clock that was wrong: is the relay running?)"
         return f"{told} (but not refreshed for {age}: is the relay running?)"
-    return f"{told} (refreshed {age} ago)"
+    return f"{told} (refreshed {duration(report.made - now.refreshed)} ago)"
 
 
 def _sums(report: Report) -> list[str]:

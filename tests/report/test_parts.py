@@ -225,6 +225,8 @@ def test_the_table_tells_everything_and_is_plain_for_a_pipe() -> None:
 def test_the_table_says_when_nobody_refreshes_it() -> None:
     assert "not refreshed for 11m40s" in table(report(refreshed=NOON - 700), Screen())
     assert "never refreshed" in table(report(refreshed=None), Screen())
+    assert "but refreshed 1h00m from now, by a clock that was wrong" in table(report(refreshed=NOON + 3600), Screen())
+    assert "(refreshed 0 s ago)" in table(report(refreshed=NOON + 2), Screen())
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 120, 160, 300])
