@@ -300,6 +300,8 @@ class Relay:
             self._departure.end_at_once()
             return
         self._stopping = True
+        for line in [] if self._recorder is None else self._recorder.held_back():
+            log.tell("%s", line)  # at once: an orderly end is no client's doing
         assert self._door is not None
         one_by_one([self._door.retire], do_it, "in closing the door")
         self._departure.depart()

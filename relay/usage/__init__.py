@@ -14,10 +14,12 @@
 `schema`           the database file: whose it is, its tables, opening and making it
 `folder`           the folder that it is in, and whether that will do
 `watched_file`     the database's file, watched from outside SQLite: still there, still whole
+`belonging`        which file a -wal belongs to, where an operator has put another in its place
 `write_ahead_log`  the same of what is beside it, the -wal and the -shm
 `sqlite`           SQLite, without what it takes to turn dates into values
 `trouble`          what can keep a destination from being written; `sqlite_trouble`, what SQLite has against it
 `unhurried`        what the operator is told of that, at times that say nothing
+`sign`             what others see of it at once: the process's name
 `own_log`          the relay's log to stderr, which nobody waits for either
 =================  ====================================================================================
 

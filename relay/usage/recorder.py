@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from relay.usage.json_log import JsonLog, check_log_fd
 from relay.usage.record import Current, Record
+from relay.usage.sign import Sign
 from relay.usage.told import Description
 from relay.usage.trouble import UsageError
 from relay.usage.unhurried import Unhurried
@@ -52,6 +53,10 @@ class Recorder:
     def kept(self) -> int:
         """How many records could not be written yet, since a destination is in trouble."""
         return max([writer.kept for writer in self._writers], default=0)
+
+    def held_back(self) -> list[str]:
+        """What is lost if the process ends now, a line for each destination that does not work."""
+        return [line for writer in self._writers if (line := writer.held_back())]
 
     def close(self, timeout: float) -> int:
         """Write all that is queued, sign this process off from the database, and end the threads.
@@ -117,13 +122,14 @@ def _open(
     unhurried: Unhurried | None,
 ) -> Recorder:
     log = database = None
+    sign = Sign()
     if log_fd is not None:
         check_log_fd(log_fd, usage_db)
-        log = Writer(JsonLog(log_fd, blur_seconds, warn), warn)
+        log = Writer(JsonLog(log_fd, blur_seconds, warn), warn, sign)
     if usage_db is not None:
         from relay.usage.database import Database  # not before: SQLite takes 1.5 MB
 
-        database = Writer(Database(usage_db, blur_seconds, current, describe, warn), warn)
+        database = Writer(Database(usage_db, blur_seconds, current, describe, warn), warn, sign)
         database.start()
     if log is not None:
         log.start()

@@ -19,6 +19,7 @@ from typing import Final, Protocol
 
 from relay.process.memory import no_thread
 from relay.usage.record import Record
+from relay.usage.sign import Sign
 from relay.usage.trouble import Trouble, UsageError
 
 Warn = Callable[[str], None]
@@ -77,16 +78,17 @@ class Writer:
     Args:
         destination: what to write to.
         warn: writes a line to the relay's log.
+        sign: what is given while records are held back.
     """
 
-    def __init__(self, destination: Destination, warn: Warn) -> None:
+    def __init__(self, destination: Destination, warn: Warn, sign: Sign) -> None:
         self._destination = destination
         self._warn = warn
         self._queue: SimpleQueue[Record | Request] = SimpleQueue()
         self.request = self._queue.put
         self._kept: deque[Record] = deque()
         self._requests: set[Request] = {Request.REFRESH}
-        self._outage = _Outage(destination.name, warn)
+        self._outage = _Outage(destination.name, warn, sign)
         self._taken = 0  # records, since the start; counted on the thread that records
         self._written = 0  # of these; counted on the writer's thread
         self._lost = 0  # others, for want of room, since the start; counted on the thread that records
@@ -140,6 +142,15 @@ class Writer:
     def kept(self) -> int:
         """Records that wait since the destination is in trouble, 0 while it is not; read on any thread."""
         return self._taken - self._written if self._outage.reason else 0
+
+    def held_back(self) -> str:
+        """What is lost if the process ends now, in one line; an empty one while nothing is in the way for long."""
+        if not self._outage.is_told or not self.kept:
+            return ""
+        return (
+            f"{self._destination.name}: {self.kept} records are held back, and lost unless they can be written before "
+            f"this worker ends: {self._outage.reason}"
+        )
 
     def leave(self, deadline: float) -> None:
         """Have everything written that was queued, and the thread end, by `deadline` (of the monotonic clock)."""
@@ -248,13 +259,19 @@ class Writer:
 class _Outage:
     """What the operator is told of a destination in trouble: each kind of trouble once, and once that it is over."""
 
-    def __init__(self, name: str, warn: Warn) -> None:
+    def __init__(self, name: str, warn: Warn, sign: Sign) -> None:
         self.reason = ""
         self._name = name
         self._warn = warn
+        self._sign = sign
         self._since = 0.0
         self._written = 0
         self._told: set[str] = set()
+
+    @property
+    def is_told(self) -> bool:
+        """Whether it has lasted long enough to be told of; read on any thread."""
+        return bool(self._told)
 
     def goes_on(self, trouble: Trouble, written: int, kept: int) -> None:
         now = time.monotonic()
@@ -265,6 +282,8 @@ class _Outage:
         if trouble.kind not in self._told and now - self._since >= trouble.patience:
             self._told.add(trouble.kind)
             self._warn(f"{self._name}: {trouble.line}; records are kept until it works again ({kept} now)")
+        if self._told and kept:
+            self._sign.give(self._name)
 
     def over(self, written: int) -> None:
         if self._told:
@@ -273,6 +292,7 @@ class _Outage:
             self._warn(
                 f"{self._name}: works again after {seconds:.0f} s; the {kept} records kept until now are written"
             )
+            self._sign.take_back(self._name)
         self.reason = ""
         self._written = 0
         self._told.clear()

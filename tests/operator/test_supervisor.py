@@ -9,6 +9,7 @@ import pwd
 import re
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import textwrap
@@ -231,6 +232,35 @@ def test_a_rolling_restart_to_what_does_not_start_leaves_the_last_worker_and_its
         assert len(service.pids()) == 2
         assert not set(before) & set(service.pids())
         finish(sender, receiver, b"and the second")
+
+
+def test_a_rolling_restart_loses_no_records_that_workers_hold_back_unless_it_is_told_to(service: Supervised) -> None:
+    finish(*met(service.port), b"a transfer")
+    wait_until(lambda: service.query("SELECT count(*) FROM usage") == [(1,)], 5, "the row in usage")
+
+    def names() -> set[str]:
+        return {Path(f"/proc/{pid}/comm").read_text().strip() for pid in service.pids()}
+
+    usual, before = names(), service.pids()
+    with contextlib.closing(sqlite3.connect(service.relay_folder / "usage.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        finish(*met(service.port), b"another one")
+        wait_until(lambda: "records-kept" in names(), 20, f"it is known that one is held back: {service.logs()}")
+        refused = service.try_rolling_restart()
+        assert refused.returncode == 3, f"{refused.stdout}{refused.stderr}"
+        assert "holds records back that it could not write, and a restart would lose them" in refused.stderr
+        assert service.pids() == before
+        holder = next(pid for pid in before if Path(f"/proc/{pid}/comm").read_text() == "records-kept\n")
+        os.kill(holder, signal.SIGTERM)
+        # In the log at once, though what is told of recording comes minutes later with --blur-usage.
+        held = f"relay-gevent[{holder}] usage database {service.relay_folder}/usage.sqlite: 1 records are held back"
+        wait_until(lambda: [line for line in service.log_lines() if held in line], 5, "the line in the log")
+        other.execute("ROLLBACK")
+    wait_until(lambda: service.query("SELECT count(*) FROM usage") == [(2,)], 10, "the row of the other one")
+    wait_until(lambda: len(service.pids()) == 2 and names() == usual, 20, "all as usual")
+    again = service.pids()
+    service.rolling_restart("--lose-records")
+    assert not set(again) & set(service.pids())
 
 
 def test_workers_of_a_supervisord_that_was_killed_are_named_and_can_be_ended(service: Supervised) -> None:

@@ -112,17 +112,23 @@ class Supervised:
         """Run supervisorctl and return what it printed."""
         return self.run("-m", "supervisor.supervisorctl", "-c", str(self.conf), *words, check=check).stdout
 
-    def rolling_restart(self, *group: str) -> None:
+    def rolling_restart(self, *words: str) -> None:
         """Run the shipped misc/rolling-restart, which has to go well."""
-        done = self.try_rolling_restart(*group)
+        done = self.try_rolling_restart(*words)
         assert done.returncode == 0, f"{done.stdout}{done.stderr}{self.logs()}"
 
-    def try_rolling_restart(self, *group: str) -> subprocess.CompletedProcess[str]:
-        """Run it, with a supervisorctl of this home's on the PATH, however it goes."""
+    def try_rolling_restart(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run it, with a supervisorctl of this home's on the PATH, however it goes.
+
+        Args:
+            words: its options, and after these the group.
+        """
         control = self.home / "bin" / "supervisorctl"
         control.write_text(f'#!/bin/sh\nexec {self.python[0]} -m supervisor.supervisorctl "$@"\n')
         control.chmod(0o755)
-        command = [str(CHECKOUT / "misc" / "rolling-restart"), str(self.conf), *group]
+        options = [word for word in words if word.startswith("-")]
+        group = [word for word in words if not word.startswith("-")]
+        command = [str(CHECKOUT / "misc" / "rolling-restart"), *options, str(self.conf), *group]
         return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60, check=False)
 
     def states(self) -> list[str]:
