@@ -8,6 +8,7 @@ A program of its own. It needs no running relay and only reads; it knows the tab
     layout.py     pure: the table with its bars, the JSON document, the CSV rows
     database.py   opens the file without ever writing to it, reads the one-row tables
     scan.py       reads all rows of `usage`, on as many processors as there are
+    forked.py     several processes at once, of which any may be killed
     by_other_hands.py  pure: numbers from columns in which anything may be
     counters.py   what workers count beside the tables
     paths.py      pure: what the counts of --measure-paths say

@@ -13,11 +13,13 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from functools import partial
 from itertools import chain
 
-from relay.report.database import Database
+from relay.report.database import Database, ReportError
+from relay.report.forked import ProcessDied, apply
 from relay.report.periods import DAY, EPOCH_DAY, LATEST, Day, Offset, confined, confined_day, is_utc, offsets
 from relay.report.tally import Tally, Values
 
@@ -131,12 +133,14 @@ def count(database: Database, first: int, last: int, utc: bool) -> Tallies:
         ReportError: the database cannot be read (any more).
     """
     tallies: Tallies = {}
-    for counted in _counted(partial(count_block, database, utc or is_utc()), blocks_of(database, first, last)):
-        for day, tally in counted.items():
-            if day in tallies:
-                tallies[day].extend(tally)
-            else:
-                tallies[day] = tally
+    blocks = blocks_of(database, first, last)
+    with closing(_counted(partial(count_block, database, utc or is_utc()), blocks)) as each:
+        for counted in each:
+            for day, tally in counted.items():
+                if day in tallies:
+                    tallies[day].extend(tally)
+                else:
+                    tallies[day] = tally
     return tallies
 
 
@@ -155,18 +159,16 @@ def blocks_of(database: Database, first: int, last: int) -> list[Block]:
     return blocks
 
 
-def _counted(counting: Callable[[Block], Tallies], blocks: list[Block]) -> Iterator[Tallies]:
+def _counted(counting: Callable[[Block], Tallies], blocks: list[Block]) -> Generator[Tallies, None, None]:
     processors = len(os.sched_getaffinity(0))
     if len(blocks) <= 1 or processors == 1:  # starting processes takes longer than counting so few
         yield from map(counting, blocks)
         return
-    from multiprocessing import get_context  # only here: to import it takes longer than to count a small table
-
-    try:
-        # Forked, not spawned: nothing to import anew. This process has no thread and no open connection here.
-        processes = get_context("fork").Pool(min(processors, 4))
-    except OSError:  # no semaphores (/dev/shm is missing), or no more processes
+    try:  # this process has no thread and no open connection here
+        yield from apply(counting, blocks, min(processors, 4, len(blocks)))
+    except OSError:  # no more processes are to be had
         yield from map(counting, blocks)
-        return
-    with processes as pool:
-        yield from pool.imap_unordered(counting, blocks)
+    except ProcessDied:
+        raise ReportError(
+            "a process that was counting has been killed, perhaps since memory is short; give it more, and try again"
+        ) from None
