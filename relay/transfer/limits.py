@@ -20,7 +20,7 @@ import gevent
 from relay.clients.bounds import Bound
 from relay.process.dataclass import dataclass
 from relay.transfer.ending import Pumps
-from relay.transfer.pace import MOMENT, Line, Pace
+from relay.transfer.pace import LITTLE, LITTLE_BYTES, MOMENT, Line, Pace
 from relay.transfer.pump import COPY_BYTES, Pump
 from relay.transfer.turns import HeldBack, Turns
 
@@ -52,12 +52,15 @@ class SharedPace:
     def __init__(self, rate: float) -> None:
         self.pace = Pace(rate)
         self.line: Line[_Place] = Line(self.pace)
+        self.little = Pace(rate * LITTLE)
+        """Of those who go before the line."""
         self._hub = gevent.get_hub()
         self._timer = self._hub.loop.timer(0.0)
 
     def set_rate(self, rate: float) -> None:
         """From now on it is so many bytes a second."""
         self.pace.rate = rate
+        self.little.rate = rate * LITTLE
         self._plan()
 
     def wait(self, has: Callable[[], int]) -> int:
@@ -91,8 +94,8 @@ class SharedPace:
     def _go_on(self) -> None:
         try:
             for place, size in self.line.take_due(time.monotonic()):
+                self._hub.loop.run_callback(_switch_to, place)  # if there is no memory for it, it waits on
                 place.granted = size
-                self._hub.loop.run_callback(_switch_to, place)
         finally:
             self._plan()
 
@@ -193,18 +196,32 @@ class Allowance:
         """The same for a sip; raises HeldBack also when nothing is left."""
         now = time.monotonic()
         size = self._allowed(COPY_BYTES, now)
-        if not size:
+        goes_first = not size and self._may_go_first(now)
+        if goes_first and self._shared is not None:
+            size = min(LITTLE_BYTES, self._shared.little.portion(), self._left())
+        if size <= 0:
             raise HeldBack
         before = pump.moved + pump.held
         try:
             return move(size)
         finally:
-            self._charge(pump.moved + pump.held - before, now)
+            moved = pump.moved + pump.held - before
+            self._charge(moved, now)
+            if goes_first and self._shared is not None:
+                self._shared.little.reserve(moved, now)
+
+    def _may_go_first(self, now: float) -> bool:
+        """Whether it is only those in the line who hold this back, and a little may go before them."""
+        return (
+            self._shared is not None
+            and not self._shared.little.holds_back(now)
+            and (self._own is None or not self._own.holds_back(now))
+        )
 
     def _left(self) -> int:
-        """Bytes that the pair may still read, if there is a bound for that."""
+        """Bytes that the pair may still read."""
         if self._pair_bytes is None:
-            return 1
+            return sys.maxsize
         return self._pair_bytes - sum(pump.moved + pump.held for pump in self.pumps)
 
     def _allowed(self, most: int, now: float) -> int:
@@ -257,6 +274,6 @@ def _has(pump: Pump | FramedPump) -> int:
     """How many bytes there are for `pump` to move, as far as the kernel tells."""
     try:
         answer = fcntl.ioctl(pump.source.fileno(), termios.FIONREAD, bytes(4))
-    except OSError:
-        return 0  # then what is reserved for nobody less
+    except (OSError, ValueError):  # refused, or closed
+        return 0  # and then what is reserved for everybody
     return pump.held + int.from_bytes(answer, sys.byteorder)

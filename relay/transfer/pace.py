@@ -3,43 +3,54 @@
 Whoever wants to move bytes does so when the pace holds nobody back, at most a portion at a time, and what it has moved
 is charged. Until that time has passed the pace holds everybody back. (This is the generic cell rate algorithm, ITU-T
 I.371, with bytes for cells.) Those whom it holds back stand in a line, and nothing is reserved for them before it is
-their turn: what somebody might want and does not have takes nothing from the others.
+their turn: what somebody might want and does not have takes nothing from the others. Who has only a little goes first,
+as it does wherever a relay shares something.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from itertools import islice
 from typing import Generic, TypeVar
 
 MOMENT = 0.05
-"""Seconds: what is reserved at a time is at most what may be moved in this, and a pace is never further ahead."""
+"""Seconds: what is reserved at a time is at most what may be moved in this."""
 
 LEAST_BYTES = 512
 """Nobody reserves less, however slow the pace; system calls for single bytes would be a waste."""
 
 
 ROUND = 0.5
-"""Seconds in which everybody who shares a pace has had a portion, as far as `LEAST_BYTES` allows that."""
+"""Seconds in which everybody in a line has had a portion, as far as `LEAST_BYTES` allows that."""
 
 SLACK = 0.002
 """Seconds that a pace may be ahead and hold nobody back yet: waiting for less costs more time than it takes, and a rate
 that is higher than what is moved would be felt."""
 
+LOOKED_AT = 500
+"""Of those in a line, the first so many are asked what they have, and the others taken to have as much: it is done anew
+in every moment, and so before these come to their turn."""
+
+LITTLE_BYTES = 4 << 10
+LITTLE = 0.5
+"""Who has no more than that goes before those in the line, as long as all these together move no more than such a part
+of the rate."""
+
 Who = TypeVar("Who", bound=Hashable)
 
 
 class Pace:
-    """A rate in bytes a second, which `sharers` share at the moment."""
+    """A rate in bytes a second."""
 
     def __init__(self, rate: float) -> None:
         self.rate = rate
-        self.sharers = 1
         self._free_at = 0.0
 
     def portion(self) -> int:
         """How many bytes to reserve at a time."""
-        return max(LEAST_BYTES, int(self.rate * min(MOMENT, ROUND / self.sharers)))
+        return max(LEAST_BYTES, int(self.rate * MOMENT))
 
     def holds_back(self, now: float) -> bool:
         """Whether nothing may be moved yet."""
@@ -69,6 +80,8 @@ class Line(Generic[Who]):
     def __init__(self, pace: Pace) -> None:
         self.pace = pace
         self._waiting: OrderedDict[Who, Callable[[], int]] = OrderedDict()
+        self._portion = 0
+        self._portion_until = -math.inf
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -80,19 +93,31 @@ class Line(Generic[Who]):
     def join(self, who: Who, has: Callable[[], int]) -> None:
         """Put `who` at the end; `has` is asked, when it is its turn, how many bytes there are to move."""
         self._waiting[who] = has
-        self.pace.sharers = len(self._waiting)
 
     def leave(self, who: Who) -> None:
         """`who` waits no more; nothing happens if it does not."""
         self._waiting.pop(who, None)
-        self.pace.sharers = max(1, len(self._waiting))
 
     def take_due(self, now: float) -> Iterator[tuple[Who, int]]:
-        """Those whose turn it is, and how many bytes were reserved for each; they stand here no more."""
+        """Those whose turn it is, and how many bytes are reserved for each; unless something goes wrong with that, they
+        stand here no more."""
         while self._waiting and not self.pace.holds_back(now):
-            who, has = self._waiting.popitem(last=False)
-            size = min(self.pace.portion(), max(LEAST_BYTES, has()))
+            if now >= self._portion_until:
+                self._portion, self._portion_until = self._find_portion(), now + MOMENT
+            who, has = next(iter(self._waiting.items()))
+            size = min(self._portion, max(LEAST_BYTES, has()))
+            yield who, size
             # They have waited, so that it is late now is nobody's loss; but what was long ago is not saved up.
             self.pace.reserve(size, now - MOMENT)
-            self.pace.sharers = max(1, len(self._waiting))
-            yield who, size
+            del self._waiting[who]
+
+    def _find_portion(self) -> int:
+        """How many bytes everybody may have, so that all of them have had what they have, or as much, in a round."""
+        first = sorted(max(LEAST_BYTES, has()) for has in islice(self._waiting.values(), LOOKED_AT))
+        left = self.pace.rate * ROUND * len(first) / len(self._waiting)
+        for number, size in enumerate(first):
+            share = left / (len(first) - number)
+            if size > share:
+                return min(self.pace.portion(), max(LEAST_BYTES, int(share)))
+            left -= size
+        return self.pace.portion()

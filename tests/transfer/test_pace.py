@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay.transfer.pace import LEAST_BYTES, MOMENT, ROUND, SLACK, Line, Pace
+from relay.transfer.pace import LEAST_BYTES, LOOKED_AT, MOMENT, ROUND, SLACK, Line, Pace
 
 RATES = st.floats(1_000, 1e9)
 ROUNDED = 1 + 1e-12  # by so much a float may be off
@@ -36,7 +36,6 @@ def move(pace: Pace, wanted: list[float], seconds: float) -> list[int]:
 @given(RATES, st.integers(1, 30))
 def test_all_together_never_move_more_than_the_rate_and_a_portion_ahead(rate: float, movers: int) -> None:
     pace = Pace(rate)
-    pace.sharers = movers
     moved = sum(move(pace, [1.0] * movers, 2.0))
     assert moved <= rate * 2.0 * ROUNDED + pace.portion()
     assert moved >= rate * 2.0 * 0.9 - (movers + 1) * pace.portion()
@@ -45,7 +44,6 @@ def test_all_together_never_move_more_than_the_rate_and_a_portion_ahead(rate: fl
 @given(RATES, st.integers(2, 30))
 def test_all_who_want_as_much_as_they_can_get_the_same(rate: float, movers: int) -> None:
     pace = Pace(rate)
-    pace.sharers = movers
     got = move(pace, [1.0] * movers, 3.0)
     assert max(got) - min(got) <= pace.portion()
 
@@ -66,12 +64,25 @@ def test_after_a_silence_nothing_is_saved_up(rate: float) -> None:
     assert pace.reserve(pace.portion(), 1000.0) == pytest.approx(pace.portion() / rate)
 
 
-@given(RATES, st.integers(1, 100_000))
-def test_a_portion_is_a_moments_worth_and_a_round_of_all_is_short(rate: float, sharers: int) -> None:
-    pace = Pace(rate)
-    pace.sharers = sharers
-    assert pace.portion() <= max(LEAST_BYTES, rate * MOMENT)
-    assert pace.portion() == LEAST_BYTES or pace.portion() * sharers <= rate * ROUND * ROUNDED
+@given(RATES, st.lists(st.integers(0, 1 << 22), min_size=1, max_size=1000))
+@settings(deadline=None)
+def test_a_portion_is_a_moments_worth_at_the_most_and_a_round_of_all_is_short(rate: float, have: list[int]) -> None:
+    line: Line[int] = Line(Pace(rate))
+    for who, size in enumerate(have):
+        line.join(who, lambda size=size: size)  # type: ignore[misc]
+    portion = line._find_portion()
+    assert LEAST_BYTES <= portion <= max(LEAST_BYTES, rate * MOMENT)
+    if len(have) <= LOOKED_AT and portion > LEAST_BYTES:
+        assert sum(max(LEAST_BYTES, min(size, portion)) for size in have) <= rate * ROUND * ROUNDED + len(have)
+
+
+def test_who_has_little_makes_no_portion_smaller_than_it_takes() -> None:
+    line: Line[int] = Line(Pace(1e8))
+    for who in range(300):
+        line.join(who, lambda: 5000)
+    for who in range(300, 340):
+        line.join(who, lambda: 1 << 22)
+    assert line._find_portion() == pytest.approx((1e8 * ROUND - 300 * 5000) / 40, rel=0.001)
 
 
 class Mover:
