@@ -23,7 +23,7 @@ from relay.usage.rows import Row
 from relay.usage.shares import Shares
 from relay.usage.sqlite import sqlite3
 from relay.usage.sqlite_trouble import damaged, trouble_of
-from relay.usage.told import Description, Histograms
+from relay.usage.told import BLUR, Description, Histograms
 from relay.usage.trouble import LOCKED_PATIENCE, Trouble
 from relay.usage.watched_file import WatchedFile, being_replaced
 from relay.usage.write_ahead_log import StillInUse
@@ -230,7 +230,7 @@ class Database:
         """Begin this worker's share; if no other worker lives, the service starts, and `since_reboot` from zero."""
         with self._transaction(connection):
             lines = one_row.put_right(connection)
-            if not self._shares.enter(connection):
+            if not self._shares.enter(connection, self._blur_seconds):
                 one_row.begin_anew(connection)
                 if self._held is None and self._file.log.has_left_over():
                     lines.append("its -wal is not whole (overwritten, or a power cut); what came last in it is lost")
@@ -349,7 +349,7 @@ class Database:
 
     def _whole(self, description: Description) -> Description:
         """With what was counted here, and blurred."""
-        gauges = dict(description.gauges)
+        gauges = {**description.gauges, BLUR: self._blur_seconds or 0}
         if self._blur_seconds is not None and "held_bytes" in gauges:
             gauges["held_bytes"] = blur_size(int(gauges["held_bytes"]))
         return Description(gauges, {**description.counters, **self._histograms.counters()})

@@ -77,16 +77,23 @@ class Shares:
         if not self._has_lifeline and self._seen_start is None:
             raise Trouble("nobody could tell that this worker lives: there is no /proc, and no lock; mount /proc")
 
-    def enter(self, connection: sqlite3.Connection) -> bool:
+    def enter(self, connection: sqlite3.Connection, blur_seconds: int | None = None) -> bool:
         """Say how this worker is known; return whether the service goes on: there are others, or it is the one that
         this worker belonged to before it had to open the file again. If not, it begins anew.
 
+        Args:
+            connection: in a transaction.
+            blur_seconds: by how much this worker rounds what it records.
+
         Raises:
-            Trouble: one of them is on another machine, or knows the file by another name.
+            Trouble: one of them is on another machine, or knows the file by another name, or rounds otherwise.
         """
         if self._has_lifeline:
             self._enter_among(connection)
-        others = any(self._lives(share) for share in self._others(connection))
+        living = [share for share in self._others(connection) if self._lives(share)]
+        for share in living:
+            _check_blur(blur_seconds or 0, told.blur_of(connection, (share.pid, share.start)))
+        others = bool(living)
         if not others and self._has_lifeline and lifeline.is_any_held(self._fd):
             others = True  # it has not come to enter itself yet
             if os.fstat(self._fd).st_nlink > 1:  # or does so in a -wal of its own, beside another name
@@ -154,6 +161,17 @@ class Shares:
             return lifeline.is_held(self._fd, byte)
         except OSError:
             return False
+
+
+def _check_blur(own: int, others: int | None) -> None:
+    """Raise Trouble when rows of another worker are rounded otherwise: exact ones would stay beside them for good."""
+    if others in (None, own):
+        return
+    has, have = (f"--blur-usage {seconds}" if seconds else "no --blur-usage" for seconds in (own, others))
+    raise Trouble(
+        f"another relay records into it with {have}, and this one has {has}: exact times would stay beside rounded "
+        "ones for good; give both the same, or each a file of its own"
+    )
 
 
 def _drop(connection: sqlite3.Connection, pid: int, start: str) -> None:

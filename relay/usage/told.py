@@ -51,6 +51,7 @@ _MOST: Final = 1 << 63
 """No worker counts so far."""
 
 _TELL: Final = "REPLACE INTO worker_status (pid, process_start, gauges, counters) VALUES (?, ?, ?, ?)"
+_ASK_GAUGES: Final = "SELECT gauges FROM worker_status WHERE pid = ? AND process_start = ?"
 _ASK: Final = "SELECT counters FROM worker_status WHERE pid = ? AND process_start = ?"
 _DROP: Final = "DELETE FROM worker_status WHERE pid = ? AND process_start = ?"
 _ORPHANS: Final = (
@@ -59,6 +60,10 @@ _ORPHANS: Final = (
 )
 _SERVICE: Final = "SELECT began, counters FROM service WHERE id = 1"
 _SET_SERVICE: Final = "REPLACE INTO service (id, began, counters) VALUES (1, ?, ?)"
+
+
+BLUR: Final = "blur_seconds"
+"""The gauge that says by how much a worker rounds what it records; 0 when it does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,14 @@ class Histograms:
 def tell(connection: sqlite3.Connection, worker: tuple[int, str], told: Description) -> None:
     """Write the row of a worker, which is known by its process id and its start."""
     connection.execute(_TELL, (*worker, json.dumps(dict(told.gauges)), json.dumps(dict(told.counters))))
+
+
+def blur_of(connection: sqlite3.Connection, worker: tuple[int, str]) -> int | None:
+    """Return by how many seconds a worker rounds what it records, 0 for not at all; None where it does not say, as one
+    of an earlier version."""
+    row = connection.execute(_ASK_GAUGES, worker).fetchone()
+    seconds = None if row is None else _numbers(row[0]).get(BLUR)
+    return seconds if isinstance(seconds, int) else None
 
 
 def settle(connection: sqlite3.Connection, worker: tuple[int, str]) -> None:

@@ -84,6 +84,26 @@ def test_current_is_the_sum_over_the_workers_that_live(tmp_path: Path) -> None:
         assert len(rows(path, "worker_share")) == 1
 
 
+@pytest.mark.parametrize(("first", "second"), [(["--blur-usage", "600"], []), ([], ["--blur-usage", "60"])])
+def test_who_rounds_otherwise_than_those_that_live_records_nothing_beside_them(
+    tmp_path: Path, first: list[str], second: list[str]
+) -> None:
+    path = tmp_path / "db"
+    with UsageWorker("--usage-db", str(path), *first) as worker, UsageWorker("--usage-db", str(path), *first) as other:
+        worker.ask("record 1 10 happy")
+        wait_until(lambda: len(numbers(path)) == 1, what="the record")
+        refused = r"has ended: --usage-db .*: another relay records into it with .*--blur-usage"
+        with pytest.raises(AssertionError, match=refused), UsageWorker("--usage-db", str(path), *second) as wrong:
+            wrong.ask("record 1 10 happy")
+        worker.ask("record 1 10 happy")
+        wait_until(lambda: len(numbers(path)) == 2, what="the next one")
+        assert worker.ask("close 30") == other.ask("close 30") == "0"
+    with UsageWorker("--usage-db", str(path), *second) as later:  # whoever changes it, and has all of them end
+        later.ask("record 1 10 happy")
+        assert later.ask("close 30") == "0"
+    assert len(numbers(path)) == 3
+
+
 def test_since_reboot_goes_on_while_one_worker_of_the_service_lives(tmp_path: Path) -> None:
     path = tmp_path / "db"
     with ExitStack() as stack:
