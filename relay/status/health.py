@@ -20,6 +20,10 @@ REMEMBERED: Final = 600.0
 MISSING_FOR: Final = 15.0
 """Seconds that a worker may take to come back: supervisor starts one at once, and a restart takes a second."""
 
+NOT_YET_WRITTEN: Final = (
+    "a worker lives, and could not write into the database since it began, as when another program keeps that locked"
+)
+
 Kind = Literal["unreadable", "unheard", "missing", "full", "kept"]
 
 
@@ -97,6 +101,8 @@ def _of_one(seen: Seen, staff: Staff, now: float) -> list[tuple[Kind, str]]:
         return [("unreadable", f"the database cannot be read at the moment: {reason}")]
     if reading is None:
         return [("unreadable", f"the database cannot be read: {seen.trouble}")]
+    if reading.is_held and not reading.living:
+        return [("kept", f"{NOT_YET_WRITTEN}; the relay's log says why")]
     complaints = _unheard(reading)
     if not complaints and staff.are_missing(now):
         complaints = [("missing", f"workers are missing: {len(reading.living)} run, there should be {staff.expected}")]

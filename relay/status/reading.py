@@ -46,6 +46,7 @@ class Reading:
         counters: of all workers since then, those that are gone included.
         imported: how many imports of a Twisted relay's records it has seen.
         disk_is_full: nothing more fits on the database's disk.
+        is_held: a worker has the database open and lives, whether it has come to write into it or not.
     """
 
     at: float
@@ -60,6 +61,7 @@ class Reading:
     counters: Numbers
     imported: int = 0
     disk_is_full: bool = False
+    is_held: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -127,4 +129,5 @@ def together(readings: list[Reading]) -> Reading | None:
         counters=added({**reading.counters, "bytes": reading.bytes} for reading in readings),
         imported=sum(reading.imported for reading in readings),
         disk_is_full=any(reading.disk_is_full for reading in readings),
+        is_held=any(reading.is_held for reading in readings),
     )

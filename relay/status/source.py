@@ -107,7 +107,7 @@ def _file(path: Path, opening: contextlib.ExitStack) -> int:
 def _of_nobody(reading: Reading) -> Reading:
     """The same reading of a file that is as it was, and that nobody has open: so none of its workers lives."""
     workers = tuple(replace(worker, lives=False) for worker in reading.workers)
-    return replace(reading, at=time.time(), workers=workers)
+    return replace(reading, at=time.time(), workers=workers, is_held=False)
 
 
 def _read(connection: sqlite3.Connection, fd: int, path: Path) -> Reading:
@@ -143,6 +143,7 @@ def _read(connection: sqlite3.Connection, fd: int, path: Path) -> Reading:
         counters=added([numbers_of(counters), *(numbers_of(counted) for _, counted in told.values())]),
         imported=_first(rows("imported", IMPORTED), (0,))[0],
         disk_is_full=status.f_bavail == 0,
+        is_held=lifeline.is_any_held(fd),
     )
 
 

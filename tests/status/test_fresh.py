@@ -32,6 +32,9 @@ from tests.support.harness import (
     read_to_end,
     wait_until,
 )
+from tests.support.status import status_of
+from tests.support.usage_records import holding_the_lock
+from tests.support.usage_worker import UsageWorker
 
 
 def told_by(service: Service, what: str) -> Counter[str]:
@@ -301,3 +304,15 @@ def test_workers_that_take_the_places_of_an_earlier_release_make_no_sum_of_times
         rows.tell(pid, told.Histograms().counters())
         rows.read()
     assert rows.read() < as_before + 0.1
+
+
+def test_a_worker_that_began_while_the_database_was_locked_is_not_taken_for_dead(tmp_path: Path) -> None:
+    path = tmp_path / "usage.sqlite"
+    with UsageWorker("--usage-db", str(path)) as before:
+        assert before.ask("close 30") == "0"
+    with status_of(path, folder=tmp_path) as status:
+        with holding_the_lock(path), UsageWorker("--usage-db", str(path)) as worker:
+            worker.ask("record 1 10 happy")
+            wait_until(lambda: "A worker lives, and could not write into the database" in status.health()[1], 10)
+            assert "does not run" not in status.health()[1]
+        wait_until(lambda: "The relay does not run" in status.health()[1], 10)

@@ -78,6 +78,7 @@ def test_each_complaint_has_its_words() -> None:
         (None, "unreadable", "The database cannot be read: no such file."),
         (dataclasses.replace(READING, workers=()), "unheard", "The relay does not run"),
         (dataclasses.replace(READING, workers=(), refreshed=None), "unheard", "not heard of yet"),
+        (dataclasses.replace(READING, workers=(), is_held=True), "kept", "A worker lives, and could not write"),
         (dataclasses.replace(READING, refreshed=999_000), "unheard", "not heard of for more than ten minutes"),
         (with_gauges(connections=10, connections_limit=10), "full", "The relay is full"),
         (with_gauges(kept_records=3), "kept", "3 records are held back"),
