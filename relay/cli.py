@@ -319,7 +319,7 @@ def _upstream(given: dict[str, Any]) -> str | None:
     split_targets(text)
     if given["--websocket"] is None:
         raise Mistake(f"--upstream {text}: a gateway is for WebSocket clients; give --websocket, too")
-    for option in ("--usage-db", "--log-fd", "--log-stdout"):
+    for option in ("--usage-db", "--log-fd", "--log-stdout", "--measure-paths"):
         if given[option]:
             raise Mistake(f"{option}: a gateway records nothing (--upstream); give it to the relay that it leads to")
     return ",".join(target.strip() for target in text.split(","))  # as its siblings write it

@@ -1,8 +1,15 @@
-"""Whether something can be made in a folder, asked without making anything that anybody could see."""
+"""Whether something can be made in a folder: asked without making anything that anybody could see, and why not."""
 
 from __future__ import annotations
 
 import os
+from typing import Final
+
+READ_ONLY: Final = (
+    "its file system is mounted read-only; name a place that may be written, or let this one be (under systemd, "
+    "ReadWritePaths=)"
+)
+"""What to say where a mode and an owner have nothing to do with it."""
 
 
 def can_make_files_in(folder: str) -> bool:
@@ -16,3 +23,11 @@ def can_make_files_in(folder: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def is_read_only(path: str) -> bool:
+    """Whether the file system of what is at `path` is mounted so, for this process at least; False if nobody tells."""
+    try:
+        return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
-from relay.process.folders import can_make_files_in
+from relay.process.folders import READ_ONLY, can_make_files_in
 from relay.usage.trouble import LOCKED_PATIENCE, Trouble
 
 BESIDE: Final = ("-wal", "-shm")
@@ -83,6 +83,8 @@ def check_writable(folder: str) -> None:
             f"its folder {folder} cannot be written, and SQLite makes two files there; change mode or owner"
         ) from None
     except OSError as error:
+        if error.errno == errno.EROFS:
+            raise Trouble(READ_ONLY) from None
         if error.errno not in _OF_THE_MOMENT:
             raise Trouble(
                 f"no file can be made in its folder {folder} ({error.strerror}); give one elsewhere"

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from relay.process.dataclass import dataclass
+from relay.process.folders import READ_ONLY, is_read_only
 from relay.usage.belonging import note_owner, owner_of, put_aside
 from relay.usage.folder import (
     BESIDE,
@@ -320,6 +321,8 @@ def _is_blank(file: str) -> bool:
     if not stat.S_ISREG(status.st_mode):
         raise Trouble("it is not a regular file; name one, or a new one")
     if not os.access(file, os.R_OK | os.W_OK):
+        if os.access(file, os.R_OK) and is_read_only(file):
+            raise Trouble(READ_ONLY)
         raise Trouble("it cannot be written; change its mode or owner")
     check_writable(folder)
     return status.st_size == 0 or _has_no_tables(file)

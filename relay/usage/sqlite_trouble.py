@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 from typing import Final
 
+from relay.process.folders import READ_ONLY, is_read_only
 from relay.usage.sqlite import sqlite3
 from relay.usage.trouble import LOCKED_PATIENCE, Trouble
+
+_NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 
 _BEGINNING_BYTES: Final = 1 << 16
 """More than an empty database has, and than its -shm begins with."""
@@ -27,7 +31,9 @@ def trouble_of(error: Exception, path: str, *, waited: bool = True) -> Trouble:
     """
     text = " ".join(str(error).split())
     if isinstance(error, OSError):
-        return Trouble(f"cannot be used ({error.strerror or text})")
+        if error.errno == errno.ENOSPC and _has_no_inode(path):
+            return _full("no inode is left on its disk (df -i)")
+        return _full() if error.errno in _NO_SPACE else Trouble(f"cannot be used ({error.strerror or text})")
     # By their texts, which have not changed in many years: Python 3.10 does not tell the codes.
     if "locked" in text or text == "locking protocol":
         line = "another program holds its lock"
@@ -36,9 +42,13 @@ def trouble_of(error: Exception, path: str, *, waited: bool = True) -> Trouble:
     if limit is not None:
         return Trouble(f"the limit of file sizes is {limit} bytes; raise it (ulimit -f, LimitFSIZE=)", kind="limit")
     if "disk is full" in text or _disk_is_full(path):
-        return Trouble("no space is left on its disk", kind="full", passing=True)
+        return _full()
+    if "unable to open" in text and _has_no_inode(path):
+        return _full("no inode is left on its disk (df -i)")
     if "malformed" in text or "not a database" in text:
         return damaged(text)
+    if "readonly" in text and is_read_only(os.path.dirname(os.path.realpath(path))):
+        return Trouble(READ_ONLY)
     if "readonly" in text:
         return Trouble("it cannot be written; change its mode or owner, or those of its folder")
     if isinstance(error, sqlite3.IntegrityError):  # two rows have drawn the same number; the next time they will not
@@ -50,6 +60,10 @@ def damaged(reason: str) -> Trouble:
     """Return the trouble of a file that is broken."""
     remedy = "repair it, or move it away together with its -wal and -shm to have a new one made"
     return Trouble(f"it is damaged ({reason}); {remedy}", kind="damaged")
+
+
+def _full(line: str = "no space is left on its disk") -> Trouble:
+    return Trouble(line, kind="full", passing=True)
 
 
 def _limit_reached(path: str) -> int | None:
@@ -69,8 +83,18 @@ def _limit_reached(path: str) -> int | None:
 
 def _disk_is_full(path: str) -> bool:
     """SQLite says "disk I/O error" too when there is no space for its -shm file."""
+    status = _file_system(path)
+    return status is not None and status.f_bavail == 0
+
+
+def _has_no_inode(path: str) -> bool:
+    """Whether no further file can be made there, whatever space is left; some file systems have no such number."""
+    status = _file_system(path)
+    return status is not None and status.f_files > 0 and status.f_favail == 0
+
+
+def _file_system(path: str) -> os.statvfs_result | None:
     try:
-        status = os.statvfs(os.path.dirname(os.path.realpath(path)))
+        return os.statvfs(os.path.dirname(os.path.realpath(path)))
     except OSError:
-        return False
-    return status.f_bavail == 0
+        return None

@@ -22,7 +22,7 @@ import time
 from collections.abc import Collection
 
 from relay.mistakes import Mistake
-from relay.process.folders import can_make_files_in
+from relay.process.folders import READ_ONLY, can_make_files_in
 
 _SOCKET_NAME = re.compile(r"worker-[0-9]+-[0-9a-f]{8}")
 _UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
@@ -59,10 +59,7 @@ class RunDir:
             self._lock_fd = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
             os.fchmod(self._lock_fd, 0o600)  # the next worker opens it, too
         except OSError as error:
-            raise Mistake(
-                f"--run-dir {self.path}: {os.strerror(error.errno or 0)} when opening its lock; chmod 700 it, or name "
-                "another folder"
-            ) from None
+            raise _cannot_be_locked(self.path, error) from None
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             with contextlib.suppress(BlockingIOError):
@@ -163,11 +160,10 @@ def check_run_dir(path: str) -> None:
         raise _cannot_be_made(path, error) from None
     if is_there:
         os.close(_opened(path))
-        return
     try:
-        _try_to_make_one_in(os.path.dirname(path.rstrip("/")) or ".")
+        _try_to_make_one_in(path if is_there else os.path.dirname(path.rstrip("/")) or ".")
     except OSError as error:
-        raise _cannot_be_made(path, error) from None
+        raise (_cannot_be_locked(path, error) if is_there else _cannot_be_made(path, error)) from None
 
 
 def _try_to_make_one_in(folder: str) -> None:
@@ -203,14 +199,23 @@ def _why_not(fd: int) -> str:
     return ""
 
 
+def _cannot_be_locked(path: str, error: OSError) -> Mistake:
+    if error.errno == errno.EROFS:
+        return Mistake(f"--run-dir {path}: {READ_ONLY}")
+    reason = os.strerror(error.errno or 0)
+    return Mistake(f"--run-dir {path}: {reason} when opening its lock; chmod 700 it, or name another folder")
+
+
 def _cannot_be_made(path: str, error: OSError) -> Mistake:
     folder = os.path.dirname(path.rstrip("/")) or "."
     if error.errno == errno.ENOENT and not os.path.isdir(folder):
         return Mistake(f"--run-dir {path}: its folder {folder} does not exist; make it")
     if error.errno == errno.ENOTDIR:
         return Mistake(f"--run-dir {path}: {folder} is not a folder; name one in a folder")
+    if error.errno == errno.EROFS:
+        return Mistake(f"--run-dir {path}: {READ_ONLY}")
     reason = os.strerror(error.errno or 0)
-    if error.errno in (errno.ENAMETOOLONG, errno.ENOENT, errno.EPERM, errno.EROFS):
+    if error.errno in (errno.ENAMETOOLONG, errno.ENOENT, errno.EPERM):
         return Mistake(f"--run-dir {path}: {reason} when making it; name another one")
     return Mistake(f"--run-dir {path}: {reason} when making it; make it, mode 700, for the user that this runs as")
 

@@ -398,6 +398,7 @@ def test_where_a_gateway_leads() -> None:
         ("--upstream", "no.such.host.invalid:1", "--websocket", "0"),
         ("--send-proxy",),
         ("--upstream", "127.0.0.1:1", "--websocket", "4002", "--usage-db", "x.sqlite"),
+        ("--upstream", "127.0.0.1:1", "--websocket", "4002", "--measure-paths"),
         ("--upstream", "127.0.0.1:1", "--websocket", "4002", "--log-stdout"),
     ],
     ids=" ".join,
@@ -407,3 +408,4 @@ def test_what_does_not_go_together_is_a_mistake(arguments: tuple[str, ...]) -> N
     assert done.returncode == 2
     assert done.stderr.startswith("relay-gevent: error: --")
     assert done.stderr.count("\n") == 1
+    assert "give --usage-db" not in done.stderr, "which does not go with a gateway either"

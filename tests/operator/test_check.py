@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
+import subprocess
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from relay.usage.schema import open_database
 from tests.support.command_line import checked, powerless, run
 from tests.support.harness import free_port
+from tests.support.usage_disk import disk_of
 
 LOCAL = ("--port", "0", "--interface", "127.0.0.1")
 
@@ -66,6 +68,7 @@ REFUSED = {
     "a run directory in no folder": ("--run-dir", "HERE/none/run"),
     "a run directory that others may enter": ("--run-dir", "HERE/open"),
     "a run directory where nothing may be made": ("--run-dir", "HERE/locked/run"),
+    "a run directory that its user may not write to": ("--run-dir", "HERE/locked"),
     "a link to nowhere as a run directory": ("--run-dir", "HERE/to-nowhere"),
     "a run directory in a file": ("--run-dir", "HERE/file/run"),
     "a run directory with too long a name": ("--run-dir", f"HERE/{'x' * 256}"),
@@ -91,6 +94,17 @@ def test_what_the_start_refuses_it_says_in_the_same_words(tmp_path: Path, option
     assert sorted(tmp_path.rglob("*")) == before
     assert told == checked(run(*port, *interface, *given, inside=powerless()))
     assert re.match(f"{given[-2]}[: ]", told)
+
+
+@pytest.mark.parametrize("options", [("--run-dir", "new"), ("--run-dir", "run"), ("--usage-db", "new")])
+def test_a_file_system_that_is_mounted_read_only_is_told_of_as_such(tmp_path: Path, options: tuple[str, str]) -> None:
+    with disk_of("1m", tmp_path) as disk:
+        (disk / "run").mkdir(mode=0o700)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        option, path = options[0], f"{disk}/{options[1]}"
+        told = checked(run("--check", option, path))
+        assert told == checked(run(*LOCAL, option, path))
+        assert told.startswith(f"{option} {path}: its file system is mounted read-only; ")
 
 
 @pytest.mark.parametrize("option", ["--run-dir", "--usage-db"])

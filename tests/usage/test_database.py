@@ -21,7 +21,7 @@ from relay.usage.record import Current, Record
 from relay.usage.recorder import UsageError, open_recorder
 from relay.usage.writer import START_PATIENCE
 from tests.support.harness import wait_until
-from tests.support.usage_disk import fill
+from tests.support.usage_disk import disk_of, fill
 from tests.support.usage_records import (
     assert_sums_agree,
     delete_database,
@@ -633,9 +633,7 @@ def test_a_folder_or_a_device_or_a_file_used_as_a_folder_is_refused(tmp_path: Pa
     ],
     ids=["no file in a folder for reading", "a file in a folder for reading", "a file for reading"],
 )
-def test_what_may_not_be_written_is_refused(
-    open_folder: Path, of_folder: int, of_file: int | None, words: str
-) -> None:
+def test_what_may_not_be_written_is_refused(open_folder: Path, of_folder: int, of_file: int | None, words: str) -> None:
     folder = open_folder / "folder"
     folder.mkdir()
     if of_file is not None:
@@ -662,7 +660,21 @@ def test_a_read_only_file_system_is_refused(small_disk: Path) -> None:
     with recording(small_disk / "db"):
         pass
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    assert "cannot be written" in refusal(small_disk / "db")
+    for database in ("db", "another"):
+        assert "its file system is mounted read-only" in refusal(small_disk / database)
+
+
+@pytest.mark.parametrize("left", [1, 2, 3])
+def test_a_disk_without_a_free_inode_is_a_full_one(tmp_path: Path, left: int) -> None:
+    with disk_of(f"1m,nr_inodes={left}", tmp_path) as disk:
+        warnings: list[str] = []
+        with recording(disk / "db", warnings) as recorder:
+            recorder.record(Record(1.0, 2.0, None, 0, "lonely"))
+            wait_until(lambda: "no inode is left on its disk (df -i)" in "".join(warnings), 10, "it says so")
+            subprocess.run(["mount", "-o", "remount,nr_inodes=100", str(disk)], check=True)
+            wait_until(lambda: recorder.kept() == 0, 10, "it goes on")
+        with closing(sqlite3.connect(disk / "db")) as database:
+            assert database.execute("SELECT count(*) FROM usage").fetchone() == (1,)
 
 
 def test_an_empty_file_counts_as_missing(tmp_path: Path) -> None:
