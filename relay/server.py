@@ -231,9 +231,9 @@ class Relay:
             self._door = self._make_door(ports.plain)
         else:
             from relay.clients.web import Web, either  # not before: most relays have no WebSocket
-            from relay.transfer import framed
+            from relay.transfer import limited_framed
 
-            framed.get_ready()
+            limited_framed.get_ready()
             speech = Web if upstream is not None else either if ports.shared else None
             self._door = self._make_door(ports.plain, speech)
             if ports.web is not None:

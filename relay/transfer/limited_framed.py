@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from relay.transfer import framed
 from relay.transfer.framed import FramedPump
 from relay.transfer.limits import Allowance
 from relay.transfer.pump import COPY_BYTES
+
+
+def get_ready() -> None:
+    """As `relay.transfer.framed.get_ready`, and this file with it."""
+    framed.get_ready()
 
 
 class LimitedFramedPump(FramedPump):

@@ -44,6 +44,8 @@ Who = TypeVar("Who", bound=Hashable)
 class Pace:
     """A rate in bytes a second."""
 
+    __slots__ = ("_free_at", "rate")
+
     def __init__(self, rate: float) -> None:
         self.rate = rate
         self._free_at = 0.0
