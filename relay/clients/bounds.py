@@ -85,7 +85,7 @@ class Sources:
             self._new_at_site[site] += 1
             if self._new_at_site[site] > self._most_new * NEW_OF_SITE:
                 return Bound.NEW_PER_SOURCE
-        if self._here.get(source, 0) >= self._most:
+        if self.has_its_share(source):
             return Bound.PER_SOURCE
         return None
 
@@ -95,6 +95,10 @@ class Sources:
         if len(source) == 8:
             site = source[:6]
             self._sites[site] = self._sites.get(site, 0) + 1
+
+    def has_its_share(self, source: bytes) -> bool:
+        """Whether as many connections from `source` are here as may be."""
+        return self._here.get(source, 0) >= self._most
 
     def has_too_many(self, source: bytes) -> bool:
         """Whether more connections from `source` are here than may be; siblings may have handed them on."""

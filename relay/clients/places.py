@@ -32,6 +32,8 @@ class Places:
         self.taken = 0
         self.makes_room: Callable[[bytes | None], bool] = lambda source: True
         """Has somebody give way to a newcomer from that source, when all places are taken; False if nobody need."""
+        self.look_who_has_left: Callable[[], None] = lambda: None
+        """Ends the transfers whose ends the kernel tells of already."""
         self.promised: Callable[[], int] = lambda: 0
         """How many places are not taken yet, but promised to whoever is here."""
         self.per_newcomer = 1 if options.upstream is None else 2
@@ -74,7 +76,7 @@ class Places:
 
     def admits(self, source: bytes | None) -> bool:
         """Whether a new connection from `source` may come in; if so, somebody may have given way to it."""
-        bound = None if source is None else self._sources.refuses(source)
+        bound = self._bound_of(source)
         if bound is None and self.is_full() and not self.makes_room(source):
             bound = Bound.CROWDED
         if bound is not None:
@@ -87,7 +89,7 @@ class Places:
         `is_surplus`: it was let in although all places were taken. Only now is it known who is to give way to it, and
         whether anybody is: so somebody may have, or it may not stay.
         """
-        bound = None if source is None else self._sources.refuses(source)
+        bound = self._bound_of(source)
         if bound is None and is_surplus and self._in_use() > self.most and not self.makes_room(source):
             bound = Bound.CROWDED
         if bound is not None:
@@ -95,6 +97,17 @@ class Places:
         elif source is not None:
             self._sources.add(source)
         return bound is None
+
+    def _bound_of(self, source: bytes | None) -> Bound | None:
+        """The bound that keeps another connection from `source` out.
+
+        Many may be let in before the event loop gets as far as those who have left meanwhile. So who makes one transfer
+        after the other, and never has more than a few connections, would seem to have them all."""
+        bound = None if source is None else self._sources.refuses(source)
+        if source is None or bound is not Bound.PER_SOURCE:
+            return bound
+        self.look_who_has_left()
+        return bound if self._sources.has_its_share(source) else None
 
     def take(self, source: bytes | None) -> None:
         """A connection from `source` is here."""

@@ -50,6 +50,7 @@ class Pairs:
         self._rest = Rest(self.turns)
         self._options = options
         self._places = places
+        places.look_who_has_left = self._rest.serve
         self._record = record
         self._pings = pings
         self._pairs: set[Pair] = set()

@@ -90,7 +90,7 @@ class Rest:
         self._timer = loop.timer(0.0)
         self._new_watcher = loop.io
         self._watcher = loop.io(self._epoll.fileno(), 1)
-        self._watcher.start(self._serve)
+        self._watcher.start(self.serve)
         turns.look_at_others = self.serve_a_few
 
     def __len__(self) -> int:
@@ -155,8 +155,8 @@ class Rest:
             self._deadlines.clear(pair)
         self._deadlines.set(pair, when)
 
-    def _serve(self) -> None:
-        """Somebody has something to say."""
+    def serve(self) -> None:
+        """Somebody has something to say, or may have."""
         self._turns.moved_little()
         until = time.monotonic() + SLICE_SECONDS
         try:
@@ -218,7 +218,7 @@ class Rest:
         if not self._watcher.active:  # the kernel refuses to watch our epoll, too: see `relay.clients.client.Watcher`
             self._watcher.close()
             self._watcher = self._new_watcher(self._epoll.fileno(), 1)
-            self._watcher.start(self._serve)
+            self._watcher.start(self.serve)
         if (self._due or self._to_try) and not self._timer.active:
             self._timer.start(self._look_around, update=False)
 

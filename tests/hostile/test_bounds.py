@@ -31,6 +31,7 @@ from tests.support.harness import (
     new_token,
     read_exactly,
     reset,
+    shake_hands,
     stopped,
     wait_until,
 )
@@ -158,6 +159,22 @@ def test_a_source_has_at_most_its_share_of_connections(
     honest_transfer(relay.port, source=ATTACKER)
     assert len(relay.wait_for_records(8)) == 8, "whoever was turned away at the door is not on record"
     assert times_said(relay, "--max-per-source") == 4
+
+
+def test_who_comes_again_before_anybody_has_seen_it_leave_is_let_in(
+    relay_factory: RelayFactory, stack: contextlib.ExitStack
+) -> None:
+    relay = relay_factory("--grace", "0", "--max-per-source", "4", recording=True)
+    earlier = [met(relay.port) for _ in range(2)]
+    wait_until(lambda: relay.rows("current")[0]["connected"] == 2, what="both rest")
+    with stopped(relay):
+        for pair in earlier:
+            for sock in pair:
+                sock.close()
+        one, other = (stack.enter_context(connect(relay.port)) for _ in range(2))
+    shake_hands(one, other)
+    assert relay.stop() == 0
+    assert "--max-per-source" not in relay.log_text()
 
 
 def test_a_source_that_comes_with_one_token_has_no_more_with_its_home(

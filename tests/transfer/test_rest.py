@@ -125,7 +125,7 @@ def test_a_call_serves_for_a_moment_and_everybody_in_their_turn(clock: Clock, sp
     calls = 0
     while any(not speaker.attended for speaker in crowd):
         before = clock.now
-        rest._serve()
+        rest.serve()
         calls += 1
         assert clock.now - before <= SLICE_SECONDS + BATCH * SLICE_SECONDS / 40, "it stops after its slice"
         assert calls <= 10, "who is left comes first the next time"
@@ -144,7 +144,7 @@ def test_who_keeps_talking_does_not_keep_others_from_their_turn(clock: Clock, sp
         rest.watch(speaker)
         speaker.second.send(bytes(100_000))
     for _ in range(60):
-        rest._serve()
+        rest.serve()
     counts = [speaker.attended for speaker in crowd]
     assert min(counts) > 0
     assert max(counts) <= min(counts) + 2, "a round robin"
@@ -369,7 +369,7 @@ def test_who_is_to_settle_does_so_once_what_came_together_is_served_unless_it_ha
     leaves.second.send(b"x")
     leaves.first.send(b"x")
     stays.second.send(b"x")
-    rest._serve()
+    rest.serve()
     assert (leaves.attended, leaves.settled) == (2, 0)
     assert (stays.attended, stays.settled) == (1, 1)
     rest.forget(stays)
