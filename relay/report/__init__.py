@@ -12,5 +12,5 @@ A program of its own. It needs no running relay and only reads; it knows the tab
     by_other_hands.py  pure: numbers from columns in which anything may be
     counters.py   what workers count beside the tables
     paths.py      pure: what the counts of --measure-paths say
-    cli.py        the command line
+    cli.py        the command line; it is begun by `__main__`
 """

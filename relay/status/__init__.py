@@ -13,6 +13,6 @@ visitors do, reaches the relay; and it has something to say whatever has become 
 `view`       pure: all that is shown, of one moment
 `metrics`    that for Prometheus; `document`, as JSON; `page`, for a person, with `plots` and `dress`
 `routes`     what each URL answers; `server`, the bounds on whoever asks
-`cli`        the command line
+`cli`        the command line; it is begun by `__main__`
 ===========  ==========================================================================================
 """
