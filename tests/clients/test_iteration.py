@@ -121,8 +121,7 @@ def test_who_says_something_once_is_heard_beside_others_who_talk_all_the_time(wa
         sock.sendall(b"garbage\n")
     iterate(10 * len(talkative))
     assert [record.mood for record in clients.records.recorded] == ["errory"]
-    heard = [speech.heard for speech in talkative]
-    assert min(heard) >= max(heard) - 2, "and each of the others in its turn"
+    assert min(speech.heard for speech in talkative) > 5, "and each of the others has its turns"
 
 
 @pytest.mark.parametrize("way", WAYS)
