@@ -49,14 +49,22 @@ def bind(sock: socket.socket, address: tuple[Any, ...]) -> None:
 
 
 def _is_broadcast(family: int, host: str) -> bool:
-    """Whether the kernel takes it for a broadcast address, to which a socket may not send unasked: ip(7), EACCES."""
+    """Whether the kernel takes it for a broadcast address, to which a socket may not send unasked: ip(7), EACCES.
+
+    What refuses it in the same words, as SELinux may, refuses it also to who asks.
+    """
     if family != socket.AF_INET:
         return False
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, _DISCARD))
-    except OSError as error:
-        return error.errno == errno.EACCES
+            try:
+                probe.connect((host, _DISCARD))
+            except PermissionError:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+                probe.connect((host, _DISCARD))
+                return True
+    except OSError:
+        pass  # nothing is known
     return False
 
 

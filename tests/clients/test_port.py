@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import secrets
 import socket
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from relay.clients.door import is_at, open_port
 from relay.mistakes import Mistake
+from relay.process.addresses import bind
 from tests.support import namespaces
 from tests.support.harness import Relay, connect, free_port, wait_until
 
@@ -129,3 +132,20 @@ def test_the_port_for_websocket_may_have_the_same_number_at_another_address(tmp_
     with Relay(tmp_path, "--websocket", rf"tcp:{port}:interface=\:\:1", port=port) as relay:
         wait_until(lambda: f"WebSocket on ::1 port {port}\n" in relay.log_text())
         assert f"listening on 127.0.0.1 port {port}\n" in relay.log_text()
+
+
+def test_a_system_that_lets_nobody_ask_whether_an_address_is_of_many_lets_the_relay_listen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Asking(socket.socket):
+        def connect(self, address: object) -> None:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("relay.process.addresses.socket.socket", Asking)
+    with Asking() as listener:
+        bind(listener, ("127.0.0.1", 0))
+        with pytest.raises(OSError, match="Cannot assign"):
+            bind(listener, ("224.0.0.1", 0))
+    monkeypatch.undo()
+    with socket.socket() as another, pytest.raises(OSError, match="Cannot assign"):
+        bind(another, ("255.255.255.255", 0))
