@@ -8,6 +8,7 @@ greenlet, in the order in which all such have come.
 from __future__ import annotations
 
 import fcntl
+import select
 import sys
 import termios
 import time
@@ -140,13 +141,6 @@ class Allowance:
         """`held_back`, of the time since this began to count; from 0 to 1."""
         return min(1.0, self.held_back / max(time.monotonic() - self._since, 1e-3))
 
-    def holds_back(self) -> bool:
-        """Whether a rate does at the moment."""
-        now = time.monotonic()
-        return (self._own is not None and self._own.holds_back(now)) or (
-            self._shared is not None and not self._granted and self._shared.line.holds_back(now)
-        )
-
     def take_turns(self, pump: Pump | FramedPump, turns: Turns) -> None:
         """Wait until no rate holds `pump` back, and let it queue for its `turns`; in its pair's greenlet.
 
@@ -193,17 +187,18 @@ class Allowance:
             self._charge(pump.moved + pump.held - before, now)
 
     def sip(self, pump: Pump | FramedPump, move: Callable[[int], bool]) -> bool:
-        """The same for a sip; raises HeldBack also when nothing is left."""
+        """The same for a sip; raises HeldBack also when nothing is left. What was charged when it was read goes on in
+        any case."""
         now = time.monotonic()
         size = self._allowed(COPY_BYTES, now)
         goes_first = not size and self._may_go_first(now)
         if goes_first and self._shared is not None:
             size = min(LITTLE_BYTES, self._shared.little.portion(), self._left())
-        if size <= 0:
+        if size <= 0 and not pump.untaken:
             raise HeldBack
         before = pump.moved + pump.held
         try:
-            return move(size)
+            return move(max(0, size))
         finally:
             moved = pump.moved + pump.held - before
             self._charge(moved, now)
@@ -277,3 +272,10 @@ def _has(pump: Pump | FramedPump) -> int:
     except (OSError, ValueError):  # refused, or closed
         return 0  # and then what is reserved for everybody
     return pump.held + int.from_bytes(answer, sys.byteorder)
+
+
+def has_come(pump: Pump | FramedPump) -> bool:
+    """Whether the source of `pump` has said something, or has ended, as far as the kernel tells."""
+    asked = select.poll()
+    asked.register(pump.source, select.POLLIN)
+    return bool(asked.poll(0))

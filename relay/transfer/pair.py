@@ -22,7 +22,7 @@ from gevent.select import poll
 from relay.clients.bounds import Bound
 from relay.transfer import ending
 from relay.transfer.ending import Pumps
-from relay.transfer.limits import Allowance, Cut, LimitedPump, Limits
+from relay.transfer.limits import Allowance, Cut, LimitedPump, Limits, has_come
 from relay.transfer.pipes import PipePool
 from relay.transfer.pump import INPUT, OVER, ROOM, TURN, Pump
 from relay.transfer.rest import Rest
@@ -473,8 +473,10 @@ class Pair:
                     gevent.sleep(SHORT_SECONDS)
                 except HeldBack:
                     pass  # it waits for that before its next turn
-            elif self._allowance is None or not self._allowance.holds_back():
+            elif self._allowance is None:
                 self._turn(which)
+            else:
+                self._glance(pump)
 
     def _turn(self, which: int) -> None:
         self.turns.look_at_others()
@@ -484,6 +486,19 @@ class Pair:
             gevent.sleep(SHORT_SECONDS)
         except HeldBack:
             self.pumps[which].waits = TURN
+
+    def _glance(self, pump: Pump | FramedPump) -> None:
+        """Where there are limits: let a pump that waits for something move a little, and queue if there is more. What
+        its source has to say counts also while the rate is used up for the other direction; but where there is nothing
+        it stands in no line."""
+        try:
+            has_more = pump.sip()
+        except NoMemory:
+            has_more = True
+        except HeldBack:
+            has_more = has_come(pump)
+        if has_more:
+            pump.waits = TURN
 
     def _deliver_what_fits(self) -> None:
         """After a reset: let through what had arrived before it, as far as that takes no waiting."""

@@ -236,6 +236,43 @@ def test_who_is_held_back_lets_go_at_once_and_leaves_no_place_in_the_line(
     shared.close()
 
 
+@pytest.mark.parametrize("size", [5, 300_000], ids=["a-word", "much"])
+@pytest.mark.parametrize("pace", ["own", "shared"])
+def test_what_comes_back_passes_though_the_way_there_takes_all_that_a_rate_allows(
+    transfer: Callable[[Limits], Transfer], pace: str, size: int
+) -> None:
+    """One direction always has more to move than it may; once, the other one moved nothing until that was over."""
+    shared = SharedPace(1_000_000)
+    talk = transfer(Limits(relay_pace=shared) if pace == "shared" else Limits(pair_rate=1_000_000))
+    there = b""
+    moved = 0
+
+    def pour() -> None:
+        nonlocal there, moved
+        there = there or (Sent(BINARY, bytes(1 << 16)).wire if talk.framed else bytes(1 << 16))
+        with contextlib.suppress(BlockingIOError):
+            there = there[talk.left.send(there) :]
+        with contextlib.suppress(BlockingIOError):
+            moved += len(talk.right.recv(1 << 20))
+        gevent.sleep(0.001)
+
+    to_say, got, until = bytes(size), 0, time.monotonic() + 15
+    while moved < 100_000 and time.monotonic() < until:
+        pour()
+    while got < size and time.monotonic() < until:
+        with contextlib.suppress(BlockingIOError):
+            to_say = to_say[talk.right.send(to_say) if to_say else 0 :]
+        pour()
+        with contextlib.suppress(BlockingIOError):
+            got += len(talk.left.recv(1 << 20))
+    assert got >= size
+    before = moved
+    while moved < before + 100_000 and time.monotonic() < until:
+        pour()
+    assert moved >= before + 100_000
+    shared.close()
+
+
 def flow(sender: socket.socket, receiver: socket.socket, until: Callable[[int], bool]) -> int:
     """Pour, and read, until that is so of the bytes that have come, or 15 seconds are over; returns how many have."""
     got = 0
