@@ -381,7 +381,7 @@ class Relay:
         self._places.next_second()
         one_by_one((self._door, self._health), _keep_open, "in opening a port again")
         if self._household is None:
-            self.pairs.every_second(now, lambda busy: 1.0)
+            self.pairs.every_second(now, lambda parts: 1.0)
         else:
             self._household.every_second(self.pairs.every_second(now, self._household.siblings.share))
         if not self._stopping:

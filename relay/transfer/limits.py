@@ -55,6 +55,8 @@ class SharedPace:
         self.line: Line[_Place] = Line(self.pace)
         self.little = Pace(rate * LITTLE)
         """Of those who go before the line."""
+        self._moved: dict[Allowance, int] = {}  # by whom, since it was last asked how much is wanted
+        self._parts = 0
         self._hub = gevent.get_hub()
         self._timer = self._hub.loop.timer(0.0)
 
@@ -85,6 +87,22 @@ class SharedPace:
         self.pace.give_back(size)
         if size > 0:
             self._plan()
+
+    def note(self, allowance: Allowance, moved: int) -> None:
+        """So many bytes have been moved, and charged here."""
+        self._moved[allowance] = self._moved.get(allowance, 0) + moved
+
+    def parts_wanted(self) -> int:
+        """How many equal parts of the rate this worker's pairs want; to be asked once a second.
+
+        Who has moved as much in the last one as such a part was, or stands in the line, wants one; who has moved less,
+        only that much of one.
+        """
+        part = self.pace.rate / max(1, self._parts)
+        wanted = sum(min(1.0, moved / part) for moved in self._moved.values())
+        self._moved.clear()
+        self._parts = max(round(wanted), len(self.line))
+        return self._parts
 
     def _plan(self) -> None:
         self._timer.close()
@@ -247,6 +265,8 @@ class Allowance:
                 self._shared.give_back(granted - moved)
             else:
                 self._shared.pace.reserve(moved, now)
+            if moved:
+                self._shared.note(self, moved)
 
 
 class LimitedPump(Pump):

@@ -70,7 +70,6 @@ class Pair:
         "_allowance",
         "_delivered",
         "_idle_since",
-        "_moved_a_second_ago",
         "_moved_then",
         "_spoke",
         "arrived",
@@ -127,7 +126,6 @@ class Pair:
         self.stays = False
         self._moved_then = 0
         self.counted = 0
-        self._moved_a_second_ago = 0
         self._idle_since = 0.0
         if limits is None:
             self._allowance = None
@@ -206,11 +204,6 @@ class Pair:
             if greenlet.gr_frame is None:
                 self.greenlet = None  # it has not begun, and never will
             greenlet.kill(Detached, block=False)
-
-    def was_busy(self) -> bool:
-        """Whether anything has moved since this was last asked."""
-        before, self._moved_a_second_ago = self._moved_a_second_ago, self.moved
-        return self.moved != before
 
     def idle_for(self, now: float) -> float:
         """For how many seconds nothing has moved, as far as that is known: since the last time but one that somebody

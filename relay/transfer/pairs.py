@@ -362,15 +362,15 @@ class Pairs:
         """See to those at rest whose deadline has come, and take what is ours of --relay-rate; `now` in monotonic
         seconds.
 
-        `share_of` tells, of how many of our transfers want to move something, which part of the relay's that is.
-        Returns how many those are, if there is such a rate, else 0.
+        `share_of` tells, if our transfers want so many equal parts of it, which part of the relay's that is. Returns
+        how many they want, if there is such a rate, else 0.
         """
         self._rest.every_second(now)
         if self._relay_pace is None or self._options.relay_rate is None:
             return 0
-        busy = max(sum(pair.was_busy() for pair in self._pairs), len(self._relay_pace.line))
-        self._relay_pace.set_rate(self._options.relay_rate * share_of(busy))
-        return busy
+        parts = self._relay_pace.parts_wanted()
+        self._relay_pace.set_rate(self._options.relay_rate * share_of(parts))
+        return parts
 
 
 def _rested() -> float:

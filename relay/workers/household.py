@@ -88,7 +88,7 @@ class Household:
         self._sharing: gevent.Greenlet | None = None
         self._balance: Balance[Pair] = Balance()
         self._load = Load()
-        self._busy, self._lately = 0, FULL_LOAD
+        self._parts, self._lately = 0, FULL_LOAD
         matching.elsewhere = self
         pairs.moves_on = self._moves_on_at_once
 
@@ -171,7 +171,7 @@ class Household:
 
     def standing(self) -> Standing:
         """How this worker is, for its siblings."""
-        return Standing(self._busy, self._lately, self._places.room, self._places.free)
+        return Standing(self._parts, self._lately, self._places.room, self._places.free)
 
     def take_back(self, client: Client) -> None:
         """A client is here anew."""
@@ -267,12 +267,12 @@ class Household:
 
     # By the clock
 
-    def every_second(self, busy: int) -> None:
-        """Tell the siblings how we are, `busy` being how many of our transfers want to move something; and share the
-        work with the one that has the least."""
+    def every_second(self, parts: int) -> None:
+        """Tell the siblings how we are, `parts` being how many equal ones of --relay-rate our transfers want; and share
+        the work with the one that has the least."""
         assert self._door is not None
         load = self._load.lately()
-        self._busy, self._lately = busy, load if self._door.has_room() else FULL_LOAD
+        self._parts, self._lately = parts, load if self._door.has_room() else FULL_LOAD
         self.siblings.every_second(self.standing())
         if self.siblings.leaving:
             self._on_change()  # somebody may have room by now

@@ -9,8 +9,8 @@ of the language `LANGUAGE`: the files of `homes`, which come before the listenin
 ``R``      ready: I accept connections and can be home to tokens
 ``L``      leaving: send me nothing more, I am handing on what I have
 ``F``      farewell, the answer to ``L``: nothing more will come from me
-``.``      still here: so many transfers want to move something (if there is a --relay-rate), such is my load, and I
-           have room for so many connections of yours, and places for so many newcomers
+``.``      still here: my transfers want so many equal parts of the --relay-rate (if there is one), such is my load,
+           and I have room for so many connections of yours, and places for so many newcomers
 ``D``      your turn at the door, which so many had no room to take (see `door`)
 ``M``      matched: two sides for that token, here, while somebody else was home to it, too
 ``H``      clients that have no partner yet, their sockets beside the packet
@@ -59,7 +59,7 @@ _ENVELOPE = struct.Struct("!cQd")  # kind, serial number, when it was sent
 _ANSWER = struct.Struct("!cQ")  # kind, serial number
 _CLIENT = struct.Struct("!dddBBBBBHB")
 """Started, arrived, asked, hops, recorded; lengths of source, token, side, speech, what it has sent."""
-_STILL_HERE = struct.Struct("!cIfII")  # kind, transfers, load, room, places
+_STILL_HERE = struct.Struct("!cIfII")  # kind, parts, load, room, places
 _TURN = struct.Struct("!cI")  # kind, how many had no room
 _PAIR = struct.Struct("!dddBBBB")
 """Started, arrived, waiting time; lengths of where the frames of each side are, and of the source of each."""
@@ -158,10 +158,10 @@ def kind_of(packet: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How a worker is: how many of its transfers want to move something, its load (see `load`), for how many more
-    connections that siblings hand on it has room, and for how many newcomers it has places."""
+    """How a worker is: how many equal parts of --relay-rate its transfers want, its load (see `load`), for how many
+    more connections that siblings hand on it has room, and for how many newcomers it has places."""
 
-    pairs: int
+    parts: int
     load: float
     room: int
     places: int
@@ -169,13 +169,13 @@ class Standing:
 
 def encode_still_here(standing: Standing) -> bytes:
     """A ``.`` from a worker that is like this."""
-    return _STILL_HERE.pack(STILL_HERE, standing.pairs, standing.load, standing.room, standing.places)
+    return _STILL_HERE.pack(STILL_HERE, standing.parts, standing.load, standing.room, standing.places)
 
 
 def decode_still_here(packet: bytes) -> Standing:
     """How the sender of a ``.`` is."""
-    _, pairs, load, room, places = _unpack(_STILL_HERE, packet, 0)
-    return Standing(int(pairs), float(load), int(room), int(places))
+    _, parts, load, room, places = _unpack(_STILL_HERE, packet, 0)
+    return Standing(int(parts), float(load), int(room), int(places))
 
 
 def encode_turn(passed_by: int) -> bytes:

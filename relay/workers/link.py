@@ -106,7 +106,7 @@ class Link:
     """The connection to one sibling.
 
     It is known by its `greeting`, None until it has come. `ready` is whether it accepts connections, `leaving` whether
-    it is about to end, `silent` whether it has stopped answering; `pairs`, `load` and `places` are what it last said of
+    it is about to end, `silent` whether it has stopped answering; `parts`, `load` and `places` are what it last said of
     itself, and `room` is that less what was handed there since; `refused_at` is when it last refused something.
     """
 
@@ -124,7 +124,7 @@ class Link:
         self.under_way = 0
         """How many connections we have handed to it that it has not confirmed."""
         self._most_under_way = MOST_UNDER_WAY
-        self.pairs = 0
+        self.parts = 0
         self.load = FULL_LOAD
         self.room = 0
         self.places = 0

@@ -216,10 +216,10 @@ class Siblings:
         prompt = [link for link in self._live.values() if link.prompt and link.has_room(connections)]
         return min(prompt, key=lambda link: link.load, default=None)
 
-    def share(self, pairs: int) -> float:
-        """Which part of the relay's transfers are ours, if we have so many; of something that all workers share."""
-        own = max(pairs, 1)
-        return own / (own + sum(link.pairs for link in self._live.values()))
+    def share(self, parts: int) -> float:
+        """Which part is ours of something that all workers share, if our transfers want so many equal parts of it."""
+        own = max(parts, 1)
+        return own / (own + sum(link.parts for link in self._live.values()))
 
     def pass_the_door_on(self, passed_by: int = 0) -> bool:
         """Tell the next sibling that it is its turn to accept.
@@ -335,7 +335,7 @@ class Siblings:
             self._at_home.sibling_gone()
         elif kind == STILL_HERE:
             standing = decode_still_here(packet)
-            link.pairs, link.load = standing.pairs, standing.load
+            link.parts, link.load = standing.parts, standing.load
             link.room, link.places = standing.room, standing.places
         elif kind == MATCHED:
             self._at_home.matched_elsewhere(decode_matched(packet))
