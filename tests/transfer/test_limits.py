@@ -20,7 +20,7 @@ import pytest
 from relay.clients.bounds import Bound
 from relay.clients.frames import FrameReader
 from relay.transfer import limits as limits_module
-from relay.transfer.limits import Limits, SharedPace
+from relay.transfer.limits import Allowance, Limits, SharedPace
 from relay.transfer.pace import SLACK
 from relay.transfer.pump import COPY_BYTES
 from relay.transfer.rest import Rest
@@ -285,6 +285,37 @@ def flow(sender: socket.socket, receiver: socket.socket, until: Callable[[int], 
         if select.select([receiver], [], [], 0.001)[0]:
             got += len(receiver.recv(1 << 20))
     return got
+
+
+def test_of_a_shared_rate_each_wants_what_it_moves_and_one_equal_part_at_the_most() -> None:
+    shared = SharedPace(1000.0)
+    much, *others = (Allowance(Limits(relay_pace=shared)) for _ in range(100))
+    assert shared.parts_wanted() == 0, "nobody moves anything"
+    for _ in range(3):
+        for other in others:
+            shared.note(other, 1)
+        for _ in range(9):
+            shared.note(much, 100)
+        wanted = shared.parts_wanted()
+    assert wanted == 1, "a byte wants a byte's part"
+    for _ in range(3):
+        for other in others[:3]:
+            shared.note(other, 240)
+        shared.note(much, 240)
+        wanted = shared.parts_wanted()
+    assert wanted == 4
+    shared.close()
+
+
+def test_who_stands_in_the_line_wants_a_part_though_nothing_of_it_has_moved_yet() -> None:
+    shared = SharedPace(1000.0)
+    shared.pace.reserve(10_000, time.monotonic())
+    waiting = [gevent.spawn(shared.wait, lambda: 100) for _ in range(5)]
+    gevent.sleep(0)
+    assert shared.parts_wanted() == 5
+    gevent.killall(waiting)
+    assert shared.parts_wanted() == 0
+    shared.close()
 
 
 def test_a_byte_of_each_of_many_stops_nobody(tmp_path: Path) -> None:
