@@ -21,7 +21,8 @@ MISSING_FOR: Final = 15.0
 """Seconds that a worker may take to come back: supervisor starts one at once, and a restart takes a second."""
 
 NOT_YET_WRITTEN: Final = (
-    "a worker lives, and could not write into the database since it began, as when another program keeps that locked"
+    "a worker lives, and could not write into the database since it began, as when another program keeps that locked; "
+    "the relay's log says why"
 )
 
 Kind = Literal["unreadable", "unheard", "missing", "full", "kept"]
@@ -59,9 +60,14 @@ class Staff:
         self._wanted = wanted
         self._counts: deque[tuple[float, int]] = deque()
         self._short_since: float | None = None
+        self._unwritten_since: float | None = None
 
-    def note(self, now: float, living: int) -> None:
-        """There are so many at `now`, in monotonic seconds."""
+    def note(self, now: float, living: int, unwritten: int = 0) -> None:
+        """There are so many at `now`, in monotonic seconds; so many of them have not written into the database yet."""
+        if not unwritten:
+            self._unwritten_since = None
+        elif self._unwritten_since is None:
+            self._unwritten_since = now
         while self._counts and now - self._counts[0][0] > REMEMBERED:
             self._counts.popleft()
         while self._counts and self._counts[-1][1] <= living:  # only the most of any time on matters
@@ -83,6 +89,10 @@ class Staff:
         """Whether there have been too few for longer than a restart takes."""
         return self._short_since is not None and now - self._short_since >= MISSING_FOR
 
+    def cannot_write(self, now: float) -> bool:
+        """Whether one has not written for longer than a start takes."""
+        return self._unwritten_since is not None and now - self._unwritten_since >= MISSING_FOR
+
 
 def judge(seen: Sequence[Seen], staffs: Sequence[Staff], now: float) -> Health:
     """What to say of these databases; `now` is in monotonic seconds."""
@@ -101,15 +111,18 @@ def _of_one(seen: Seen, staff: Staff, now: float) -> list[tuple[Kind, str]]:
         return [("unreadable", f"the database cannot be read at the moment: {reason}")]
     if reading is None:
         return [("unreadable", f"the database cannot be read: {seen.trouble}")]
-    if reading.is_held and not reading.living:
-        return [("kept", f"{NOT_YET_WRITTEN}; the relay's log says why")]
+    if reading.unwritten and not reading.living:
+        return [("kept", NOT_YET_WRITTEN)]
     complaints = _unheard(reading)
     if not complaints and staff.are_missing(now):
-        complaints = [("missing", f"workers are missing: {len(reading.living)} run, there should be {staff.expected}")]
+        running = reading.workers_running
+        complaints = [("missing", f"workers are missing: {running} run, there should be {staff.expected}")]
     if _is_full(reading):
         complaints.append(("full", "the relay is full: each worker has as many connections as it may have"))
     kept = reading.gauge("kept_records") or 0
-    if kept:
+    if staff.cannot_write(now):
+        complaints.append(("kept", NOT_YET_WRITTEN))
+    elif kept:
         complaints.append(("kept", f"{kept:.0f} records are held back; the relay's log says why"))
     elif reading.disk_is_full and reading.living:
         complaints.append(("kept", "records are held back: no space is left on the database's disk"))
@@ -139,7 +152,7 @@ def _state(reading: Reading | None, complaints: Sequence[Complaint]) -> str:
 
 
 def _running(reading: Reading) -> str:
-    workers = len(reading.living)
+    workers = reading.workers_running
     runs = f"The relay runs with {workers} worker{'s' if workers != 1 else ''}"
     if not reading.connected and not reading.waiting:
         return f"{runs} and is idle."

@@ -7,7 +7,7 @@ cannot be read its numbers are missing and the others' are what they were.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
@@ -96,14 +96,15 @@ def _of_all(view: View) -> Iterator[Metric]:
 
 
 def _gauges(readings: _Readings) -> Iterator[Metric]:
-    for name, says, value in (
-        ("workers", "Workers that live.", lambda reading: len(reading.living)),
+    gauges: tuple[tuple[str, str, Callable[[Reading], float | None]], ...] = (
+        ("workers", "Workers that live.", lambda reading: reading.workers_running),
         ("pairs", "Transfers at the moment.", lambda reading: reading.connected),
         ("waiting_clients", "Clients that wait for a partner.", lambda reading: reading.waiting),
         ("partial_bytes", "Bytes relayed so far by transfers not yet over.", lambda reading: reading.partial_bytes),
         ("start_time_seconds", "When the service started, since the epoch.", lambda reading: reading.began),
         ("refreshed_time_seconds", "When a worker last noted the time.", lambda reading: reading.refreshed),
-    ):
+    )
+    for name, says, value in gauges:
         family = GaugeMetricFamily(_name(name), says, labels=["database"])
         for path, reading in readings:
             number = value(reading)

@@ -196,7 +196,8 @@ def _counted(reading: Reading, prefix: str, nothing: str) -> str:
 
 def _workers(reading: Reading) -> str:
     if not reading.living:
-        return _section("Workers", '<p class="faint">None lives.</p>')
+        says = "Those that live could not write since they began" if reading.unwritten else "None lives"
+        return _section("Workers", f'<p class="faint">{says}.</p>')
     rows = "".join(_worker(name, worker) for name, worker in zip(reading.names, reading.living, strict=True))
     return _section(
         "Workers",
@@ -283,4 +284,4 @@ def _databases(view: View) -> str:
 
 
 def _says(seen: Seen) -> str:
-    return seen.trouble if seen.reading is None else f"{len(seen.reading.living)} workers live"
+    return seen.trouble if seen.reading is None else f"{seen.reading.workers_running} workers live"

@@ -46,7 +46,7 @@ class Reading:
         counters: of all workers since then, those that are gone included.
         imported: how many imports of a Twisted relay's records it has seen.
         disk_is_full: nothing more fits on the database's disk.
-        is_held: a worker has the database open and lives, whether it has come to write into it or not.
+        unwritten: how many workers more live, which could not write into the database since they began.
     """
 
     at: float
@@ -61,7 +61,7 @@ class Reading:
     counters: Numbers
     imported: int = 0
     disk_is_full: bool = False
-    is_held: bool = False
+    unwritten: int = 0
 
     @property
     def names(self) -> list[str]:
@@ -74,8 +74,13 @@ class Reading:
 
     @property
     def living(self) -> list[Worker]:
-        """The workers that live."""
+        """The workers that live and have described themselves."""
         return [worker for worker in self.workers if worker.lives]
+
+    @property
+    def workers_running(self) -> int:
+        """How many workers live, whether they have described themselves or not."""
+        return len(self.living) + self.unwritten
 
     @property
     def bytes(self) -> float:
@@ -129,5 +134,5 @@ def together(readings: list[Reading]) -> Reading | None:
         counters=added({**reading.counters, "bytes": reading.bytes} for reading in readings),
         imported=sum(reading.imported for reading in readings),
         disk_is_full=any(reading.disk_is_full for reading in readings),
-        is_held=any(reading.is_held for reading in readings),
+        unwritten=sum(reading.unwritten for reading in readings),
     )

@@ -107,7 +107,7 @@ def _file(path: Path, opening: contextlib.ExitStack) -> int:
 def _of_nobody(reading: Reading) -> Reading:
     """The same reading of a file that is as it was, and that nobody has open: so none of its workers lives."""
     workers = tuple(replace(worker, lives=False) for worker in reading.workers)
-    return replace(reading, at=time.time(), workers=workers, is_held=False)
+    return replace(reading, at=time.time(), workers=workers, unwritten=0)
 
 
 def _read(connection: sqlite3.Connection, fd: int, path: Path) -> Reading:
@@ -121,8 +121,11 @@ def _read(connection: sqlite3.Connection, fd: int, path: Path) -> Reading:
     }
     bytes_of: dict[_Key, object] = {(pid, start): byte for pid, start, byte in rows("lifeline", LIFELINES)}
     workers = []
+    lifelines = 0  # of those workers
     for pid, start, connected, waiting, partial in rows("worker_share", SHARES):
-        lives = _lives(fd, bytes_of.get((pid, start)), pid, start)
+        byte = bytes_of.get((pid, start))
+        lives = _lives(fd, byte, pid, start)
+        lifelines += lives and isinstance(byte, int)
         gauges, _ = told.get((pid, start), (None, None))
         shares = whole(connected), whole(waiting), whole(partial)
         workers.append(Worker(pid, _since_boot(start), lives, *shares, numbers_of(gauges)))
@@ -143,7 +146,7 @@ def _read(connection: sqlite3.Connection, fd: int, path: Path) -> Reading:
         counters=added([numbers_of(counters), *(numbers_of(counted) for _, counted in told.values())]),
         imported=_first(rows("imported", IMPORTED), (0,))[0],
         disk_is_full=status.f_bavail == 0,
-        is_held=lifeline.is_any_held(fd),
+        unwritten=max(lifeline.count_held(fd) - lifelines, 0) if fd >= 0 else 0,
     )
 
 

@@ -23,6 +23,9 @@ _FIRST: Final = 1 << 62
 _COUNT: Final = 1 << 40
 """Where the bytes are. SQLite's own are at 2^30 (PENDING_BYTE of its os.h)."""
 
+_MOST: Final = 1000
+"""So many are counted; no relay has as many workers."""
+
 
 def new_byte() -> int:
     """Return the number of a byte, at random: nobody else's."""
@@ -55,9 +58,35 @@ def is_any_held(fd: int) -> bool:
         return False
 
 
+def count_held(fd: int) -> int:
+    """Tell how many lifelines others hold; 0 where there are no such locks.
+
+    The kernel names any one lock in a range, so each that is found parts the range in two.
+    """
+    found = 0
+    ranges = [(_FIRST, _COUNT)]
+    while ranges and found < _MOST:
+        start, length = ranges.pop()
+        try:
+            lock = _lock_in(fd, start, length) if length > 0 else None
+        except OSError:
+            return 0
+        if lock is None:
+            continue
+        byte, bytes_locked = lock
+        if bytes_locked == 1:  # a whole file is locked by somebody else
+            found += 1
+            ranges += [(start, byte - start), (byte + 1, start + length - byte - 1)]
+    return found
+
+
 def _is_locked(fd: int, start: int, length: int) -> bool:
+    return _lock_in(fd, start, length) is not None
+
+
+def _lock_in(fd: int, start: int, length: int) -> tuple[int, int] | None:
+    """The first byte and the length of a lock in that range, if there is any."""
     # Asked for a lock of the other kind, which each of them is in the way of.
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
-    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked)
-    kind: int = _FLOCK.unpack(answer)[0]
-    return kind != fcntl.F_UNLCK
+    kind, _, first, count, _ = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
+    return None if kind == fcntl.F_UNLCK else (first, count)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from relay.report.counters import read_counters
+from relay.status.source import Source
 from relay.usage import told
 from relay.usage.schema import TABLES, open_database
 from tests.support.harness import (
@@ -316,3 +317,20 @@ def test_a_worker_that_began_while_the_database_was_locked_is_not_taken_for_dead
             wait_until(lambda: "A worker lives, and could not write into the database" in status.health()[1], 10)
             assert "does not run" not in status.health()[1]
         wait_until(lambda: "The relay does not run" in status.health()[1], 10)
+
+
+def test_workers_that_began_while_the_database_was_locked_are_counted_beside_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "usage.sqlite"
+
+    def counted() -> tuple[int, int]:
+        reading = Source(path).read()
+        return len(reading.living), reading.unwritten
+
+    with UsageWorker("--usage-db", str(path)) as worker, contextlib.ExitStack() as others:
+        worker.ask("record 1 10 happy")
+        wait_until(lambda: counted() == (1, 0))
+        with holding_the_lock(path):
+            for _ in range(3):
+                others.enter_context(UsageWorker("--usage-db", str(path))).ask("record 1 10 happy")
+            wait_until(lambda: counted() == (1, 3))
+        wait_until(lambda: counted() == (4, 0))

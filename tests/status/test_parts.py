@@ -65,6 +65,18 @@ def test_workers_that_do_not_come_back_are_missed_until_that_is_how_it_is() -> N
     assert health(one, staff, 91 + REMEMBERED).is_well
 
 
+def test_a_worker_that_could_not_write_yet_is_not_missed_but_told_of_when_it_stays_so() -> None:
+    staff = Staff(2)
+    restarted = dataclasses.replace(READING, workers=(WORKER,), unwritten=1)
+    staff.note(0, restarted.workers_running, restarted.unwritten)
+    assert health(restarted, staff, MISSING_FOR - 1) == Health("The relay runs with 2 workers and is idle.", ())
+    found = health(restarted, staff, MISSING_FOR)
+    assert [complaint.kind for complaint in found.complaints] == ["kept"]
+    assert found.state.startswith("A worker lives, and could not write")
+    staff.note(20, 2)
+    assert health(READING, staff, 100).is_well
+
+
 def test_as_many_workers_as_the_operator_wants_are_missed_from_the_beginning() -> None:
     staff = Staff(3)
     staff.note(0, 2)
@@ -78,7 +90,7 @@ def test_each_complaint_has_its_words() -> None:
         (None, "unreadable", "The database cannot be read: no such file."),
         (dataclasses.replace(READING, workers=()), "unheard", "The relay does not run"),
         (dataclasses.replace(READING, workers=(), refreshed=None), "unheard", "not heard of yet"),
-        (dataclasses.replace(READING, workers=(), is_held=True), "kept", "A worker lives, and could not write"),
+        (dataclasses.replace(READING, workers=(), unwritten=1), "kept", "A worker lives, and could not write"),
         (dataclasses.replace(READING, refreshed=999_000), "unheard", "not heard of for more than ten minutes"),
         (with_gauges(connections=10, connections_limit=10), "full", "The relay is full"),
         (with_gauges(kept_records=3), "kept", "3 records are held back"),

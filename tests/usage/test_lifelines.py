@@ -273,3 +273,20 @@ def test_where_nobody_can_tell_who_lives_the_start_ends_with_a_line(
         recording(tmp_path / "db"),
     ):
         pass
+
+
+def test_each_lifeline_is_counted_wherever_it_is_and_no_lock_of_another_kind(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    numbers = [lifeline._FIRST, lifeline._FIRST + 1, lifeline._FIRST + lifeline._COUNT - 1]
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(path.open("rb+")) for _ in range(40)]
+        asking, others, *holding = files
+        assert lifeline.count_held(asking.fileno()) == 0
+        for count, file in enumerate(holding, 1):
+            assert lifeline.hold(file.fileno(), numbers.pop() if numbers else lifeline.new_byte())
+            assert lifeline.count_held(asking.fileno()) == count
+        fcntl.fcntl(others, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 1 << 31, 0))  # as SQLite's are
+        assert lifeline.count_held(asking.fileno()) == len(holding)
+        holding[0].close()
+        assert lifeline.count_held(asking.fileno()) == len(holding) - 1
