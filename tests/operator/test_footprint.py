@@ -26,7 +26,7 @@ def loaded(said: str) -> set[str]:
 def test_modules_that_are_dear_and_of_no_use_are_not_loaded() -> None:
     check = [sys.executable, "-X", "importtime", "-m", "relay", "--check", "--interface", "127.0.0.1"]
     all_of_it = [sys.executable, "-X", "importtime", "-c", "import relay.cli, relay.server"]
-    for command, there in ((check, "relay.clients.listening"), (all_of_it, "relay.server")):
+    for command, there in ((check, "relay.process.addresses"), (all_of_it, "relay.server")):
         said = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=60, check=True).stderr
         assert there in loaded(said)
         assert not loaded(said) & DEAR
