@@ -170,7 +170,7 @@ def _check_blur(own: int, others: int | None) -> None:
     has, have = (f"--blur-usage {seconds}" if seconds else "no --blur-usage" for seconds in (own, others))
     raise Trouble(
         f"another relay records into it with {have}, and this one has {has}: exact times would stay beside rounded "
-        "ones for good; give both the same, or each a file of its own"
+        "ones for good; give both the same (to change it, stop all of them first), or each a file of its own"
     )
 
 
