@@ -68,10 +68,19 @@ _WRITTEN: Final[Mapping[str, Callable[[Options], object]]] = {
 """How the value of an option is written, if not as it is."""
 
 
-def _endpoint(port: int, interface: str) -> str:
+def _endpoint(port: int | str, interface: str) -> str:
     """An endpoint in one spelling, whichever the operator has chosen."""
     address, *zone = interface.partition("%")
     return f"{canonical(address) or address}{''.join(zone)} port {port}"
+
+
+def _in_one_spelling(name: str, term: str) -> str:
+    """A term as this version writes it: workers of earlier ones, which are still there during an upgrade, tell some as
+    the operator has spelled them."""
+    if name == "--websocket" and " port " in term:
+        interface, _, port = term.rpartition(" port ")
+        return _endpoint(port, interface)
+    return ",".join(map(str.strip, term.split(","))) if name == "--upstream" else term
 
 
 def terms_of(options: Options) -> dict[str, str]:
@@ -105,7 +114,7 @@ def disagreement(own: Mapping[str, str], others: Mapping[str, str]) -> str | Non
     """What keeps a worker with terms of its `own` out of a relay with those of the `others`: a line for the operator,
     without the name of the run directory; None if nothing does."""
     for name, value in own.items():
-        other = others.get(name, value)
+        other = _in_one_spelling(name, others.get(name, value))
         if other == value:
             continue
         if name in _NAMESPACES:

@@ -87,6 +87,24 @@ def test_a_worker_that_spells_the_same_otherwise_is_let_in(tmp_path: Path, their
             assert "siblings" in newcomer.log_text()
 
 
+@pytest.mark.parametrize(
+    ("own", "name", "told"),
+    [
+        (Options(websocket=(4002, "::1")), "--websocket", "0:0::1 port 4002"),
+        (Options(websocket=(4002, "FE80::1%lo")), "--websocket", "FE80::1%lo port 4002"),
+        (Options(upstream="a:1,b:2"), "--upstream", "a:1, b:2"),
+    ],
+)
+def test_a_worker_of_an_earlier_version_that_tells_a_spelling_as_it_was_given_is_of_the_same_relay(
+    own: Options, name: str, told: str
+) -> None:
+    terms = terms_of(own)
+    assert terms[name] != told
+    assert disagreement(terms, {**terms, name: told}) is None
+    for other in (told.replace("1", "3"), "none"):
+        assert f"its relay has {name} " in (disagreement(terms, {**terms, name: other}) or "")
+
+
 @pytest.mark.parametrize(("kind", "named"), [("--net", NETWORK), ("--pid", PROCESSES), ("--time", CLOCKS)])
 def test_a_worker_of_another_container_on_the_same_volume_is_refused(tmp_path: Path, kind: str, named: str) -> None:
     separate = ("unshare", kind, *(["--fork", "--mount-proc", "--kill-child"] if kind == "--pid" else []))
