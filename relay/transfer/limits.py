@@ -8,6 +8,7 @@ greenlet, in the order in which all such have come.
 from __future__ import annotations
 
 import fcntl
+import math
 import select
 import sys
 import termios
@@ -27,6 +28,9 @@ from relay.transfer.turns import HeldBack, Turns
 
 if TYPE_CHECKING:
     from relay.transfer.framed import FramedPump
+
+PARTS = 16
+"""How finely is told what is wanted of a shared rate: in such parts of an equal one."""
 
 
 class Cut(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types
@@ -55,8 +59,8 @@ class SharedPace:
         self.line: Line[_Place] = Line(self.pace)
         self.little = Pace(rate * LITTLE)
         """Of those who go before the line."""
-        self._moved: dict[Allowance, int] = {}  # by whom, since it was last asked how much is wanted
-        self._parts = 0
+        self._moved: dict[Allowance, float] = {}  # by whom, in this second
+        self._level = rate  # bytes a second that an equal part of the whole rate was
         self._hub = gevent.get_hub()
         self._timer = self._hub.loop.timer(0.0)
 
@@ -88,21 +92,26 @@ class SharedPace:
         if size > 0:
             self._plan()
 
-    def note(self, allowance: Allowance, moved: int) -> None:
-        """So many bytes have been moved, and charged here."""
+    def note(self, allowance: Allowance, moved: float) -> None:
+        """So many bytes have been moved, and charged here; math.inf for one that wanted more than it could have."""
         self._moved[allowance] = self._moved.get(allowance, 0) + moved
 
-    def parts_wanted(self) -> int:
-        """How many equal parts of the rate this worker's pairs want; to be asked once a second.
+    def every_second(self, relay_rate: float, share_of: Callable[[int], float]) -> int:
+        """Take what is this worker's of a rate that all workers share, until this is called again.
 
-        Who has moved as much in the last one as such a part was, or stands in the line, wants one; who has moved less,
-        only that much of one.
+        Who wanted more than it could have wants an equal part of that rate, and so does who has moved as much as one
+        was; who has moved less, only that much of one. So what somebody leaves is the others' (max-min fairness).
+        `share_of` tells, of how many `PARTS` of such a part are wanted here, which share of the whole that is. Returns
+        how many those are.
         """
-        part = self.pace.rate / max(1, self._parts)
-        wanted = sum(min(1.0, moved / part) for moved in self._moved.values())
+        wanted = sum(min(1.0, moved / self._level) for moved in self._moved.values())
         self._moved.clear()
-        self._parts = max(round(wanted), len(self.line))
-        return self._parts
+        parts = max(round(PARTS * wanted), PARTS * len(self.line))
+        share = share_of(parts)
+        self.set_rate(relay_rate * share)
+        others = max(parts, PARTS) * (1 / share - 1)
+        self._level = relay_rate / max(1.0, (parts + others) / PARTS)
+        return parts
 
     def _plan(self) -> None:
         self._timer.close()
@@ -180,6 +189,7 @@ class Allowance:
                 gevent.sleep(self._own.free_in(began))
                 self._has_waited = True
             if self._shared is not None and self._shared.line.holds_back(time.monotonic()):
+                self._shared.note(self, math.inf)
                 self._granted = self._shared.wait(partial(_has, pump))
         finally:
             self.held_back += time.monotonic() - began

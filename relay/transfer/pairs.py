@@ -362,15 +362,12 @@ class Pairs:
         """See to those at rest whose deadline has come, and take what is ours of --relay-rate; `now` in monotonic
         seconds.
 
-        `share_of` tells, if our transfers want so many equal parts of it, which part of the relay's that is. Returns
-        how many they want, if there is such a rate, else 0.
+        `share_of`, and what is returned, are those of `SharedPace.every_second`; 0 if there is no such rate.
         """
         self._rest.every_second(now)
         if self._relay_pace is None or self._options.relay_rate is None:
             return 0
-        parts = self._relay_pace.parts_wanted()
-        self._relay_pace.set_rate(self._options.relay_rate * share_of(parts))
-        return parts
+        return self._relay_pace.every_second(self._options.relay_rate, share_of)
 
 
 def _rested() -> float:

@@ -268,7 +268,7 @@ class Household:
     # By the clock
 
     def every_second(self, parts: int) -> None:
-        """Tell the siblings how we are, `parts` being how many equal ones of --relay-rate our transfers want; and share
+        """Tell the siblings how we are, `parts` being what our transfers want of --relay-rate; and share
         the work with the one that has the least."""
         assert self._door is not None
         load = self._load.lately()

@@ -9,7 +9,7 @@ of the language `LANGUAGE`: the files of `homes`, which come before the listenin
 ``R``      ready: I accept connections and can be home to tokens
 ``L``      leaving: send me nothing more, I am handing on what I have
 ``F``      farewell, the answer to ``L``: nothing more will come from me
-``.``      still here: my transfers want so many equal parts of the --relay-rate (if there is one), such is my load,
+``.``      still here: my transfers want so many sixteenths of an equal part of --relay-rate, such is my load,
            and I have room for so many connections of yours, and places for so many newcomers
 ``D``      your turn at the door, which so many had no room to take (see `door`)
 ``M``      matched: two sides for that token, here, while somebody else was home to it, too
@@ -158,8 +158,8 @@ def kind_of(packet: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How a worker is: how many equal parts of --relay-rate its transfers want, its load (see `load`), for how many
-    more connections that siblings hand on it has room, and for how many newcomers it has places."""
+    """How a worker is: how many sixteenths of an equal part of --relay-rate its transfers want, its load (see `load`),
+    for how many more connections that siblings hand on it has room, and for how many newcomers it has places."""
 
     parts: int
     load: float

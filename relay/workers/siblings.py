@@ -20,6 +20,7 @@ from relay import __version__
 from relay.mistakes import Mistake
 from relay.process import log
 from relay.process.discreet import discreet
+from relay.transfer.limits import PARTS
 from relay.workers.estate import Estate
 from relay.workers.gathering import Gathering
 from relay.workers.language import (
@@ -217,8 +218,9 @@ class Siblings:
         return min(prompt, key=lambda link: link.load, default=None)
 
     def share(self, parts: int) -> float:
-        """Which part is ours of something that all workers share, if our transfers want so many equal parts of it."""
-        own = max(parts, 1)
+        """Which part is ours of a rate that all workers share, if our transfers want so many `PARTS` of an equal one.
+        Who wants nothing has one all the same, for whoever comes."""
+        own = max(parts, PARTS)
         return own / (own + sum(link.parts for link in self._live.values()))
 
     def pass_the_door_on(self, passed_by: int = 0) -> bool:

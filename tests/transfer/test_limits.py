@@ -20,7 +20,7 @@ import pytest
 from relay.clients.bounds import Bound
 from relay.clients.frames import FrameReader
 from relay.transfer import limits as limits_module
-from relay.transfer.limits import Allowance, Limits, SharedPace
+from relay.transfer.limits import PARTS, Allowance, Limits, SharedPace
 from relay.transfer.pace import SLACK
 from relay.transfer.pump import COPY_BYTES
 from relay.transfer.rest import Rest
@@ -287,24 +287,71 @@ def flow(sender: socket.socket, receiver: socket.socket, until: Callable[[int], 
     return got
 
 
-def test_of_a_shared_rate_each_wants_what_it_moves_and_one_equal_part_at_the_most() -> None:
-    shared = SharedPace(1000.0)
-    much, *others = (Allowance(Limits(relay_pace=shared)) for _ in range(100))
-    assert shared.parts_wanted() == 0, "nobody moves anything"
-    for _ in range(3):
-        for other in others:
-            shared.note(other, 1)
-        for _ in range(9):
-            shared.note(much, 100)
-        wanted = shared.parts_wanted()
-    assert wanted == 1, "a byte wants a byte's part"
-    for _ in range(3):
-        for other in others[:3]:
-            shared.note(other, 240)
-        shared.note(much, 240)
-        wanted = shared.parts_wanted()
-    assert wanted == 4
-    shared.close()
+class Workers:
+    """So many shared paces that are told each second what the others want, as workers tell each other."""
+
+    def __init__(self, number: int, rate: float) -> None:
+        self.rate = rate
+        self.paces = [SharedPace(rate) for _ in range(number)]
+        self.wanted = [0] * number
+
+    def second(self, *moved: dict[Allowance, float]) -> list[float]:
+        """After what has been moved at each in this one; returns the rate that each may move in the next."""
+        for pace, by_whom in zip(self.paces, moved, strict=True):
+            for allowance, size in by_whom.items():
+                pace.note(allowance, size)
+        before = sum(self.wanted)
+        news = []
+        for pace, own_before in zip(self.paces, self.wanted, strict=True):
+            others = before - own_before
+
+            def share(parts: int, others: int = others) -> float:
+                own = max(parts, PARTS)
+                return own / (own + others)
+
+            news.append(pace.every_second(self.rate, share))
+        self.wanted = news
+        return [pace.pace.rate for pace in self.paces]
+
+    def close(self) -> None:
+        """Let go of them."""
+        for pace in self.paces:
+            pace.close()
+
+
+def of(shared: SharedPace, number: int) -> list[Allowance]:
+    """The allowances of so many pairs."""
+    return [Allowance(Limits(relay_pace=shared)) for _ in range(number)]
+
+
+def test_who_says_a_byte_takes_a_byte_of_a_rate_that_workers_share() -> None:
+    workers = Workers(3, 1e6)
+    (much,) = of(workers.paces[0], 1)
+    talkers = [dict.fromkeys(of(pace, 200), 1.0) for pace in workers.paces]
+    for _ in range(5):
+        rates = workers.second({much: math.inf, **talkers[0]}, talkers[1], talkers[2])
+    assert rates[0] > 0.95e6
+    workers.close()
+
+
+def test_what_some_do_not_use_of_a_rate_that_workers_share_is_shared_by_who_wants_more() -> None:
+    workers = Workers(2, 1e6)
+    greedy = dict.fromkeys(of(workers.paces[0], 3), math.inf)
+    content = dict.fromkeys(of(workers.paces[1], 10), 1e4)
+    for _ in range(10):
+        rates = workers.second(greedy, content)
+    assert 0.8e6 < rates[0] < 0.95e6, "a hundred thousand are moved over there"
+    workers.close()
+
+
+def test_all_who_want_more_have_equal_parts_wherever_they_are() -> None:
+    workers = Workers(2, 1e6)
+    for _ in range(5):
+        rates = workers.second(
+            dict.fromkeys(of(workers.paces[0], 3), math.inf), dict.fromkeys(of(workers.paces[1], 1), math.inf)
+        )
+    assert rates == pytest.approx([0.75e6, 0.25e6])
+    workers.close()
 
 
 def test_who_stands_in_the_line_wants_a_part_though_nothing_of_it_has_moved_yet() -> None:
@@ -312,9 +359,9 @@ def test_who_stands_in_the_line_wants_a_part_though_nothing_of_it_has_moved_yet(
     shared.pace.reserve(10_000, time.monotonic())
     waiting = [gevent.spawn(shared.wait, lambda: 100) for _ in range(5)]
     gevent.sleep(0)
-    assert shared.parts_wanted() == 5
+    assert shared.every_second(1000.0, lambda parts: 1.0) == 5 * PARTS
     gevent.killall(waiting)
-    assert shared.parts_wanted() == 0
+    assert shared.every_second(1000.0, lambda parts: 1.0) == 0
     shared.close()
 
 
