@@ -95,7 +95,7 @@ def test_a_receiver_that_does_not_read_is_named(tmp_path: Path) -> None:
 
 
 def test_a_rate_of_ours_is_named_and_small_transfers_are_not_measured(tmp_path: Path) -> None:
-    options = ("--measure-paths", "--pair-rate", "1000000")
+    options = ("--measure-paths", "--pair-rate", "800000")
     with Relay(tmp_path, *options, recording=True) as relay:
         send(*met(relay.port), 1_500_000)
         send(*met(relay.port), 10_000)
