@@ -62,7 +62,9 @@ def patterns() -> Iterator[tuple[str, re.Pattern[Any]]]:
             id(statement.value) for statement in ast.walk(tree) if isinstance(statement, ast.Assign | ast.AnnAssign)
         }
         for call in ast.walk(tree):
-            if isinstance(call, ast.Call) and ast.unparse(call.func).startswith("re.") and id(call) not in at_the_top:
+            if not isinstance(call, ast.Call) or id(call) in at_the_top:
+                continue
+            if re.fullmatch(r"re\.\w+", ast.unparse(call.func)):
                 yield f"{module.name}:{call.lineno}", re.compile(ast.literal_eval(call.args[0]))
 
 

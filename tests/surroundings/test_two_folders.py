@@ -126,7 +126,11 @@ def test_the_documented_steps_to_a_relay_of_another_user_make_one() -> None:
         shutil.rmtree(service.conf.parent)
         shutil.rmtree(service.var)
         group = grp.getgrgid(pwd.getpwnam(ORDINARY_USER).pw_gid).gr_name
-        here = "\n".join(steps[:-1]).replace("/opt/relay-gevent/share/relay-gevent", str(CHECKOUT))
+        installed = service.home / "installed"  # without what a relay of this checkout has written
+        shutil.copytree(CHECKOUT / "etc", installed / "etc")
+        (installed / "var").mkdir()
+        shutil.copy(CHECKOUT / "var" / "README", installed / "var")
+        here = "\n".join(steps[:-1]).replace("/opt/relay-gevent/share/relay-gevent", str(installed))
         here = here.replace("-o relay -g relay", f"-o {ORDINARY_USER} -g {group}")
         here = here.replace("/user=relay/", f"/user={ORDINARY_USER}/").replace("/srv/relay", str(service.home))
         subprocess.run(["/bin/sh", "-ec", f"umask 077\n{here}"], check=True)  # as a hardened machine's root has it

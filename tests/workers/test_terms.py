@@ -13,7 +13,7 @@ from relay.cli import USAGE
 from relay.options import Options
 from relay.process.dataclass import replace
 from relay.workers.terms import CLOCKS, MAY_DIFFER, NETWORK, PROCESSES, disagreement, terms_of
-from tests.support.harness import CHECKOUT, Relay, Workers, free_port
+from tests.support.harness import CHECKOUT, Relay, Workers, free_port, wait_until
 from tests.support.hostile import honest_transfer
 
 TERMS = {
@@ -84,7 +84,7 @@ def test_a_worker_that_spells_the_same_otherwise_is_let_in(tmp_path: Path, their
     with Workers(tmp_path, *first, count=1, recording=False) as workers:
         newcomer = Relay(tmp_path, "--run-dir", str(tmp_path / "run"), *second, port=workers.port, name="newcomer")
         with newcomer:
-            assert "siblings" in newcomer.log_text()
+            wait_until(lambda: "siblings" in newcomer.log_text(), what="that it has joined")
 
 
 @pytest.mark.parametrize(
