@@ -12,6 +12,7 @@ Read it in the order in which a connection meets it:
 `origins`       the same where proxies may say it: `trusted_proxies` are those whose word is taken, in a header
                 (`proxied`; `proxy_header`, pure) or in X-Forwarded-For (`forwarded_for`, pure); a `claim` is that word
 `reception`     from accept to a whole handshake
+`iteration`     what an iteration of the event loop does for those who have no partner, and what waits for the next one
 `speech`        how a client speaks until it has a partner: plainly, or in WebSocket frames, see `web`
 `handshake`     pure: the bytes so far, and what they can still become
 `websocket`     pure: the opening handshake of a WebSocket client, and plain HTTP
@@ -21,6 +22,7 @@ Read it in the order in which a connection meets it:
 `matching`      those whose handshake is whole meet, wait, or turn out to be spares
 `gateway`       in place of `matching`, the same for clients that are carried to another relay, the `upstream`
 `waiting_room`  pure: who waits for which token, a newcomer's match, and the spares
+`sites`         pure: who gives way when too many wait, or have not said their line
 `deadlines`     pure: who has to be done by when
 `farewell`      ways to go without a partner: records, last words, the lingering close
 ==============  =======================================================================================

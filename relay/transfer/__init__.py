@@ -9,7 +9,8 @@ In this order:
 `rest`      pairs that have little to move: one epoll for all, and no greenlet
 `turns`     whose turn it is to move bytes, and how many
 `pipes`     the kernel pipes that pumps borrow
-`limits`    what the operator allows to a pair; `pace`, pure: how fast bytes may move at a rate
+`limits`    what the operator allows to a pair, and pumps that keep to it, `limited_framed` those with frames; `pace`,
+            pure: how fast bytes may move at a rate
 `path`      how good the paths of a transfer were, and what limited it, for --measure-paths
 `slices`    long work in the event loop, a little at a time
 `eviction`  who gives way when there is no place for newcomers

@@ -17,6 +17,7 @@ In this order:
 `estate`      what all have in common, and a newcomer gets
 `balance`     pure: which transfers go to a worker with less to do; `load`, how much this one has to do
 `departure`   how a worker ends: everything into other hands, or its grace
+`telling`     what it tells the database of itself, and when
 ============  ==========================================================================================
 
 Nothing here decides who matches whom, or moves a byte. It knows the rooms of `relay.clients` and `relay.transfer`, and

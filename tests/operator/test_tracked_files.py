@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 
@@ -38,3 +39,12 @@ def test_no_file_holds_what_git_leaves_where_it_could_not_merge() -> None:
             lines = path.read_bytes().split(b"\n")
             found += [f"{name}:{number}" for number, line in enumerate(lines, 1) if is_marker(line)]
     assert found == []
+
+
+def test_the_head_of_each_folder_of_the_relay_says_what_all_its_modules_are_for() -> None:
+    unnamed = []
+    for head in (CHECKOUT / "relay").glob("*/__init__.py"):
+        words = set(re.findall(r"\w+", head.read_text()))
+        modules = {module.stem for module in head.parent.glob("*.py")} - {"__init__", "__main__"}
+        unnamed += [f"{head.parent.name}/{name}" for name in modules - words]
+    assert unnamed == []
