@@ -48,6 +48,10 @@ KILLS = 1 / 3
 """How many of the restarts are a SIGKILL."""
 
 HONEST_AT_A_TIME = 30
+HONEST_A_SECOND = 40
+"""At the most, though many are over in no time: all come from one address, which has a bound, and two for each have to
+be fewer than that, since one worker may have all newcomers of a second."""
+
 HOSTILE_A_SECOND = 12.0
 HANDSHAKE_TIMEOUT = 3.0
 MOMENT = 1.5
@@ -159,7 +163,7 @@ class Soak:
         self.sure_pairs = self.doubtful_pairs = 0
         self.intentions: Counter[str] = Counter()
         self._sizes: set[int] = set()
-        self._next_hostile = 0.0
+        self._next_hostile = self._next_honest = 0.0
         self._lock: sqlite3.Connection | None = None
         self._lock_changes = 0.0  # when it is to be taken, or given back
         self._beside = ThreadPoolExecutor(1)
@@ -220,7 +224,11 @@ class Soak:
             self._restarting.result()
 
     def _tick_honest(self, now: float, *, more: bool) -> None:
-        while more and len(self.honest) < HONEST_AT_A_TIME and (new := self._new_honest()) is not None:
+        while more and len(self.honest) < HONEST_AT_A_TIME and now >= self._next_honest:
+            self._next_honest = max(self._next_honest, now - 0.1) + 1 / HONEST_A_SECOND
+            new = self._new_honest()
+            if new is None:
+                break
             self.honest.append(new)
         for one in list(self.honest):
             transfer = one.transfer
