@@ -168,14 +168,16 @@ class Rest:
         except Exception:  # gevent would call here no more
             self._hub.handle_error(self, *sys.exc_info())
 
-    def serve_a_few(self) -> None:
-        """Serve those whom the kernel tells of first; called between the turns of those who move much."""
+    def serve_a_few(self) -> bool:
+        """Serve those whom the kernel tells of first, between the turns of those who move much; returns whether there
+        was anybody."""
         if not self._pairs:
-            return
+            return False
         ready = self._poll(0, A_FEW)
         if ready:
             self._turns.moved_little()
             self._attend(ready)
+        return bool(ready)
 
     def _attend(self, ready: list[tuple[int, int]]) -> None:
         pairs = self._pairs

@@ -11,6 +11,10 @@ leave one turn, in each iteration, to all that move gigabytes. So would hundreds
 whose turns take longer than one of a megabyte: these are dear, and served in between like those who move a little. And
 as long as there is somebody who moves only a little, the turns of the others are smaller, and smaller still while two
 sides converse.
+
+What is shared is the time that this thread has had the processor for. While another program has it, bytes arrive, but
+nobody here has had anything of it: by the clock on the wall, the queue would be owed that time as well, and go on for
+as long before it lets the sockets be looked at.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ LARGEST_TURN = 1 << 20
 """Bytes a pump moves in a turn; never more, since this also bounds what rests in the relay. Kernel work, too, is dear
 in small turns: at 8 pairs a quarter of this costs twice the CPU, for a splice loop in C as well as here."""
 
-CONSIDERATE_TURN = 512 << 10
+CONSIDERATE_TURN = 256 << 10
 CONSIDERATE_FOR = 64
 """Bytes a pump moves in a turn instead while somebody has moved only a little in one of the last so many turns."""
 
@@ -50,6 +54,9 @@ part of that, and may take as much as the turns: so these come to three times wh
 
 LEAST_SECONDS = 0.0005
 """What it gets in an iteration of the event loop at the least: an iteration costs as much as a small turn."""
+
+BURST_SECONDS = 0.002
+"""How long those who move a little may be served in a row between two turns, if they had little for a while."""
 
 HELD_BYTES = 64 << 20
 WARY_TURN = 64 << 10
@@ -105,8 +112,8 @@ class Turns:
         """Bytes that all pumps of this process have moved since it started."""
         self.held = 0
         """Bytes that pumps have put away, since their receivers do not take them."""
-        self.look_at_others: Callable[[], None] = lambda: None
-        """Called before each turn: serve a few who have only a little to move, if there is anybody."""
+        self.look_at_others: Callable[[], bool] = lambda: False
+        """Called before each turn: serve a few who have only a little to move; returns whether there was anybody."""
         self.had = 0
         """How many turns pumps have had."""
         self._considerate = 0
@@ -115,6 +122,7 @@ class Turns:
         self._queue: deque[_Place] = deque()
         self._dear: deque[_Place] = deque()  # of whose pump `is_dear`
         self._timer = self._hub.loop.timer(0.0)
+        self._ahead = 0.0  # seconds that those who are looked at in between have had, and the queue has not
         self._last = 0.0  # when the queue has last had its time, or began
 
     def busy(self) -> bool:
@@ -154,7 +162,7 @@ class Turns:
         """
         place = _Place(gevent.getcurrent(), pump)
         if not self.busy() or not self._timer.active:
-            self._last = time.monotonic()
+            self._last = time.thread_time()
             self._timer.start(self._next, update=False)
         self._line_up(place)
         try:
@@ -176,22 +184,23 @@ class Turns:
     def _next(self) -> None:
         """Runs in the hub, once per iteration of the loop while somebody queues."""
         self._timer.stop()
-        now = time.monotonic()
+        now = time.thread_time()
         left = max(LEAST_SECONDS, SHARE * (now - self._last))
-        ahead = 0.0  # of the others, who are looked at in between
         try:
             while self.busy():
-                if ahead <= 0:
-                    self.look_at_others()
+                while self._ahead <= 0:
+                    found = self.look_at_others()
                     if self._queue and self._dear:
                         self._give_a_turn(self._dear)
-                    looked = time.monotonic()
-                    ahead += looked - now
+                    looked = time.thread_time()
+                    self._ahead += looked - now
                     left += SHARE * (looked - now)
                     now = looked
+                    if not found:
+                        break
                 self._give_a_turn(self._queue or self._dear)
-                ended = time.monotonic()
-                ahead -= ended - now
+                ended = time.thread_time()
+                self._ahead = max(self._ahead - (ended - now), -BURST_SECONDS)
                 left -= ended - now
                 now = ended
                 if left <= 0:

@@ -118,8 +118,8 @@ def test_what_fails_between_two_turns_does_not_stop_the_queue(faults: list[BaseE
     good = Hauler()
     fault = MemoryError()
 
-    def fail_once() -> None:
-        turns.look_at_others = lambda: None
+    def fail_once() -> bool:
+        turns.look_at_others = lambda: False
         raise fault
 
     moving = gevent.spawn(keep_moving, turns, good)

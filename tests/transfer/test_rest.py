@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import gevent
@@ -20,8 +21,16 @@ import pytest
 from relay.transfer import rest as rest_module
 from relay.transfer import turns as turns_module
 from relay.transfer.pump import TURN
-from relay.transfer.rest import BATCH, SLICE_SECONDS, Rest
-from relay.transfer.turns import CONSIDERATE_TURN, HELD_BYTES, LEAST_SECONDS, SHARE, WARY_TURN, Turns
+from relay.transfer.rest import A_FEW, BATCH, SLICE_SECONDS, Rest
+from relay.transfer.turns import (
+    BURST_SECONDS,
+    CONSIDERATE_TURN,
+    HELD_BYTES,
+    LEAST_SECONDS,
+    SHARE,
+    WARY_TURN,
+    Turns,
+)
 from tests.support.crowd import Crowd
 from tests.support.harness import Relay, Service, Workers, fill_the_way, met, read_exactly, reset, wait_until
 from tests.support.kernel_view import bytes_in_pipes
@@ -34,10 +43,16 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 1000.0
+        self.away = 0.0
+        """Seconds for which another program has had the processor."""
 
     def monotonic(self) -> float:
         """As `time.monotonic`."""
         return self.now
+
+    def thread_time(self) -> float:
+        """As `time.thread_time`."""
+        return self.now - self.away
 
 
 @pytest.fixture
@@ -318,6 +333,73 @@ def test_however_many_speak_between_two_turns_those_that_move_much_have_their_sh
     gevent.killall(queued)
     for speaker in crowd:
         rest.forget(speaker)
+    rest.close()
+
+
+def test_a_few_messages_that_come_at_once_are_passed_before_the_next_turn_and_no_more_than_that(
+    clock: Clock, speakers: Speakers
+) -> None:
+    turns = Turns()
+    rest = Rest(turns)
+    crowd = speakers(10, BURST_SECONDS / 20)
+    heard_before_a_turn: list[int] = []
+
+    class Attentive(Hauler):
+        def turn(self, most: int) -> None:
+            heard_before_a_turn.append(sum(speaker.attended for speaker in crowd))
+            super().turn(most)
+
+    queued = [gevent.spawn(_keep_moving, turns, Attentive(clock, 0.0001)) for _ in range(40)]
+    gevent.sleep(0)
+    for _ in range(10):  # nobody says anything for a while
+        turns._next()
+        gevent.sleep(0)
+    for speaker in crowd:
+        rest.watch(speaker)
+        speaker.second.send(b"x")
+    before = len(heard_before_a_turn)
+    turns._next()
+    assert heard_before_a_turn[before] == len(crowd), "half of what they may"
+    for speaker in crowd:
+        speaker.second.send(bytes(100_000))
+    clock.now += 0.02  # so there are turns enough in this iteration
+    before = len(heard_before_a_turn)
+    turns._next()
+    heard = [then - before for before, then in pairwise(heard_before_a_turn[before:])]
+    assert len(heard) > 50
+    assert max(heard) == A_FEW, "they have had theirs: by turns now"
+    gevent.killall(queued)
+    for speaker in crowd:
+        rest.forget(speaker)
+    rest.close()
+
+
+def test_time_in_which_another_program_has_the_processor_is_nobody_s(clock: Clock, speakers: Speakers) -> None:
+    turns = Turns()
+    rest = Rest(turns)
+    (speaker,) = speakers(1, 0.00001)
+    rest.watch(speaker)
+    haulers = [Hauler(clock, 0.0001) for _ in range(40)]
+    queued = [gevent.spawn(_keep_moving, turns, hauler) for hauler in haulers]
+    gevent.sleep(0)
+    attend = speaker.attend
+
+    def lose_the_processor() -> None:
+        clock.now += 0.05
+        clock.away += 0.05
+
+    def attend_and_lose_it(fd: int, events: int) -> None:
+        attend(fd, events)
+        lose_the_processor()
+
+    speaker.attend = attend_and_lose_it  # type: ignore[method-assign]
+    speaker.second.send(b"x")
+    lose_the_processor()
+    turns._next()
+    assert speaker.attended == 1
+    assert 0 < sum(len(hauler.sizes) for hauler in haulers) < 2 * LEAST_SECONDS / 0.0001, "the queue is not owed that"
+    gevent.killall(queued)
+    rest.forget(speaker)
     rest.close()
 
 
