@@ -227,7 +227,7 @@ class Database:
     # Transactions
 
     def _sign_on(self, connection: sqlite3.Connection) -> None:
-        """Begin this worker's share; if no other worker lives, the service starts, and `since_reboot` from zero."""
+        """Begin this worker's share; if no other that has done so lives, the service starts, `since_reboot` from 0."""
         with self._transaction(connection):
             lines = one_row.put_right(connection)
             if not self._shares.enter(connection, self._blur_seconds):
@@ -238,6 +238,7 @@ class Database:
             one_row.set_refreshed(connection, self._ticked, latest=True)
             held = one_row.connections(connection)
             connection.execute("COMMIT")
+        self._shares.entered()
         self._warn_all(lines)
         if self._lost:
             fewer = (self._held or 0) - held

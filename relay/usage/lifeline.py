@@ -4,6 +4,9 @@ Each worker holds a lock on one byte of the database file, a byte of its own far
 table `lifeline` which. The kernel drops the lock with the process, however that ends, and tells everybody who asks on
 the same machine, whatever PID namespace (container) or user they are of, and with or without /proc.
 
+A second byte, as far behind the first one for everybody, is held by who has *signed on*: has come to write that it is
+there. So what a worker has left of itself is told from one that has only begun, also where somebody has taken its row.
+
 They are locks of the open file description (fcntl_locking(2)): it is the watched file's own, so neither SQLite, whose
 locks are the process's, nor anybody who closes the file takes them away. A kernel or file system that has none of these
 leaves workers without lifelines: then `processes` has to tell.
@@ -11,6 +14,7 @@ leaves workers without lifelines: then `processes` has to tell.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import struct
@@ -22,6 +26,9 @@ _FLOCK: Final = struct.Struct("hhqqi")
 _FIRST: Final = 1 << 62
 _COUNT: Final = 1 << 40
 """Where the bytes are. SQLite's own are at 2^30 (PENDING_BYTE of its os.h)."""
+
+_SIGNED_ON: Final = _COUNT
+"""So far behind a worker's byte is that which says that it has signed on."""
 
 _MOST: Final = 1000
 """So many are counted; no relay has as many workers."""
@@ -59,23 +66,44 @@ def is_any_held(fd: int) -> bool:
 
 
 def count_held(fd: int) -> int:
-    """Tell how many lifelines others hold; 0 where there are no such locks.
+    """Tell how many lifelines others hold; 0 where there are no such locks."""
+    return len(_held(fd, _FIRST))
+
+
+def sign_on(fd: int, byte: int) -> None:
+    """Let others see, until `fd` is closed, that the worker with that byte has signed on, if there are such locks."""
+    hold(fd, byte + _SIGNED_ON)
+
+
+def sign_off(fd: int, byte: int) -> None:
+    """Let others see it no longer."""
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, byte + _SIGNED_ON, 1, 0))
+
+
+def signed_on(fd: int) -> set[int]:
+    """The bytes of all others who have signed on; none where there are no such locks."""
+    return {byte - _SIGNED_ON for byte in _held(fd, _FIRST + _SIGNED_ON)}
+
+
+def _held(fd: int, first: int) -> list[int]:
+    """Which bytes others hold of those that begin with `first`.
 
     The kernel names any one lock in a range, so each that is found parts the range in two.
     """
-    found = 0
-    ranges = [(_FIRST, _COUNT)]
-    while ranges and found < _MOST:
+    found: list[int] = []
+    ranges = [(first, _COUNT)]
+    while ranges and len(found) < _MOST:
         start, length = ranges.pop()
         try:
             lock = _lock_in(fd, start, length) if length > 0 else None
         except OSError:
-            return 0
+            return []
         if lock is None:
             continue
         byte, bytes_locked = lock
         if bytes_locked == 1:  # a whole file is locked by somebody else
-            found += 1
+            found.append(byte)
             ranges += [(start, byte - start), (byte + 1, start + length - byte - 1)]
     return found
 

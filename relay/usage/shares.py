@@ -65,6 +65,7 @@ class Shares:
         self._fd = -1
         self._has_lifeline = False
         self._service_began: int | None = None  # that this worker belongs to; when it did
+        self._entering: int | None = None  # the same of the one that it is about to belong to
 
     def live(self, fd: int) -> None:
         """Hold a lifeline, from now on, until the database file that `fd` is open to is closed.
@@ -78,8 +79,8 @@ class Shares:
             raise Trouble("nobody could tell that this worker lives: there is no /proc, and no lock; mount /proc")
 
     def enter(self, connection: sqlite3.Connection, blur_seconds: int | None = None) -> bool:
-        """Say how this worker is known; return whether the service goes on: there are others, or it is the one that
-        this worker belonged to before it had to open the file again. If not, it begins anew.
+        """Say how this worker is known; return whether the service goes on: another one that has signed on lives, or it
+        is the service that this worker belonged to before it had to open the file again. If not, it begins anew.
 
         Args:
             connection: in a transaction.
@@ -90,23 +91,42 @@ class Shares:
         """
         if self._has_lifeline:
             self._enter_among(connection)
-        living = [share for share in self._others(connection) if self._lives(share)]
+        shares = self._others(connection)
+        living = [share for share in shares if self._lives(share)]
         for share in living:
             _check_blur(blur_seconds or 0, told.blur_of(connection, (share.pid, share.start)))
-        others = bool(living)
-        if not others and self._has_lifeline and lifeline.is_any_held(self._fd):
-            others = True  # it has not come to enter itself yet
-            if os.fstat(self._fd).st_nlink > 1:  # or does so in a -wal of its own, beside another name
-                raise Trouble(
-                    "another relay records into it under another of its names (hard links), and each would lose what "
-                    "the other writes; give both the same path"
-                )
+        if not living:
+            self._check_names()
         began = told.service_began(connection)
-        goes_on = others or (began is not None and began == self._service_began)
+        goes_on = (
+            bool(living) or self._serves_unlisted(shares) or (began is not None and began == self._service_began)
+        )
         if not goes_on:
             told.begin_anew(connection)
-        self._service_began = told.service_began(connection)
+        self._entering = told.service_began(connection)
         return goes_on
+
+    def entered(self) -> None:
+        """To be called when what `enter` has written is committed: from now on this worker is of the service."""
+        self._service_began = self._entering
+        if self._has_lifeline:
+            lifeline.sign_on(self._fd, self._byte)
+
+    def _serves_unlisted(self, shares: list[_Share]) -> bool:
+        """Whether somebody has signed on whose row somebody else has taken away.
+
+        A lifeline alone does not say so: of those that begin at the same time, the others have theirs already when the
+        first one enters itself. And who is listed is judged by its row: it may be about to end.
+        """
+        return self._has_lifeline and not lifeline.signed_on(self._fd) <= {share.byte for share in shares}
+
+    def _check_names(self) -> None:
+        """Raise Trouble when those that live may be entered in a -wal of their own, beside another name of the file."""
+        if self._has_lifeline and lifeline.is_any_held(self._fd) and os.fstat(self._fd).st_nlink > 1:
+            raise Trouble(
+                "another relay records into it under another of its names (hard links), and each would lose what "
+                "the other writes; give both the same path"
+            )
 
     def _enter_among(self, connection: sqlite3.Connection) -> None:
         for pid, start, byte in connection.execute(_LIFELINES).fetchall():
@@ -136,6 +156,8 @@ class Shares:
         if whole or leaving:
             told.tell(connection, (self._pid, self._start), self._describe())
         if leaving:
+            # Before this is committed: until then nobody else enters, and who does so afterwards finds nothing of it.
+            lifeline.sign_off(self._fd, self._byte)
             _drop(connection, self._pid, self._start)
         else:
             own = self._current()

@@ -170,8 +170,10 @@ def test_a_lifeline_ends_with_the_process_and_not_with_a_descriptor_of_the_file(
             assert lifeline.is_held(file.fileno(), byte)
             assert lifeline.is_any_held(file.fileno())
             assert not lifeline.is_held(file.fileno(), byte + 1)
+            assert lifeline.signed_on(file.fileno()) == {byte}
             worker.kill()
             assert not lifeline.is_any_held(file.fileno())
+            assert lifeline.signed_on(file.fileno()) == set()
 
 
 def test_a_worker_keeps_its_lifeline_through_a_trouble(tmp_path: Path) -> None:

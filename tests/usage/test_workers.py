@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sqlite3
 import subprocess
 import threading
+from collections import deque
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
-from relay.usage import processes
+from relay.usage import lifeline, processes
+from relay.usage.database import Database
 from relay.usage.processes import is_living, process_start
+from relay.usage.told import Description
+from relay.usage.writer import Request
 from tests.support.harness import wait_until
-from tests.support.usage_records import assert_sums_agree, numbers, rows
+from tests.support.usage_records import (
+    assert_sums_agree,
+    holding_the_lock,
+    nobody,
+    numbered,
+    numbers,
+    recording,
+    rows,
+)
 from tests.support.usage_worker import UsageWorker
 
 
@@ -68,6 +81,52 @@ def test_workers_that_all_start_at_once_begin_one_service(tmp_path: Path) -> Non
                 assert worker.ask("close 30") == "0"
         assert since_reboot(path) == 80
         assert len(numbers(path)) == 80 * service
+
+
+def test_the_service_does_not_go_on_with_a_worker_that_has_begun_and_not_signed_on_yet(tmp_path: Path) -> None:
+    path = tmp_path / "db"
+    with on(path) as former:
+        former.ask("record 5 1 happy")
+        assert former.ask("close 30") == "0"
+    with ExitStack() as stack:
+        file = stack.enter_context(path.open("rb"))
+        with holding_the_lock(path):
+            late = on(path)
+            stack.push(late)
+            wait_until(lambda: lifeline.count_held(file.fileno()) == 1, what="its lifeline")
+            os.kill(late.pid, signal.SIGSTOP)
+        first = stack.enter_context(on(path))
+        assert since_reboot(path) == 0
+        first.ask("record 1 1 happy")
+        os.kill(late.pid, signal.SIGCONT)
+        assert late.answer() == "ready"
+        late.ask("record 1 1 happy")
+        assert first.ask("close 30") == late.ask("close 30") == "0"
+    assert since_reboot(path) == 2, "they are one service"
+
+
+def test_the_service_does_not_go_on_with_a_worker_that_has_signed_off_and_still_has_the_file_open(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "db"
+    with closing(Database(str(path), None, nobody, Description, print)) as former:
+        former.write(deque([numbered(1)]), {Request.LEAVE})
+        assert since_reboot(path) == 1
+        with on(path):
+            assert since_reboot(path) == 0
+
+
+def test_the_service_does_not_go_on_with_a_worker_that_is_about_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "db"
+    with on(path) as former:
+        former.ask("record 1 1 happy")
+        wait_until(lambda: since_reboot(path) == 1, what="its record")
+        # As when it was killed, and the kernel has not closed its files yet.
+        monkeypatch.setattr("relay.usage.shares.is_ending", lambda pid, start: pid == former.pid)
+        with recording(path):
+            assert since_reboot(path) == 0
 
 
 def test_current_is_the_sum_over_the_workers_that_live(tmp_path: Path) -> None:
