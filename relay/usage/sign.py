@@ -1,7 +1,9 @@
 """The sign that a worker gives while it holds records back: its name, as the kernel tells it (comm, in proc(5)).
 
-misc/rolling-restart and ps(1) see it there. It is neither on a disk, which may be what is full, nor in the relay's log,
-which with `--blur-usage` tells of trouble later; and nobody keeps it.
+misc/rolling-restart and ps(1) see it there, from the first attempt to write that has failed until all is written. So it
+may be there for a moment only, when another program's lock lasts longer than one attempt waits: who sees it should look
+again. It is neither on a disk, which may be what is full, nor in the relay's log, which with `--blur-usage` tells of
+trouble later; and nobody keeps it.
 """
 
 from __future__ import annotations

@@ -252,8 +252,18 @@ class Writer:
             return
         if seconds <= LARGE_TURN_SECONDS or self._leaving.is_set():
             time.sleep(min(seconds, FIRST_BACKOFF))
-        else:
+        elif self._kept:
             self._leaving.wait(seconds)
+        else:
+            self._wait_for_first(seconds)
+
+    def _wait_for_first(self, seconds: float) -> None:
+        """Wait in a trouble that holds nothing back yet. What comes first is tried soon, so that others see that it is
+        held back."""
+        until = time.monotonic() + seconds
+        while self._queue.empty() and (left := until - time.monotonic()) > 0:
+            if self._leaving.wait(min(left, FIRST_BACKOFF)):
+                break
 
 
 class _Outage:
@@ -282,8 +292,10 @@ class _Outage:
         if trouble.kind not in self._told and now - self._since >= trouble.patience:
             self._told.add(trouble.kind)
             self._warn(f"{self._name}: {trouble.line}; records are kept until it works again ({kept} now)")
-        if self._told and kept:
+        if kept:  # from the first attempt on, however short it may be: nobody can tell beforehand
             self._sign.give(self._name)
+        else:
+            self._sign.take_back(self._name)
 
     def over(self, written: int) -> None:
         if self._told:
@@ -292,6 +304,7 @@ class _Outage:
             self._warn(
                 f"{self._name}: works again after {seconds:.0f} s; the {kept} records kept until now are written"
             )
+        if self.reason:
             self._sign.take_back(self._name)
         self.reason = ""
         self._written = 0

@@ -248,7 +248,9 @@ def test_a_rolling_restart_loses_no_records_that_workers_hold_back_unless_it_is_
         wait_until(lambda: "records-kept" in names(), 20, f"it is known that one is held back: {service.logs()}")
         refused = service.try_rolling_restart()
         assert refused.returncode == 3, f"{refused.stdout}{refused.stderr}"
-        assert "holds records back that it could not write, and a restart would lose them" in refused.stderr
+        waits, refuses, _ = refused.stderr.splitlines()
+        assert "holds records back that it could not write yet; waiting until they are written" in waits
+        assert "holds records back that it could not write, and a restart would lose them" in refuses
         assert service.pids() == before
         holder = next(pid for pid in before if Path(f"/proc/{pid}/comm").read_text() == "records-kept\n")
         os.kill(holder, signal.SIGTERM)
@@ -261,6 +263,29 @@ def test_a_rolling_restart_loses_no_records_that_workers_hold_back_unless_it_is_
     again = service.pids()
     service.rolling_restart("--lose-records")
     assert not set(again) & set(service.pids())
+
+
+def test_a_rolling_restart_waits_while_records_are_held_back_for_a_moment_and_then_goes_on(service: Supervised) -> None:
+    finish(*met(service.port), b"a transfer")
+    wait_until(lambda: service.query("SELECT count(*) FROM usage") == [(1,)], 5, "the row in usage")
+    before = service.pids()
+    with contextlib.closing(sqlite3.connect(service.relay_folder / "usage.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        finish(*met(service.port), b"another one")
+        names = [Path(f"/proc/{pid}/comm") for pid in before]
+        wait_until(lambda: "records-kept\n" in [name.read_text() for name in names], 20, "it is known")
+        restarting = service.begin_rolling_restart()
+        try:
+            assert restarting.stderr is not None
+            assert "waiting until they are written" in restarting.stderr.readline()
+            assert all(map(is_running, before))
+            other.execute("ROLLBACK")
+            output, errors = restarting.communicate(timeout=60)
+        finally:
+            restarting.kill()
+    assert restarting.returncode == 0, f"{output}{errors}"
+    assert not set(before) & set(service.pids())
+    assert service.query("SELECT count(*) FROM usage") == [(2,)]
 
 
 def test_workers_of_a_supervisord_that_was_killed_are_named_and_can_be_ended(service: Supervised) -> None:

@@ -118,7 +118,16 @@ class Supervised:
         assert done.returncode == 0, f"{done.stdout}{done.stderr}{self.logs()}"
 
     def try_rolling_restart(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """Run it, with a supervisorctl of this home's on the PATH, however it goes.
+        """Run it, however it goes; `words` as in `begin_rolling_restart`."""
+        begun = self.begin_rolling_restart(*words)
+        try:
+            output, errors = begun.communicate(timeout=60)
+        finally:
+            begun.kill()
+        return subprocess.CompletedProcess(begun.args, begun.returncode, output, errors)
+
+    def begin_rolling_restart(self, *words: str) -> subprocess.Popen[str]:
+        """Run it beside the test, with a supervisorctl of this home's on the PATH.
 
         Args:
             words: its options, and after these the group.
@@ -129,7 +138,7 @@ class Supervised:
         options = [word for word in words if word.startswith("-")]
         group = [word for word in words if not word.startswith("-")]
         command = [str(CHECKOUT / "misc" / "rolling-restart"), *options, str(self.conf), *group]
-        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.Popen(command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def states(self) -> list[str]:
         """Return the state of each worker, as supervisorctl tells it."""

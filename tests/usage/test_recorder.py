@@ -6,13 +6,19 @@ import fcntl
 import os
 import sqlite3
 import threading
+import time
+from collections import deque
+from collections.abc import Set as AbstractSet
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from relay.usage.record import Current
+from relay.usage.record import Current, Record
 from relay.usage.recorder import UsageError
+from relay.usage.sign import Sign
+from relay.usage.trouble import Trouble
+from relay.usage.writer import Request, Writer
 from tests.support.harness import wait_until
 from tests.support.usage_records import (
     append_to,
@@ -103,6 +109,62 @@ def test_a_locked_database_does_not_hold_up_the_log(tmp_path: Path) -> None:
     wait_for_rows(tmp_path / "db", 1000)
     assert recorder.close(5) == 0
     os.close(fd)
+
+
+class Refusing:
+    """A destination that takes nothing while it `refuses`, which for an hour is nothing to speak of."""
+
+    name = "a destination"
+    option = "--usage-db a-destination"
+
+    def __init__(self) -> None:
+        self.refuses = False
+        self.attempts = 0  # that failed
+
+    def write(self, kept: deque[Record], requests: AbstractSet[Request]) -> None:
+        """Take everything, or nothing."""
+        if self.refuses:
+            self.attempts += 1
+            raise Trouble("it refuses", passing=True, patience=3600.0)
+        kept.clear()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Given(Sign):
+    """Who gives the sign."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by: set[str] = set()
+
+    def give(self, name: str) -> None:
+        """Note it."""
+        self.by.add(name)
+
+    def take_back(self, name: str) -> None:
+        """Note it."""
+        self.by.discard(name)
+
+
+def test_what_one_attempt_could_not_write_is_known_to_be_held_back_until_all_is_written() -> None:
+    destination, sign = Refusing(), Given()
+    warnings: list[str] = []
+    writer = Writer(destination, warnings.append, sign)
+    writer.start()
+    destination.refuses = True
+    writer._backoff = 3600.0  # as far as pauses go that get longer and longer
+    writer.request(Request.REFRESH)
+    wait_until(lambda: destination.attempts == 1, what="the first attempt")
+    assert sign.by == set(), "nothing is held back yet"
+    writer.record(numbered(1))
+    wait_until(lambda: sign.by == {destination.name}, what="the sign")
+    assert warnings == [], "it is nothing to speak of yet"
+    destination.refuses = False
+    writer.leave(time.monotonic() + 5)
+    assert writer.wait() == 0
+    assert sign.by == set()
 
 
 def test_recording_only_queues_even_when_both_destinations_are_stuck(tmp_path: Path) -> None:
