@@ -192,7 +192,7 @@ def _serve(options: Options) -> None:
         except UsageError as error:
             raise Mistake(error) from None
         ports = relay.find_ports()
-        end_by_signal(relay.stop)
+        ending = end_by_signal(relay.stop)
         relay.start(ports, recorder)
     except BaseException as error:
         relay.close()
@@ -204,6 +204,7 @@ def _serve(options: Options) -> None:
     try:
         relay.wait_until_ended()
     finally:  # however it came to an end, what is on record is written
+        ending.go_on_without_loop(recorder.hurry)
         try:
             relay.close()
         finally:

@@ -57,27 +57,53 @@ def _leave(number: int, frame: FrameType | None) -> None:
     os._exit(0)
 
 
-def end_by_signal(stop: Callable[[], None]) -> None:
+def end_by_signal(stop: Callable[[], None]) -> Ending:
     """From now on let the signals that end something call `stop`, in a greenlet of the event loop: the first of them,
     and each that somebody sends once more."""
     import gevent
 
-    begun = told = False
-
-    def by_somebody() -> None:
-        nonlocal begun, told
-        if told or not begun:
-            begun = told = True
-            stop()
-        told = True
-
-    def by_the_system() -> None:
-        nonlocal begun
-        if not begun:
-            begun = True
-            stop()
-
+    ending = Ending(stop)
     for number in BY_SOMEBODY:
-        gevent.signal_handler(number, by_somebody)
+        gevent.signal_handler(number, ending.by_somebody)
     for number in BY_THE_SYSTEM:
-        gevent.signal_handler(number, by_the_system)
+        gevent.signal_handler(number, ending.by_the_system)
+    return ending
+
+
+class Ending:
+    """What the signals that end something have come to: made by `end_by_signal`.
+
+    Args:
+        stop: is called by the first of them, and by each that somebody sends once more.
+    """
+
+    def __init__(self, stop: Callable[[], None]) -> None:
+        self._stop = stop
+        self._begun = False
+        self._told = False
+        self._is_urgent = False
+
+    def by_somebody(self) -> None:
+        """Somebody wants the end, or wants it at once."""
+        self._is_urgent, self._told = self._told, True
+        if self._is_urgent or not self._begun:
+            self._begun = True
+            self._stop()
+
+    def by_the_system(self) -> None:
+        """The time is over; how often that is said means nothing."""
+        if not self._begun:
+            self._begun = True
+            self._stop()
+
+    def go_on_without_loop(self, hurry: Callable[[], None]) -> None:
+        """The event loop has come to its end, and more is to be done: from now on let `hurry` be called in the place of
+        `stop`, in the middle of whatever the main thread does, by what somebody sends once more; at once if that has
+        been."""
+        self._stop = hurry
+        self._begun = True
+        if self._is_urgent:
+            hurry()
+        for number in BY_SOMEBODY:
+            with contextlib.suppress(OSError):
+                signal.signal(number, lambda number, frame: self.by_somebody())

@@ -44,6 +44,11 @@ ATTEMPT_PATIENCE: Final = 5.0
 disk may need a while to make a database; seconds."""
 
 
+LAST_SECONDS: Final = 1.0
+"""How long a destination has that is not known to be in trouble, once the end is wanted at once; and again after each
+turn that went well. More than an attempt takes that waits for a lock or a reader."""
+
+
 class Request(enum.Enum):
     """What can be queued besides records."""
 
@@ -101,6 +106,8 @@ class Writer:
         self._start_lock = threading.Lock()
         self._leaving = threading.Event()
         self._deadline = float("inf")
+        self._hurried: float | None = None
+        self._went_well = 0.0
         self._ended = False
         self._thread = threading.Thread(target=self._run, name=f"writer of {destination.name}", daemon=True)
 
@@ -158,13 +165,26 @@ class Writer:
         self._queue.put(Request.LEAVE)
         self._leaving.set()
 
+    def hurry(self) -> None:
+        """Have the thread end once something is in the way, and not wait for that to be over; may be called at any
+        moment, such as in a signal's handler."""
+        self._hurried = time.monotonic()
+
+    def _is_over(self) -> bool:
+        """Whether there is no more time, as far as the end has been asked for."""
+        now = time.monotonic()
+        hurried = self._hurried
+        late = hurried is not None and now >= max(hurried, self._went_well) + LAST_SECONDS
+        return now >= self._deadline or late
+
     def wait(self) -> int:
-        """Wait for the end of the thread, until the deadline at most.
+        """Wait for the end of the thread, until the deadline at most, or until it has made no progress in a hurry.
 
         Returns:
             how many records could not be written; the log says so too.
         """
-        self._thread.join(max(0.0, self._deadline - time.monotonic()))
+        while self._thread.is_alive() and not self._is_over():
+            self._thread.join(FIRST_BACKOFF)  # and no longer, since in between somebody may want it at once
         unwritten = self._taken - self._written + self._lost - self._told_lost
         if unwritten:
             reason = self._outage.reason or "there was not enough time"
@@ -202,6 +222,7 @@ class Writer:
         self._written += written
         if trouble is not None:
             return self._in_trouble(trouble, written)
+        self._went_well = time.monotonic()
         self._outage.over(written)
         self._tell_what_was_lost()
         self._backoff = FIRST_BACKOFF
@@ -231,7 +252,8 @@ class Writer:
             return 0.0
         self._first_attempt.set()
         self._outage.goes_on(trouble, written, len(self._kept))
-        self._ended = time.monotonic() >= self._deadline
+        is_known = self._hurried is not None and self._outage.is_told
+        self._ended = self._leaving.is_set() and (is_known or self._is_over())
         if trouble.waited:
             return 0.0
         wait = self._backoff

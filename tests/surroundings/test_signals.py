@@ -18,8 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.harness import CHECKOUT, Patience, Relay, met, read_exactly, read_to_end, wait_until
+from tests.support.harness import CHECKOUT, Patience, Relay, accepts, met, read_exactly, read_to_end, wait_until
 from tests.support.supervised import is_running, supervised
+from tests.support.usage_records import holding_the_lock
 
 Start = Callable[..., Relay]
 ENDING = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGABRT", "SIGALRM", "SIGPWR", "SIGXCPU"]
@@ -106,6 +107,35 @@ def test_what_the_system_repeats_each_second_does_not_end_it_at_once(
     relay.process.send_signal(signal.SIGINT)  # the second that somebody sends
     assert relay.wait(10) == 0
     assert [record["total_bytes"] for record in relay.records()] == [36]
+
+
+PATIENT = "import sys, relay.cli; relay.cli.RECORDS_SECONDS = 600.0; sys.argv[:4] = sys.argv[3:4]; relay.cli.main()"
+"""To be run before the command of a relay: one that would wait that long for its last records."""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("during", ["its last records", "the grace of a transfer"])
+def test_a_second_one_ends_it_at_once_while_records_are_held_back_and_it_says_how_many_are_lost(
+    name: str, during: str, relay_factory: Start, stack: contextlib.ExitStack
+) -> None:
+    relay = relay_factory("--grace", "600", recording=True, inside=[sys.executable, "-c", PATIENT])
+    with holding_the_lock(relay.usage_db):
+        for side in transfer(relay, stack):
+            side.close()
+        wait_until(lambda: "records are kept until it works again (1 now)" in relay.log_text(), 30, "it is held back")
+        if during == "the grace of a transfer":
+            transfer(relay, stack)
+        relay.process.send_signal(signal.Signals[name])
+        wait_until(lambda: "1 records are held back" in relay.log_text(), what="it is told to stop")
+        if during == "its last records":
+            wait_until(lambda: not accepts(relay.port), what="nothing is left to do but to write")
+        relay.process.send_signal(signal.Signals[name])
+        assert relay.wait(60) == 0
+    count = 1 if during == "its last records" else 2
+    lines = relay.log_text().splitlines()
+    assert f"{relay.usage_db}: {count} records are lost, the relay had to end before: another program" in lines[-2]
+    assert lines[-1].endswith("stopped")
+    assert len(relay.records()) == count
 
 
 @pytest.mark.parametrize("how", ["segmentation fault", "abort", "segmentation fault in another thread"])

@@ -181,6 +181,24 @@ def test_recording_only_queues_even_when_both_destinations_are_stuck(tmp_path: P
     os.close(read_end)
 
 
+def test_in_a_hurry_what_works_is_written_to_the_end_and_what_does_not_is_given_up(tmp_path: Path) -> None:
+    read_end, write_end = os.pipe()
+    fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096)
+    warnings: list[str] = []
+    recorder = recorder_of(tmp_path / "db", write_end, warnings)
+    with holding_the_lock(tmp_path / "db"):
+        record_numbers(recorder, *range(1000))
+        wait_until(lambda: any("; records are kept" in warning for warning in warnings), what="the log is in trouble")
+    recorder.hurry()
+    left = recorder.close(3600)
+    os.close(write_end)
+    with open(read_end, "rb") as reader:
+        assert numbers_of_lines(reader.read()) == list(range(1000 - left))
+    assert any(f"{left} records are lost" in warning for warning in warnings)
+    assert len(rows(tmp_path / "db", "usage")) == 1000
+    assert not writer_threads()
+
+
 def test_nothing_is_left_running_after_a_close(tmp_path: Path) -> None:
     fd = append_to(tmp_path / "log")
     before = len(os.listdir("/proc/self/fd"))
