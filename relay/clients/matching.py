@@ -89,7 +89,7 @@ class Matching:
         self._note = places.bounds_met.note
         self._farewell = farewell
         self._on_match = on_match
-        self._room: WaitingRoom[Client] = WaitingRoom(Sites(places.count_of, places.count_at_site))
+        self._room: WaitingRoom[Client] = WaitingRoom(Sites(places.count_at_site))
         self._deadlines: Deadlines[Client] = Deadlines()
         self._unheard: dict[Client, None] = {}  # whom the system refuses to watch, until it is tried again
         self._closed = False

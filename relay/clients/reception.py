@@ -48,7 +48,7 @@ class Reception:
         self._farewell = farewell
         self._admit = admit
         self._shaking: dict[Client, None] = {}  # in the order in which they came
-        self._sites: Sites[Client] = Sites(places.count_of, places.count_at_site)
+        self._sites: Sites[Client] = Sites(places.count_at_site)
         self._deadlines: Deadlines[Client] = Deadlines()
         self._unheard: dict[Client, None] = {}  # whom the system refuses to watch, until it is tried again
         self._closed = False

@@ -2,8 +2,14 @@
 
 Where the one that has been here longest gave way, whosever it is, one machine that comes again and again would drive
 everybody out: all of its own are younger. So as in `eviction` sites are told apart by how many times `FEW` they have
-here, to a factor of two; within the one that has the most (see `sources.site_of`), so are its networks. Those that have
-the same give way by turns.
+here, to a factor of two, and those that have the same give way by turns.
+
+Within the one that has the most (see `sources.site_of`) a machine may have a few in each of thousands of networks,
+beside a neighbour who has one network. So those networks that have the same number here are a crowd, which weighs as
+much as they have together. The heaviest gives way, of two that weigh the same the one whose networks have more each;
+and its networks by turns. So nobody gives way while all others of its site have more than it has, nor while some that
+have the same number have more together. Who has networks of all numbers leaves a neighbour the square root of what it
+has itself.
 
 Only those are known here who came when their site had more than a few connections, of all kinds and at the whole relay:
 honest clients hardly ever, and they take no memory and next to no time. So the first few of a site never count, and
@@ -15,10 +21,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from heapq import heapify, heappop, heappush
 from typing import Generic, Protocol, TypeVar
 
 from relay.clients.bounds import FEW, rank_of
 from relay.clients.sources import site_of
+
+OUTDATED = 4
+"""How many times as much as is needed may be kept of what the crowds of a site weighed before."""
 
 
 class Owned(Protocol):
@@ -33,83 +43,75 @@ T = TypeVar("T", bound=Owned)
 
 
 class Sites(Generic[T]):
-    """Those whose site has many connections, in the order in which they came: by source where that has many
-    itself, otherwise by site.
+    """Those whose site has many connections, by source in the order in which they came.
+
+    Each of the methods takes the same time however many are here, but for a logarithm.
 
     Args:
-        count_of: how many connections the relay has from a source.
-        count_at_site: the same of its whole site.
+        count_at_site: how many connections the relay has from the whole site of a source.
     """
 
-    def __init__(self, count_of: Callable[[bytes | None], int], count_at_site: Callable[[bytes | None], int]) -> None:
-        self._count_of = count_of
+    def __init__(self, count_at_site: Callable[[bytes | None], int]) -> None:
         self._count_at_site = count_at_site
         self._members: dict[bytes, dict[T, None]] = {}
         self._sizes: dict[bytes, int] = {}  # of sites
         self._sites = _Ranks()
-        self._networks: dict[bytes, _Ranks] = {}  # by site
+        self._networks: dict[bytes, _Networks] = {}  # by site, where it has several
 
     def enter(self, who: T) -> None:
         """`who` is here from now on, and among those that are counted."""
         source = who.source
         if source is None or self._count_at_site(source) < FEW:
             return
-        site = site_of(source)
-        whose = source if self._count_of(source) >= FEW else site
-        members = self._members.get(whose)
+        members = self._members.get(source)
         if members is None:
-            members = self._members[whose] = {}
+            members = self._members[source] = {}
         members[who] = None
-        self._resize(site, 1)
-        if site != source:
-            networks = self._networks.get(site)
-            if networks is None:
-                networks = self._networks[site] = _Ranks()
-            networks.set(whose, len(members) if whose != site else 1)
+        self._resize(source, len(members) - 1, len(members))
 
     def leave(self, who: T) -> None:
         """`who` is here no longer; nothing happens when it is not known."""
         source = who.source
-        if source is None or not self._members:
+        if source is None:
             return
-        site = site_of(source)
-        for whose in (source, site):  # it has come to have many since, or has no longer
-            if who in self._members.get(whose, ()):
-                self._take_out(who, whose, site)
-                return
-
-    def _take_out(self, who: T, whose: bytes, site: bytes) -> None:
-        members = self._members[whose]
+        members = self._members.get(source)
+        if members is None or who not in members:
+            return
         del members[who]
         if not members:
-            del self._members[whose]
-        self._resize(site, -1)
-        networks = self._networks.get(site)
-        if networks is not None:
-            networks.set(whose, len(members) if whose != site else min(len(members), 1))
-            if not networks:
-                del self._networks[site]
+            del self._members[source]
+        self._resize(source, len(members) + 1, len(members))
 
-    def _resize(self, site: bytes, by: int) -> None:
-        size = self._sizes.get(site, 0) + by
+    def _resize(self, source: bytes, before: int, now: int) -> None:
+        site = site_of(source)
+        size = self._sizes.get(site, 0) + now - before
         self._sites.set(site, size)
         if size:
             self._sizes[site] = size
         else:
             del self._sizes[site]
+        if site == source:
+            return
+        networks = self._networks.get(site)
+        if networks is None:
+            networks = self._networks[site] = _Networks()
+        networks.resize(source, before, now)
+        if not size:
+            del self._networks[site]
 
     def first_to_go(self) -> T | None:
         """Who is to give way; None when all sites have few."""
         if not self._sites.highest:
             return None
         whose = self._sites.next_of_highest()
-        if whose in self._networks:
-            whose = self._networks[whose].next_of_highest()
+        networks = self._networks.get(whose)
+        if networks is not None:
+            whose = networks.next_of_heaviest()
         return next(iter(self._members[whose]))
 
 
 class _Ranks:
-    """Sites, or the networks of one, by rank; those of one rank take turns."""
+    """Sites by rank; those of one rank take turns."""
 
     __slots__ = ("_by_rank", "_rank_of")
 
@@ -145,3 +147,45 @@ class _Ranks:
         whose = next(iter(highest))
         highest.move_to_end(whose)
         return whose
+
+
+class _Networks:
+    """The networks of one site, by how many each has: those that have the same are a crowd, and take turns."""
+
+    __slots__ = ("_crowds", "_weights")
+
+    def __init__(self) -> None:
+        self._crowds: dict[int, OrderedDict[bytes, None]] = {}
+        self._weights: list[tuple[int, int]] = []
+        """A heap of how many each crowd has together and each network of it, both negative; and what was so earlier."""
+
+    def resize(self, network: bytes, before: int, now: int) -> None:
+        """`network` has `now` so many, and had so many `before`; either may be 0."""
+        if before:
+            del self._crowds[before][network]
+            self._weigh(before)
+        if now:
+            self._crowds.setdefault(now, OrderedDict())[network] = None
+            self._weigh(now)
+        if len(self._weights) > OUTDATED * (len(self._crowds) + FEW):
+            self._weights = [(-count * len(crowd), -count) for count, crowd in self._crowds.items()]
+            heapify(self._weights)
+
+    def _weigh(self, count: int) -> None:
+        crowd = self._crowds[count]
+        if crowd:
+            heappush(self._weights, (-count * len(crowd), -count))
+        else:
+            del self._crowds[count]
+
+    def next_of_heaviest(self) -> bytes:
+        """Whose turn it is of the crowd that has the most together; there is one."""
+        while True:
+            weight, count = self._weights[0]
+            crowd = self._crowds.get(-count)
+            if crowd and weight == count * len(crowd):
+                break
+            heappop(self._weights)
+        network = next(iter(crowd))
+        crowd.move_to_end(network)
+        return network

@@ -49,7 +49,7 @@ class Arrivals(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.room: WaitingRoom[Someone] = WaitingRoom(Sites(_none, _none))
+        self.room: WaitingRoom[Someone] = WaitingRoom(Sites(_none))
         self.waiting: list[Someone] = []
 
     @rule(token=st.sampled_from(TOKENS), side=st.sampled_from(SIDES), arrived=st.integers(0, 9).map(float))
@@ -114,7 +114,7 @@ TestArrivals.settings = settings(max_examples=150, stateful_step_count=40, deadl
 
 
 def test_the_room_may_change_while_one_goes_through_it() -> None:
-    room: WaitingRoom[Someone] = WaitingRoom(Sites(_none, _none))
+    room: WaitingRoom[Someone] = WaitingRoom(Sites(_none))
     for token in TOKENS:
         room.enter(Someone(token, SIDES[1], 0.0))
     for somebody in room:

@@ -328,6 +328,30 @@ def test_of_too_many_pending_handshakes_those_of_whoever_has_most_give_way(
     assert times_said(relay, "--max-handshakes") == 250
 
 
+@pytest.mark.parametrize(("bound", "words"), [("--max-waiting", b""), ("--max-handshakes", b"please re")])
+def test_of_too_many_of_a_site_none_of_who_has_one_there_gives_way_to_who_has_a_few_in_each_of_many_networks(
+    bound: str, words: bytes, relay_factory: RelayFactory, stack: contextlib.ExitStack
+) -> None:
+    relay = relay_factory("--grace", "0", bound, "60", *TRUSTING)
+    token, host = new_token(), "2001:db8:0:ffff::1"
+    for _ in range(4):  # it has transfers as well, and so no fewer connections at the relay than the others
+        pair = [called(relay, host, line) for line in (handshake(token, new_side()), handshake(token, new_side()))]
+        assert [read_exactly(stack.enter_context(sock), 3) for sock in pair] == [b"ok\n"] * 2
+    line = handshake(token, new_side())
+    honest = stack.enter_context(called(relay, host, words or line))
+    greedy = []
+    for number in range(20 * 7):
+        said = words or handshake(new_token(), new_side())
+        greedy.append(stack.enter_context(called(relay, f"2001:db8:0:{number // 7:x}::1", said)))
+    wait_until(lambda: sum(map(is_open, greedy)) == 59, 10, "so many gave way")
+    assert is_open(honest)
+    if words:
+        honest.sendall(line.removeprefix(words))
+    partner = stack.enter_context(called(relay, host, handshake(token, new_side())))
+    assert read_exactly(honest, 3) == read_exactly(partner, 3) == b"ok\n"
+    assert times_said(relay, bound) == 81
+
+
 def test_connections_that_nobody_counts_give_way_by_age_where_no_source_has_many(
     relay_factory: RelayFactory, stack: contextlib.ExitStack
 ) -> None:

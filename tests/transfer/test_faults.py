@@ -581,7 +581,7 @@ def test_a_token_that_is_asked_for_in_vain_is_in_no_message() -> None:
         client = Client(ours)
         client.token = b"0123456789abcdef"
         with pytest.raises(ValueError) as fault:  # noqa: PT011  # it is about the message
-            WaitingRoom[Client](Sites(lambda _: 0, lambda _: 0)).leave(client)
+            WaitingRoom[Client](Sites(lambda _: 0)).leave(client)
         assert "0123456789abcdef" not in str(fault.value)
 
 
