@@ -16,6 +16,7 @@
 `watched_file`     the database's file, watched from outside SQLite: still there, still whole
 `belonging`        which file a -wal belongs to, where an operator has put another in its place
 `write_ahead_log`  the same of what is beside it, the -wal and the -shm
+`looks`            when all of the -wal is looked at
 `sqlite`           SQLite, without what it takes to turn dates into values
 `trouble`          what can keep a destination from being written; `sqlite_trouble`, what SQLite has against it
 `unhurried`        what the operator is told of that, at times that say nothing

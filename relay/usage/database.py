@@ -18,6 +18,7 @@ from typing import Final
 
 from relay.usage import one_row, rows, schema
 from relay.usage.folder import alone_in, can_be_flushed
+from relay.usage.looks import Looks
 from relay.usage.record import Current, Record, blur, blur_size
 from relay.usage.rows import Row
 from relay.usage.shares import Shares
@@ -32,10 +33,6 @@ from relay.usage.writer import Request, Warn
 MOST_AT_ONCE: Final = 1000
 """Records in one transaction. After a long outage the other workers get their turns in between, and the event loop gets
 the interpreter back sooner: making so many rows takes about a millisecond of it."""
-
-LOOK_SECONDS: Final = 1.0
-"""So often at the most is all of the -wal looked at, which bounds what is written behind a hole in it, and lost; less
-often when that takes more than a hundredth of the time, as where a reader keeps it from being copied for long."""
 
 _NO_REQUESTS: Final[frozenset[Request]] = frozenset()
 
@@ -78,7 +75,7 @@ class Database:
         self._damaged_as: schema.Signature | None = None
         self._log_is_gone = False  # -wal or -shm do not belong to what has these names now
         self._lost = ""  # what happened to the -wal of the connection before, and what was in it
-        self._look_at = 0.0
+        self._looks = Looks()
         self._flush = True  # have SQLite see to it that the file is on the disk
         self._doubt: dict[int, Row] = {}  # the rows whose COMMIT failed, so that they may be there or not
 
@@ -259,21 +256,12 @@ class Database:
             self._log_is_gone = not self._file.has_its_log()
             if self._log_is_gone or not self._file.is_where_it_was():
                 raise being_replaced()
-            if self._is_log_broken():
+            if self._looks.find_broken(self._file.log):
                 raise _overwritten()
             yield
         finally:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
-
-    def _is_log_broken(self) -> bool:
-        """Look at the whole log now and then, and otherwise at its ends."""
-        began = time.monotonic()
-        every_frame = began >= self._look_at
-        is_broken = self._file.log.is_broken(every_frame=every_frame, locked=True)
-        if every_frame:
-            self._look_at = began + max(LOOK_SECONDS, 100 * (time.monotonic() - began))
-        return is_broken
 
     def _write_first(
         self, connection: sqlite3.Connection, kept: deque[Record], count: int, requests: AbstractSet[Request]
@@ -303,8 +291,8 @@ class Database:
             if Request.TICK in requests:
                 one_row.set_refreshed(connection, self._ticked)
                 one_row.check(connection)
-            is_due = self._file.log.is_due()
-            if is_due and self._file.log.is_broken(every_frame=True, locked=True):
+            is_due = self._looks.may_copy() and self._file.log.is_due()
+            if is_due and self._looks.find_broken_before_copying(self._file.log):
                 raise _overwritten()
             try:
                 connection.execute("COMMIT")
@@ -319,12 +307,14 @@ class Database:
 
     def _copy_log_into_file(self, connection: sqlite3.Connection) -> None:
         """As far as that can be had now: the rows are safe in any case."""
+        began = time.monotonic()
         try:
             _, frames, copied = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         except sqlite3.Error:
             frames, copied = 1, 0
         if copied < frames:
             self._file.log.some_stay()
+            self._looks.note_some_stay(copied, time.monotonic() - began)
 
     def _put_right(self, connection: sqlite3.Connection) -> None:
         with self._transaction(connection):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from relay.usage.database import Database
+from relay.usage.looks import LOOKS_MAY_TAKE
+from relay.usage.record import Current, Record
+from relay.usage.told import Description
 from relay.usage.write_ahead_log import AGAIN_FRAMES, CHECKPOINT_FRAMES, WriteAheadLog
 
 
@@ -74,3 +81,47 @@ def test_where_a_reader_kept_some_of_them_it_is_tried_again_soon(growing: Growin
     growing.grow(10)
     assert growing.log.is_due()
     assert growing.copied()
+
+
+TURN_SECONDS = 0.01
+FRAME_SECONDS = 10e-6
+
+
+def test_while_somebody_reads_for_long_a_record_costs_no_more_however_long_the_log_becomes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which a turn takes 10 ms, and each frame that is looked at 10 µs."""
+    path = tmp_path / "db"
+    now, looks = 0.0, list[float]()
+    fits = WriteAheadLog._fits
+
+    def fits_in_that_time(self: WriteAheadLog, index: object, *, every_frame: bool) -> bool:
+        nonlocal now
+        if every_frame:
+            looks.append((index.frames - index.copied) * FRAME_SECONDS)  # type: ignore[attr-defined]
+            now += looks[-1]
+        return fits(self, index, every_frame=every_frame)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(WriteAheadLog, "_fits", fits_in_that_time)
+    monkeypatch.setattr("relay.usage.looks.time", SimpleNamespace(monotonic=lambda: now))
+    database = Database(str(path), 600, lambda: Current(0, 0, 0), Description, lambda line: None)
+
+    def write(count: int) -> None:
+        nonlocal now
+        for _ in range(count):
+            database.write(deque([Record(1e9, 0.5, None, 0, "errory")]), frozenset())
+            now += TURN_SECONDS
+
+    with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        write(1)
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM usage").fetchone()
+        write(2000)
+        assert os.path.getsize(f"{path}-wal") > 8 * CHECKPOINT_FRAMES * 4096
+        assert len(looks) > 5, "it is looked at all the same"
+        assert sum(looks) - max(looks) < LOOKS_MAY_TAKE * now
+    write(int(2 * max(looks) / LOOKS_MAY_TAKE / TURN_SECONDS) + AGAIN_FRAMES)
+    with closing(sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)) as file:
+        ((copied,),) = file.execute("SELECT count(*) FROM usage")
+    assert copied > 2000, "what the reader has kept from being copied is in the file when it has gone"
+    database.close()
