@@ -238,14 +238,10 @@ def read_options(arguments: Sequence[str]) -> Options:
 
     Raises Mistake for anything that is not as the help says.
     """
-    try:
-        given = read_command_line(USAGE, arguments, f"relay-gevent {__version__}")
-    except NotUnderstood as refusal:
-        complaint = str(refusal) or f"cannot make sense of {' '.join(arguments)!r}"
-        raise Mistake(f"{complaint}; see relay-gevent --help") from None
+    given = _read(arguments)
     port, interface = _endpoint(given["--port"], given["--interface"])
     websocket = _websocket(given, interface)
-    health = None if given["--health"] is None else _endpoint(given["--health"], interface, "--health")
+    health = _health(given, interface)
     upstream = _upstream(given)
     if upstream is not None and websocket is not None:
         (port, interface), websocket = websocket, None
@@ -286,6 +282,27 @@ def read_options(arguments: Sequence[str]) -> Options:
         check=given["--check"],
         own_interfaces=_own_interfaces(given),
     )
+
+
+def read_health(arguments: Sequence[str]) -> tuple[int, str] | None:
+    """The port and the interface where a relay with this command line answers health checks; None for nowhere.
+
+    Of the other options no value is looked at. Exits and raises as `read_options`.
+    """
+    given = _read(arguments)
+    return _health(given, _endpoint(given["--port"], given["--interface"])[1])
+
+
+def _read(arguments: Sequence[str]) -> dict[str, Any]:
+    try:
+        return read_command_line(USAGE, arguments, f"relay-gevent {__version__}")
+    except NotUnderstood as refusal:
+        complaint = str(refusal) or f"cannot make sense of {' '.join(arguments)!r}"
+        raise Mistake(f"{complaint}; see relay-gevent --help") from None
+
+
+def _health(given: dict[str, Any], interface: str) -> tuple[int, str] | None:
+    return None if given["--health"] is None else _endpoint(given["--health"], interface, "--health")
 
 
 def _measure_paths(given: dict[str, Any]) -> bool:

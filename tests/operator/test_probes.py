@@ -125,8 +125,11 @@ def test_a_worker_is_asked_wherever_the_container_has_it_answer(host: Host, tmp_
 
 
 def test_without_a_port_for_checks_it_says_so(host: Host) -> None:
-    for health in ("", "none", "tcp:4003:interface="):
-        assert healthy(host, "--alive", RELAY_HEALTH=health) == (1, "RELAY_HEALTH names no port for health checks\n")
+    assert healthy(host, "--alive", RELAY_HEALTH="") == (1, "RELAY_HEALTH names no port for health checks\n")
+    for health in ("none", "tcp:4003:interface="):
+        status, words = healthy(host, "--alive", RELAY_HEALTH=health)
+        assert status == 1
+        assert words.startswith(f"RELAY_HEALTH, RELAY_LISTEN, RELAY_OPTIONS: --health {health}: give a number from 0")
 
 
 @pytest.mark.parametrize(
