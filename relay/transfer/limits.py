@@ -149,7 +149,7 @@ class Limits:
 class Allowance:
     """What is left to one pair of its `limits`; `pumps` are that pair's."""
 
-    __slots__ = ("_granted", "_has_waited", "_own", "_pair_bytes", "_shared", "_since", "held_back", "hurries", "pumps")
+    __slots__ = ("_granted", "_has_waited", "_own", "_pair_bytes", "_shared", "_since", "held_back", "pumps")
 
     def __init__(self, limits: Limits) -> None:
         self.pumps: Pumps | tuple[()] = ()
@@ -161,8 +161,6 @@ class Allowance:
         self._granted = 0  # bytes that are reserved at the shared pace
         self.held_back = 0.0
         """Seconds for which its bytes have waited for these."""
-        self.hurries = False
-        """Whether nothing of this can wait any more: the rates do not count."""
 
     def part_held_back(self) -> float:
         """`held_back`, of the time since this began to count; from 0 to 1."""
@@ -251,8 +249,6 @@ class Allowance:
         """Of `most` bytes, how many may be read `now`."""
         if self._pair_bytes is not None:
             most = max(0, min(most, self._left()))
-        if self.hurries:
-            return most
         if self._own is not None:
             if self._own.holds_back(now):
                 return 0

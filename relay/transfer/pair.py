@@ -494,13 +494,16 @@ class Pair:
             pump.waits = TURN
 
     def _deliver_what_fits(self) -> None:
-        """After a reset: let through what had arrived before it, as far as that takes no waiting."""
-        if self._allowance is not None:
-            self._allowance.hurries = True
+        """After a reset: let through what had arrived before it, as far as that takes no waiting, be it for a rate: past
+        that it would be all others who wait."""
         for pump in self.pumps:
             with contextlib.suppress(OSError, NoMemory, HeldBack, Cut):
-                if pump.waits != OVER:
+                if pump.waits == OVER:
+                    continue
+                try:
                     pump.turn(self.turns.size())
+                except HeldBack:
+                    pump.sip()  # a little goes before those who wait
 
 
 Readers: TypeAlias = "tuple[FrameReader | None, FrameReader | None]"

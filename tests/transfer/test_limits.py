@@ -21,7 +21,7 @@ from relay.clients.bounds import Bound
 from relay.clients.frames import FrameReader
 from relay.transfer import limits as limits_module
 from relay.transfer.limits import PARTS, Allowance, Limits, SharedPace
-from relay.transfer.pace import SLACK
+from relay.transfer.pace import LITTLE_BYTES, ROUND, SLACK
 from relay.transfer.pump import COPY_BYTES
 from relay.transfer.rest import Rest
 from relay.transfer.turns import Moving, Turns
@@ -161,6 +161,51 @@ def test_neither_does_what_is_let_through_after_a_reset(transfer: Callable[[Limi
     talk.say(1100)
     talk.pair._deliver_what_fits()
     assert talk.pair.moved <= 1000
+
+
+def test_who_is_reset_goes_before_nobody_who_waits_for_a_rate(transfer: Callable[[Limits], Transfer]) -> None:
+    """What forty pairs had in the relay's buffers went before all others, once, and these stood still meanwhile."""
+    shared = SharedPace(100_000)
+    shared.pace.reserve(1_000_000, time.monotonic())
+    reset = [transfer(Limits(relay_pace=shared)) for _ in range(40)]
+    for bulk in reset:
+        bulk.say(60_000)
+    until = time.monotonic() + 10
+    while len(shared.line) < len(reset) and time.monotonic() < until:
+        gevent.sleep(0.001)
+    assert len(shared.line) == len(reset)
+    moved, free_at = sum(bulk.pair.moved for bulk in reset), time.monotonic() + shared.pace.free_in(time.monotonic())
+    for bulk in reset:
+        bulk.pair.detach()
+        bulk.pair._deliver_what_fits()
+    took = time.monotonic() + shared.pace.free_in(time.monotonic()) - free_at
+    assert sum(bulk.pair.moved for bulk in reset) - moved <= 40 * LITTLE_BYTES
+    assert took < 1, "they have taken more seconds of the rate than anybody may"
+    shared.close()
+
+
+def test_what_is_let_through_after_a_reset_keeps_to_the_rate_of_the_pair(
+    transfer: Callable[[Limits], Transfer],
+) -> None:
+    talk = transfer(Limits(pair_rate=10_000))
+    talk.say(60_000)
+    assert talk.heard(1) > 0
+    gevent.sleep(0)
+    before = talk.pair.moved
+    talk.pair._deliver_what_fits()
+    assert talk.pair.moved - before <= 10_000 * ROUND
+
+
+def test_the_last_word_before_a_reset_arrives_though_others_wait_for_the_rate(
+    transfer: Callable[[Limits], Transfer],
+) -> None:
+    shared = SharedPace(100_000)
+    shared.pace.reserve(1_000_000, time.monotonic())
+    talk = transfer(Limits(relay_pace=shared))
+    talk.say(100)
+    talk.pair._deliver_what_fits()
+    assert talk.heard(100) == 100
+    shared.close()
 
 
 @pytest.mark.parametrize("pace", ["own", "shared"])
