@@ -494,8 +494,8 @@ class Pair:
             pump.waits = TURN
 
     def _deliver_what_fits(self) -> None:
-        """After a reset: let through what had arrived before it, as far as that takes no waiting, be it for a rate: past
-        that it would be all others who wait."""
+        """After a reset: let through what had arrived before it, as far as that takes no waiting, be it for a rate:
+        past that it would be all others who wait."""
         for pump in self.pumps:
             with contextlib.suppress(OSError, NoMemory, HeldBack, Cut):
                 if pump.waits == OVER:
