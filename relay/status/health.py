@@ -20,6 +20,9 @@ REMEMBERED: Final = 600.0
 MISSING_FOR: Final = 15.0
 """Seconds that a worker may take to come back: supervisor starts one at once, and a restart takes a second."""
 
+HELD_BACK_FOR: Final = 2.0
+"""Seconds that records may be held back: another program's lock often lasts for a moment only."""
+
 NOT_YET_WRITTEN: Final = (
     "a worker lives, and could not write into the database since it began, as when another program keeps that locked; "
     "the relay's log says why"
@@ -61,13 +64,13 @@ class Staff:
         self._counts: deque[tuple[float, int]] = deque()
         self._short_since: float | None = None
         self._unwritten_since: float | None = None
+        self._holding_since: float | None = None
 
-    def note(self, now: float, living: int, unwritten: int = 0) -> None:
-        """There are so many at `now`, in monotonic seconds; so many of them have not written into the database yet."""
-        if not unwritten:
-            self._unwritten_since = None
-        elif self._unwritten_since is None:
-            self._unwritten_since = now
+    def note(self, now: float, living: int, unwritten: int = 0, holding: int = 0) -> None:
+        """There are so many at `now`, in monotonic seconds; so many of them have not written into the database yet, and
+        so many hold records back."""
+        self._unwritten_since = _since(self._unwritten_since, now, unwritten)
+        self._holding_since = _since(self._holding_since, now, holding)
         while self._counts and now - self._counts[0][0] > REMEMBERED:
             self._counts.popleft()
         while self._counts and self._counts[-1][1] <= living:  # only the most of any time on matters
@@ -92,6 +95,17 @@ class Staff:
     def cannot_write(self, now: float) -> bool:
         """Whether one has not written for longer than a start takes."""
         return self._unwritten_since is not None and now - self._unwritten_since >= MISSING_FOR
+
+
+    def hold_back(self, now: float) -> bool:
+        """Whether records have been held back for longer than a moment."""
+        return self._holding_since is not None and now - self._holding_since >= HELD_BACK_FOR
+
+
+def _since(before: float | None, now: float, count: int) -> float | None:
+    if not count:
+        return None
+    return now if before is None else before
 
 
 def judge(seen: Sequence[Seen], staffs: Sequence[Staff], now: float) -> Health:
@@ -124,7 +138,9 @@ def _of_one(seen: Seen, staff: Staff, now: float) -> list[tuple[Kind, str]]:
         complaints.append(("kept", NOT_YET_WRITTEN))
     elif kept:
         complaints.append(("kept", f"{kept:.0f} records are held back; the relay's log says why"))
-    elif reading.disk_is_full and reading.living:
+    elif staff.hold_back(now) and not reading.disk_is_full:
+        complaints.append(("kept", "records are held back, they cannot be written into the database; the log says why"))
+    elif reading.disk_is_full and (staff.hold_back(now) or (reading.living and reading.holding is None)):
         complaints.append(("kept", "records are held back: no space is left on the database's disk"))
     return complaints
 

@@ -47,6 +47,7 @@ class Reading:
         imported: how many imports of a Twisted relay's records it has seen.
         disk_is_full: nothing more fits on the database's disk.
         unwritten: how many workers more live, which could not write into the database since they began.
+        holding: how many workers hold records back that they cannot write into the database; None when nobody can tell.
     """
 
     at: float
@@ -62,6 +63,7 @@ class Reading:
     imported: int = 0
     disk_is_full: bool = False
     unwritten: int = 0
+    holding: int | None = None
 
     @property
     def names(self) -> list[str]:
@@ -135,4 +137,5 @@ def together(readings: list[Reading]) -> Reading | None:
         imported=sum(reading.imported for reading in readings),
         disk_is_full=any(reading.disk_is_full for reading in readings),
         unwritten=sum(reading.unwritten for reading in readings),
+        holding=sum(reading.holding or 0 for reading in readings),
     )

@@ -107,7 +107,7 @@ def _file(path: Path, opening: contextlib.ExitStack) -> int:
 def _of_nobody(reading: Reading) -> Reading:
     """The same reading of a file that is as it was, and that nobody has open: so none of its workers lives."""
     workers = tuple(replace(worker, lives=False) for worker in reading.workers)
-    return replace(reading, at=time.time(), workers=workers, unwritten=0)
+    return replace(reading, at=time.time(), workers=workers, unwritten=0, holding=None)
 
 
 def _read(connection: sqlite3.Connection, fd: int, path: Path) -> Reading:
@@ -132,6 +132,7 @@ def _read(connection: sqlite3.Connection, fd: int, path: Path) -> Reading:
     began, counters = _first(rows("service", SERVICE), (None, None))
     connected, waiting, partial = map(whole, _first(rows("current", CURRENT), (0, 0, 0)))
     (refreshed,) = _first(rows("refreshed", REFRESHED), (None,))
+    held = lifeline.count_held(fd) if fd >= 0 else 0
     status = os.statvfs(os.path.dirname(os.path.realpath(path)) or ".")
     return Reading(
         at=time.time(),
@@ -146,7 +147,8 @@ def _read(connection: sqlite3.Connection, fd: int, path: Path) -> Reading:
         counters=added([numbers_of(counters), *(numbers_of(counted) for _, counted in told.values())]),
         imported=_first(rows("imported", IMPORTED), (0,))[0],
         disk_is_full=status.f_bavail == 0,
-        unwritten=max(lifeline.count_held(fd) - lifelines, 0) if fd >= 0 else 0,
+        unwritten=max(held - lifelines, 0),
+        holding=lifeline.count_holding_back(fd) if held else None,
     )
 
 

@@ -96,6 +96,9 @@ class Database:
             reason = self._reason(error)
             self._recover(reason)
             raise reason from error
+        finally:
+            if self._connection is not None:
+                self._shares.hold_back(holds=bool(kept))
 
     def close(self) -> None:
         """Close the file. When no other process has it open, SQLite also tidies up its -wal and -shm."""

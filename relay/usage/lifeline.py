@@ -7,6 +7,9 @@ the same machine, whatever PID namespace (container) or user they are of, and wi
 A second byte, as far behind the first one for everybody, is held by who has *signed on*: has come to write that it is
 there. So what a worker has left of itself is told from one that has only begun, also where somebody has taken its row.
 
+A third one is held by who *holds records back*: has some that it cannot write into the database. Of all that a worker
+tells, that cannot be told in there.
+
 They are locks of the open file description (fcntl_locking(2)): it is the watched file's own, so neither SQLite, whose
 locks are the process's, nor anybody who closes the file takes them away. A kernel or file system that has none of these
 leaves workers without lifelines: then `processes` has to tell.
@@ -29,6 +32,9 @@ _COUNT: Final = 1 << 40
 
 _SIGNED_ON: Final = _COUNT
 """So far behind a worker's byte is that which says that it has signed on."""
+
+_HOLDS_BACK: Final = 2 * _COUNT
+"""And so far that which says that it holds records back."""
 
 _MOST: Final = 1000
 """So many are counted; no relay has as many workers."""
@@ -77,13 +83,32 @@ def sign_on(fd: int, byte: int) -> None:
 
 def sign_off(fd: int, byte: int) -> None:
     """Let others see it no longer."""
-    with contextlib.suppress(OSError):
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, byte + _SIGNED_ON, 1, 0))
+    _let_go(fd, byte + _SIGNED_ON)
 
 
 def signed_on(fd: int) -> set[int]:
     """The bytes of all others who have signed on; none where there are no such locks."""
     return {byte - _SIGNED_ON for byte in _held(fd, _FIRST + _SIGNED_ON)}
+
+
+def hold_back(fd: int, byte: int) -> None:
+    """Let others see, until `fd` is closed, that the worker with that byte holds records back."""
+    hold(fd, byte + _HOLDS_BACK)
+
+
+def hold_nothing_back(fd: int, byte: int) -> None:
+    """Let others see it no longer."""
+    _let_go(fd, byte + _HOLDS_BACK)
+
+
+def count_holding_back(fd: int) -> int:
+    """Tell how many others hold records back; 0 where there are no such locks."""
+    return len(_held(fd, _FIRST + _HOLDS_BACK))
+
+
+def _let_go(fd: int, byte: int) -> None:
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0))
 
 
 def _held(fd: int, first: int) -> list[int]:

@@ -64,6 +64,7 @@ class Shares:
         self._start = self._seen_start or f"{UNKNOWN_BOOT}/{self._byte}"
         self._fd = -1
         self._has_lifeline = False
+        self._holds_back = False
         self._service_began: int | None = None  # that this worker belongs to; when it did
         self._entering: int | None = None  # the same of the one that it is about to belong to
 
@@ -74,9 +75,16 @@ class Shares:
             Trouble: nobody could tell that this worker lives.
         """
         self._fd = fd
+        self._holds_back = False
         self._has_lifeline = lifeline.hold(fd, self._byte)
         if not self._has_lifeline and self._seen_start is None:
             raise Trouble("nobody could tell that this worker lives: there is no /proc, and no lock; mount /proc")
+
+    def hold_back(self, *, holds: bool) -> None:
+        """Let others see whether this worker holds records back, as long as the file is open."""
+        if holds != self._holds_back and self._has_lifeline:
+            self._holds_back = holds
+            (lifeline.hold_back if holds else lifeline.hold_nothing_back)(self._fd, self._byte)
 
     def enter(self, connection: sqlite3.Connection, blur_seconds: int | None = None) -> bool:
         """Say how this worker is known; return whether the service goes on: another one that has signed on lives, or it

@@ -319,6 +319,25 @@ def test_a_worker_that_began_while_the_database_was_locked_is_not_taken_for_dead
         wait_until(lambda: "The relay does not run" in status.health()[1], 10)
 
 
+@pytest.mark.parametrize("options", [(), ("--blur-usage", "600")])
+def test_records_that_a_lock_holds_back_are_told_of_while_it_lasts_also_where_the_log_does_not_tell_yet(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    with (
+        Relay(tmp_path, *options, recording=True) as relay,
+        status_of(relay.usage_db, folder=tmp_path) as status,
+    ):
+        status.wait_for_health(200, "1 worker")
+        with holding_the_lock(relay.usage_db):
+            with connect(relay.port) as client:
+                client.sendall(b"good morning\n")
+                read_to_end(client)
+            status.wait_for_health(503, "Records are held back, they cannot be written into the database")
+            assert status.sample("complaint", kind="kept") == 1
+        status.wait_for_health(200, "1 worker")
+        assert status.sample("complaint", kind="kept") == 0
+
+
 def test_workers_that_began_while_the_database_was_locked_are_counted_beside_the_others(tmp_path: Path) -> None:
     path = tmp_path / "usage.sqlite"
 

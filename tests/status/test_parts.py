@@ -8,7 +8,7 @@ import math
 from relay.report.counters import numbers_of
 from relay.report.paths import NOT_MEASURED, as_text, paths_of
 from relay.report.tally import Sums
-from relay.status.health import MISSING_FOR, REMEMBERED, Health, Staff, judge
+from relay.status.health import HELD_BACK_FOR, MISSING_FOR, REMEMBERED, Health, Staff, judge
 from relay.status.observer import Seen
 from relay.status.plots import nice_top
 from relay.status.rates import DAY, HOUR, Rates
@@ -75,6 +75,24 @@ def test_a_worker_that_could_not_write_yet_is_not_missed_but_told_of_when_it_sta
     assert found.state.startswith("A worker lives, and could not write")
     staff.note(20, 2)
     assert health(READING, staff, 100).is_well
+
+
+def test_records_that_are_held_back_for_longer_than_a_moment_are_told_of_with_the_reason_that_can_be_seen() -> None:
+    staff = Staff()
+    holding = dataclasses.replace(READING, holding=1)
+    staff.note(0, 2, holding=1)
+    assert health(holding, staff, HELD_BACK_FOR / 2).is_well
+    assert "held back, they cannot be written" in health(holding, staff, HELD_BACK_FOR).state
+    full = dataclasses.replace(holding, disk_is_full=True)
+    found = health(full, staff, HELD_BACK_FOR)
+    assert [complaint.kind for complaint in found.complaints] == ["kept"]
+    assert "no space is left" in found.state
+    staff.note(10, 2, holding=0)
+    assert health(READING, staff, 100).is_well
+
+
+def test_a_disk_without_space_for_others_is_no_trouble_of_a_relay_that_holds_nothing_back() -> None:
+    assert health(dataclasses.replace(READING, disk_is_full=True, holding=0)).is_well
 
 
 def test_as_many_workers_as_the_operator_wants_are_missed_from_the_beginning() -> None:
