@@ -52,11 +52,13 @@ TICK_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """The listening sockets: the `plain` one, on which there may be WebSocket, too (`shared`), and one for `web`."""
+    """The listening sockets: the `plain` one, on which there may be WebSocket, too (`shared`), one for `web`, and one
+    for `health` checks."""
 
     plain: socket.socket
-    web: socket.socket | None
-    shared: bool
+    web: socket.socket | None = None
+    health: socket.socket | None = None
+    shared: bool = False
 
 
 class Relay:
@@ -157,7 +159,7 @@ class Relay:
         Raises Mistake.
         """
         if self._household is not None:
-            port, _ = self._household.siblings.knock()
+            port, *_ = self._household.siblings.knock()
             if port is not None:
                 self._check_place(port, self.options.interface, self.options.port)
             self._household.siblings.check_terms()
@@ -171,23 +173,35 @@ class Relay:
         Raises Mistake, also when the siblings listen elsewhere than this worker was told to.
         """
         options = self.options
-        port = web_port = None
+        port = web_port = health_port = None
         if self._household is not None:
-            port, web_port = self._household.siblings.join()
+            port, web_port, health_port = self._household.siblings.join()
         is_gateway = options.upstream is not None
         listener = self._port(port, options.interface, options.port, "--websocket" if is_gateway else "--port")
         if self._household is not None:
             self._household.siblings.check_terms()
-        if options.websocket is None:
-            return Ports(listener, None, shared=False)
-        number, interface = options.websocket
         try:
+            health = self._health_port(health_port)
+            if options.websocket is None:
+                return Ports(listener, health=health)
+            number, interface = options.websocket
             if number == options.port and is_at(listener, interface, number):
-                return Ports(listener, None, shared=True)
-            return Ports(listener, self._port(web_port, interface, number, "--websocket"), shared=False)
+                return Ports(listener, health=health, shared=True)
+            return Ports(listener, self._port(web_port, interface, number, "--websocket"), health)
         except BaseException:
             listener.close()
             raise
+
+    def _health_port(self, given: socket.socket | None) -> socket.socket | None:
+        """Where health checks are answered: at a sibling's listening socket, if that is where they should be, so that a
+        check finds whoever answers."""
+        if self.options.health is None:
+            return None
+        number, interface = self.options.health
+        if given is not None and is_at(given, interface, number):
+            return given
+        named_by = self.options.interface_named_by("--health")
+        return open_port(interface, number, option="--health", named_by=named_by, by_each_worker=True)
 
     def _port(self, listener: socket.socket | None, interface: str, port: int, option: str) -> socket.socket:
         """`listener`, which a sibling has given, if it is where it should be, or a new one."""
@@ -219,13 +233,12 @@ class Relay:
             ) from None
 
     def start(self, ports: Ports, recorder: Recorder) -> None:
-        """Begin to accept from `ports`, and to record with `recorder`; raises Mistake when --health cannot be had."""
+        """Begin to accept from `ports`, and to record with `recorder`."""
         self._recorder = recorder
-        if self.options.health is not None:
+        if ports.health is not None:
             from relay.clients.health_port import HealthPort  # not before: its pool of greenlets takes 0.6 MB
 
-            number, interface = self.options.health
-            self._health = HealthPort(interface, number, self.options.interface_named_by("--health"))
+            self._health = HealthPort(ports.health)
         upstream = self.options.upstream
         if ports.web is None and not ports.shared and upstream is None:
             self._door = self._make_door(ports.plain)
@@ -257,7 +270,7 @@ class Relay:
             address, port = self._health.address[:2]
             log.tell("health checks on %s port %d", address, port)
         if self._household is not None:
-            self._household.open(self._door, ports.plain, ports.web)
+            self._household.open(self._door, ports.plain, ports.web, ports.health)
 
     def _make_door(self, listener: socket.socket, speech: Callable[[], Speech] | None = None) -> Door:
         """A door for clients that speak plainly, or that each get such a speech of their own."""

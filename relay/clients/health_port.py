@@ -2,8 +2,11 @@
 
 At the door of a relay that is full newcomers wait in the listen queue, and so would a check; and when that queue is
 full as well, a relay that works looks like a machine that is dead. Whoever checks here learns that a worker lives, and
-takes no place, neither a client's nor one in that queue. Each worker listens for itself, and the kernel chooses one of
-them (SO_REUSEPORT, socket(7)).
+takes no place, neither a client's nor one in that queue. All workers of a relay accept from one socket, so that one
+that stands still leaves its checks to the others.
+
+A worker opens a socket for itself beside those of others (SO_REUSEPORT, socket(7)) where these give it none: one of an
+earlier version, which each had their own, or one that was told to answer elsewhere.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ import gevent
 from gevent.pool import Pool
 from gevent.server import StreamServer
 
-from relay.clients.door import open_port
 from relay.process import log
 
 MOST_CHECKS = 16
@@ -32,13 +34,11 @@ ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 class HealthPort(StreamServer):  # type: ignore[misc]  # gevent has no types
-    """Listens from `start()` on, at `port` of the address `interface`; raises Mistake when that cannot be had, which
-    may name the option that the interface is `named_by`."""
+    """Accepts from `listener`, from `start()` on."""
 
     _timer: Any
 
-    def __init__(self, interface: str, port: int, named_by: str = "--interface") -> None:
-        listener = open_port(interface, port, option="--health", named_by=named_by, by_each_worker=True)
+    def __init__(self, listener: socket.socket) -> None:
         super().__init__(listener, handle=_answer, spawn=Pool(MOST_CHECKS))
 
     def do_handle(self, *connection: Any) -> None:  # noqa: ANN401  # gevent has no types

@@ -1,5 +1,7 @@
 """What the workers of a relay have in common, and each newcomer gets from a sibling: the files of the homes, and the
-listening sockets, of which that for plain TCP comes last, so that workers of other languages find it, too.
+listening sockets, of which that for plain TCP comes last, so that workers of other languages find it, too. Before it
+comes that for WebSocket, and before that the one for health checks, of which workers of earlier versions know nothing:
+where there is no other for WebSocket, the plain one stands in its place then.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from relay.mistakes import Mistake
 from relay.process.memory import no_memory
 from relay.workers.homes import FILES, Homes
 from relay.workers.language import LANGUAGE
+
+Listeners = tuple[socket.socket | None, socket.socket | None, socket.socket | None]
+"""The relay's listening sockets: for plain TCP, for WebSocket, and for health checks; None where there is none."""
 
 _ADVICE = {
     errno.EMFILE: "raise the limit (ulimit -n)",
@@ -27,7 +32,23 @@ class Estate:
     def __init__(self) -> None:
         self.port: socket.socket | None = None
         self.web_port: socket.socket | None = None
+        self.health_port: socket.socket | None = None
         self.homes: Homes | None = None
+        self._keeps_ports = False
+
+    @property
+    def listeners(self) -> Listeners:
+        """What there is of them."""
+        return self.port, self.web_port, self.health_port
+
+    def keep(self, *listeners: socket.socket | None) -> None:
+        """Of all listening sockets this worker has these three, and accepts there. A sibling's that it makes no use of
+        is closed: it would look open, and nobody be let in, when the others have left."""
+        for sock in self.listeners:
+            if sock is not None and sock not in listeners:
+                sock.close()
+        self.port, self.web_port, self.health_port = listeners
+        self._keeps_ports = True
 
     def make_homes(self, run_dir: str, *, first: bool) -> None:
         """Make the homes, as the `first` worker of the relay in `run_dir`, unless there are some.
@@ -50,23 +71,24 @@ class Estate:
 
     def fds_for(self, language: int) -> list[int]:
         """What a newcomer of that language gets."""
-        ports = [port.fileno() for port in (self.port,) if port is not None and port.fileno() >= 0]
+        ports, web_ports, health_ports = (
+            [sock.fileno()] if sock is not None and sock.fileno() >= 0 else [] for sock in self.listeners
+        )
         if language != LANGUAGE:
             return ports
-        web_ports = [port.fileno() for port in (self.web_port,) if port is not None and port.fileno() >= 0]
-        return [*(() if self.homes is None else self.homes.fds), *web_ports, *ports]
+        if health_ports and not web_ports:
+            web_ports = ports
+        return [*(() if self.homes is None else self.homes.fds), *health_ports, *web_ports, *ports]
 
     def take(self, language: int, fds: list[int]) -> bool:
         """A sibling of that language has given us these; what is left in `fds` is not needed.
 
         True when the homes are others than before, so that everybody who waits here has to be settled anew.
         """
-        if self.port is None and len(fds) > (FILES if language == LANGUAGE else 0):
-            self.port = _last_as_socket(fds)
+        if not self._keeps_ports:
+            self._take_ports(fds, most=max(0, len(fds) - FILES) if language == LANGUAGE else 1)
         if language != LANGUAGE or len(fds) < FILES:
             return False
-        if self.web_port is None and len(fds) > FILES:
-            self.web_port = _last_as_socket(fds)
         before = self.homes
         try:
             if before is not None and before.made <= Homes.made_when(fds):
@@ -80,8 +102,11 @@ class Estate:
         before.close()  # the giver was too slow to be heard when we joined, so that we took ourselves for the first
         return True
 
-
-def _last_as_socket(fds: list[int]) -> socket.socket:
-    sock = socket.socket(fileno=fds[-1])
-    fds.pop()
-    return sock
+    def _take_ports(self, fds: list[int], *, most: int) -> None:
+        """Take those listening sockets that we have not yet out of these, of which the last is that for plain TCP."""
+        held = list(self.listeners)
+        for place, fd in enumerate(fds[: -most - 1 : -1]):
+            if place < len(held) and held[place] is None:
+                held[place] = socket.socket(fileno=fd)
+                fds.remove(fd)
+        self.port, self.web_port, self.health_port = held

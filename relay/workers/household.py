@@ -92,11 +92,12 @@ class Household:
         matching.elsewhere = self
         pairs.moves_on = self._moves_on_at_once
 
-    def open(self, door: Door, listener: socket.socket, web_listener: socket.socket | None) -> None:
-        """Take part in the relay, whose listening sockets this worker has behind `door`."""
+    def open(self, door: Door, *listeners: socket.socket | None) -> None:
+        """Take part in the relay, whose listening sockets (`relay.workers.estate.Listeners`) this worker has; behind
+        `door` are those of clients."""
         self._door = door
         self._looks_after_door.start(door.look_after_it)
-        self.siblings.announce(listener, web_listener)
+        self.siblings.announce(*listeners)
 
     def leave(self) -> None:
         """Tell everybody that we leave."""

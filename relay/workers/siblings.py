@@ -21,7 +21,7 @@ from relay.mistakes import Mistake
 from relay.process import log
 from relay.process.discreet import discreet
 from relay.transfer.limits import PARTS
-from relay.workers.estate import Estate
+from relay.workers.estate import Estate, Listeners
 from relay.workers.gathering import Gathering
 from relay.workers.language import (
     CONFIRMED,
@@ -110,7 +110,7 @@ class Siblings:
 
     # Coming and going
 
-    def knock(self) -> tuple[socket.socket | None, socket.socket | None]:
+    def knock(self) -> Listeners:
         """Let the siblings know that we are about to join, so that one that leaves meanwhile waits for us.
 
         Returns what `join` does. Blocks for half a second at most, and for no lock.
@@ -118,22 +118,21 @@ class Siblings:
         for link in self._gathering.knock():
             self.links.discard(link)  # `join` tries again
             link.close()
-        return self._estate.port, self._estate.web_port
+        return self._estate.listeners
 
-    def join(self) -> tuple[socket.socket | None, socket.socket | None]:
+    def join(self) -> Listeners:
         """Find the siblings, under the run directory's lock, which is kept until `announce`.
 
-        Returns the relay's listening sockets, for plain TCP and for WebSocket, as a sibling has given them; None for
-        one that there is not.
+        Returns the relay's listening sockets, as a sibling has given them.
         Blocks for a few seconds, and for the lock; raises Mistake.
         """
         self.unanswering = self._gathering.join(self._met)
         self._estate.make_homes(self._run_dir.path, first=not self._greeted())
-        return self._estate.port, self._estate.web_port
+        return self._estate.listeners
 
-    def announce(self, listener: socket.socket, web_listener: socket.socket | None) -> None:
-        """Take part: the relay's ports are open here, and newcomers get the listening sockets from us too."""
-        self._estate.port, self._estate.web_port = listener, web_listener
+    def announce(self, *listeners: socket.socket | None) -> None:
+        """Take part: the relay's `Listeners` are open here, and newcomers get them from us too."""
+        self._estate.keep(*listeners)
         self._gathering.open()
         for link in self._greeted():
             link.say(READY)

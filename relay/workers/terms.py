@@ -31,7 +31,7 @@ MAY_DIFFER: Final = {
     "interface": "as the port",
     "run_dir": "is the same directory, under whatever name",
     "congestion_control": "changes with a rolling restart",
-    "health": "is opened by each worker for itself",
+    "health": "is the sibling's where that is the same, and opened where not; may change with a rolling restart",
     "ping_interval": "is noticed by nobody but proxies in between",
     "grace": "is how the worker itself stops",
     "handshake_timeout": "is the patience of the worker that a client is with, and may change with a rolling restart",

@@ -25,9 +25,11 @@ from tests.support.harness import (
     new_side,
     new_token,
     read_to_end,
+    stopped,
     wait_until,
 )
 from tests.support.hostile import beside, honest_transfer, is_open, move
+from tests.support.web import dial_web, web_options, web_port
 
 HEALTH = ("--health", "0")
 
@@ -72,6 +74,33 @@ def test_it_serves_while_one_of_its_workers_lives(tmp_path: Path) -> None:
         relay.stop()
         with pytest.raises(ConnectionRefusedError):
             connect(health)
+
+
+@pytest.mark.parametrize("web", [False, True], ids=["plain", "with WebSocket"])
+def test_a_worker_that_stands_still_leaves_all_checks_to_those_that_run(tmp_path: Path, web: bool) -> None:
+    health = free_port()
+    options = ("--health", str(health), *(web_options() if web else ()))
+    with Workers(tmp_path, *options, count=3) as relay, stopped(*relay.living()[:2]):
+        assert [status(health) for _ in range(24)] == [200] * 24
+        if web:
+            with dial_web(web_port(relay)):
+                pass
+
+
+def test_another_port_for_checks_comes_with_a_rolling_restart(tmp_path: Path) -> None:
+    health, other = free_port(), free_port()
+    with Workers(tmp_path, "--health", str(health), count=1, recording=False) as relay:
+        for options in (("--health", str(other)), ()):
+            name = f"newcomer-{len(options)}"
+            newcomer = Relay(tmp_path, "--run-dir", str(relay.run_dir), *options, port=relay.port, name=name)
+            with newcomer:
+                assert status(health) == 200
+                if options:
+                    assert status(other) == 200
+                relay.stop_one(-1)
+                with pytest.raises(ConnectionRefusedError):
+                    connect(health)
+                relay.start_one()
 
 
 def test_checks_that_ask_nothing_are_ended_and_others_are_answered_then(

@@ -275,7 +275,7 @@ class Worker:
         self.rest._epoll = self.epoll  # type: ignore[assignment]
         self._listener = listener
         self._stack = stack
-        ports = Ports(listener, None, shared=False)
+        ports = Ports(listener)
         relay.start(ports, self.records)  # type: ignore[arg-type]  # it need not write anything
 
     @property

@@ -161,7 +161,7 @@ def test_a_pump_that_has_to_wait_in_the_moment_in_which_it_is_to_let_go_does_so(
 def test_a_transfer_that_ends_while_another_one_is_cut_off_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     relay, records = Relay(Options()), Records()
     listener = open_port("127.0.0.1", 0)
-    ports = Ports(listener, None, shared=False)
+    ports = Ports(listener)
     relay.start(ports, records)  # type: ignore[arg-type]  # it need not write anything
     clients = []
     for _ in range(3):
