@@ -10,7 +10,7 @@ somebody is ended for it:
   networks of one site have it together, and within the site who has the most by itself comes first;
 - of those, whoever has been idle longest, and for `IDLE_SECONDS` at the least. A transfer is idle as long as it has
   moved no more than `LITTLE_BYTES`: otherwise a byte now and then would keep a place. Who moves more is never ended,
-  nor who waits for a rate of the operator's;
+  nor who would, and waits for a rate of the operator's most of the time;
 - but a source that has many (see `MANY_OF`) is one of a few that have it all. What it has need only have been idle for
   `BRIEF_SECONDS`: otherwise it would keep its places by coming back every few seconds;
 - and a newcomer is turned away when only smaller sources than its own have anybody idle, or others of the same size. So
@@ -61,6 +61,10 @@ MANY_OF = 64
 
 LITTLE_BYTES = 4 << 10
 """Both directions together; less than a thousand bytes a second, while others stand at the door."""
+
+MOST_OF_TIME = 0.5
+"""Who has waited for a rate for more than such a part of the time wants to move more than little. A rate that holds
+back the few bytes of a moment says nothing."""
 
 RANKS = 64
 """More than a number of connections has bits."""
@@ -224,7 +228,9 @@ class Eviction:
         """For how many seconds it has moved little, as far as that is known."""
         moved, held_back = pair.moved, pair.held_back
         past = self._pasts.get(pair) or (moved, held_back, now - pair.idle_for(now))
-        if moved - past[0] > LITTLE_BYTES or (held_back > past[1] and moved > past[0]):
+        # Whoever begins after long to wait for a rate need not do so for as long again.
+        would_move_more = held_back - past[1] > MOST_OF_TIME * min(now - past[2], IDLE_SECONDS) and moved > past[0]
+        if would_move_more or moved - past[0] > LITTLE_BYTES:
             past = moved, held_back, now
         self._pasts[pair] = past
         return now - past[-1]

@@ -149,7 +149,17 @@ class Limits:
 class Allowance:
     """What is left to one pair of its `limits`; `pumps` are that pair's."""
 
-    __slots__ = ("_granted", "_has_waited", "_own", "_pair_bytes", "_shared", "_since", "held_back", "pumps")
+    __slots__ = (
+        "_granted",
+        "_has_waited",
+        "_own",
+        "_pair_bytes",
+        "_shared",
+        "_since",
+        "_waited",
+        "_waits_since",
+        "pumps",
+    )
 
     def __init__(self, limits: Limits) -> None:
         self.pumps: Pumps | tuple[()] = ()
@@ -159,8 +169,14 @@ class Allowance:
         self._has_waited = False  # for its own pace, and has moved nothing since
         self._shared = limits.relay_pace
         self._granted = 0  # bytes that are reserved at the shared pace
-        self.held_back = 0.0
-        """Seconds for which its bytes have waited for these."""
+        self._waited = 0.0
+        self._waits_since: float | None = None
+
+    @property
+    def held_back(self) -> float:
+        """Seconds for which its bytes have waited for a rate, up to now."""
+        since = self._waits_since
+        return self._waited if since is None else self._waited + time.monotonic() - since
 
     def part_held_back(self) -> float:
         """`held_back`, of the time since this began to count; from 0 to 1."""
@@ -181,7 +197,7 @@ class Allowance:
                 self._shared.give_back(granted)
 
     def _wait(self, pump: Pump | FramedPump) -> None:
-        began = time.monotonic()
+        self._waits_since = began = time.monotonic()
         try:
             if self._own is not None and self._own.holds_back(began):
                 gevent.sleep(self._own.free_in(began))
@@ -190,7 +206,8 @@ class Allowance:
                 self._shared.note(self, math.inf)
                 self._granted = self._shared.wait(partial(_has, pump))
         finally:
-            self.held_back += time.monotonic() - began
+            self._waits_since = None
+            self._waited += time.monotonic() - began
 
     def turn(self, pump: Pump | FramedPump, move: Callable[[int], None], most: int) -> None:
         """Have `pump` `move` up to `most` bytes, as far as the limits allow that now.

@@ -70,22 +70,27 @@ SOME = b"." * 1024
 
 
 @contextlib.contextmanager
-def trickling(pairs: Sequence[Sequence[socket.socket]], seconds: float, said: bytes = b".") -> Iterator[None]:
-    """All of `pairs` pass a byte, or what else is `said`, on every so many seconds, as long as they live."""
+def trickling(
+    pairs: Sequence[Sequence[socket.socket]], seconds: float, said: bytes = b".", *, both_ways: bool = False
+) -> Iterator[None]:
+    """All of `pairs` pass a byte, or what else is `said`, on every so many seconds, as long as they live; or in
+    `both_ways` in the same moment."""
 
     def work(over: threading.Event) -> None:
         living = [*pairs]
         while not over.wait(seconds):
-            living[:] = [pair for pair in living if _passes_on(pair, said)]
+            living[:] = [pair for pair in living if _passes_on(pair, said, both_ways)]
 
     with beside(work):
         yield
 
 
-def _passes_on(pair: Sequence[socket.socket], said: bytes) -> bool:
+def _passes_on(pair: Sequence[socket.socket], said: bytes, both_ways: bool) -> bool:
+    ways = [(0, 1), (1, 0)] if both_ways else [(0, 1)]
     try:
-        pair[0].sendall(said)
-        return read_exactly(pair[1], len(said)) == said
+        for speaker, _ in ways:
+            pair[speaker].sendall(said)
+        return all(read_exactly(pair[listener], len(said)) == said for _, listener in ways)
     except (OSError, AssertionError):
         return False
 
@@ -241,6 +246,16 @@ def test_who_waits_for_a_rate_of_the_operators_never_gives_way(
         newcomer.settimeout(2 * IDLE_SECONDS + 3)
         newcomer.recv(1)
     assert ENDED not in _log_at_the_end(relay)
+
+
+def test_who_waits_for_one_for_a_moment_now_and_then_does(
+    relay_factory: Callable[..., Relay], stack: contextlib.ExitStack
+) -> None:
+    """For the second of two words the rate has each wait for a hundredth of a second, which once kept a place."""
+    relay = relay_factory(*FREE, "--max-connections", "16", "--max-per-source", "4", "--pair-rate", "10000")
+    pairs = [met(relay.port, f"127.1.0.{number + 1}", stack=stack) for number in range(8)]
+    with trickling(pairs, 1.0, said=bytes(100), both_ways=True):
+        let_in(relay.port, "127.9.0.1", seconds=20)
 
 
 def test_the_idle_of_whoever_has_most_give_way_before_those_of_others_that_are_more_idle(
