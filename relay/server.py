@@ -37,6 +37,7 @@ from relay.transfer.slices import see_to_all
 from relay.usage.record import Current, Record
 from relay.usage.recorder import Recorder
 from relay.usage.told import Description
+from relay.usage.whereabouts import Whereabouts
 from relay.workers.departure import Departure
 from relay.workers.telling import Telling
 
@@ -101,6 +102,7 @@ class Relay:
         self._door: Door | None = None
         self._health: HealthPort | None = None
         self._recorder: Recorder | None = None
+        self._database: Whereabouts | None = None
         self._telling = Telling(
             places=self._places,
             reception=self._reception,
@@ -235,6 +237,8 @@ class Relay:
     def start(self, ports: Ports, recorder: Recorder) -> None:
         """Begin to accept from `ports`, and to record with `recorder`."""
         self._recorder = recorder
+        if self.options.usage_db is not None:
+            self._database = Whereabouts(self.options.usage_db)
         if ports.health is not None:
             from relay.clients.health_port import HealthPort  # not before: its pool of greenlets takes 0.6 MB
 
@@ -401,6 +405,8 @@ class Relay:
             self._eviction.every_second()
         for line in self._bounds_met.lines(now):
             log.tell(line)
+        if self._database is not None and self._database.is_another():
+            self._refresh_current()
         self._telling.every_second(now)
 
     def _hear_signals(self) -> None:

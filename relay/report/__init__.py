@@ -1,6 +1,7 @@
 """`relay-usage`: what the usage database says, for people and for programs.
 
-A program of its own. It needs no running relay and only reads; it knows the tables and nothing else of the relay.
+A program of its own. It needs no running relay and only reads; of the relay it knows nothing but the tables, and how a
+-wal of another database is told (`relay.usage.belonging`).
 
     spread.py          pure: exact percentiles over more values than one wants to sort at once
     periods.py         pure: which day, week or month a moment belongs to

@@ -2,11 +2,13 @@
 
 SQLite's read-only mode alone is not enough. A database under WAL that nobody has open has no `-wal` and `-shm` beside
 it, and a read-only reader makes both, as files of its own user: the relay, started later as another user, could not
-use them. In a folder where they cannot be made the reader fails instead. Hence three ways, by what lies there:
+use them. In a folder where they cannot be made the reader fails instead. Hence four ways, by what lies there:
 
 - `-wal` and `-shm`: a relay runs (or was killed). Read-only mode; SQLite's locks keep reader and writers apart.
 - neither: nobody has the database open, and everything is in the one file. Immutable mode, which needs no locks. A
   relay may start meanwhile: `Database.was_disturbed` tells, and the caller reads again.
+- a `-wal` that is another database's (`relay.usage.belonging`): the file was put there a moment ago, or while no relay
+  runs. Immutable mode, as SQLite would read the other's pages for this one's; the relay puts that `-wal` aside.
 - `-wal` without `-shm`: a copy of a database in use. The copy is copied to a temporary folder and read there.
 """
 
@@ -25,6 +27,7 @@ from urllib.parse import quote
 from relay.process.temporary import temporary_folder
 from relay.report.by_other_hands import as_text, whole, whole_or_none
 from relay.report.tally import Sums
+from relay.usage.belonging import is_of_another
 
 APPLICATION_ID = 0x52474556  # "RGEV"
 SCHEMA_VERSION = 1
@@ -144,6 +147,8 @@ def opened(path: Path) -> Iterator[Database]:
 
 def _choose_uri(path: Path, cleanup: contextlib.ExitStack) -> str:
     _check_there(path)
+    if _has_wal_of_another(path):
+        return _uri(path, "mode=ro&immutable=1")
     logged, indexed = _beside(path, "-wal"), _beside(path, "-shm")
     if not _is_under_wal(path):
         return _uri(path, "mode=ro")
@@ -153,6 +158,13 @@ def _choose_uri(path: Path, cleanup: contextlib.ExitStack) -> str:
         folder = cleanup.enter_context(temporary_folder("relay-usage"))
         return _uri(_copied(path, Path(folder)), "mode=ro")
     return _uri(path, "mode=ro")
+
+
+def _has_wal_of_another(path: Path) -> bool:
+    try:
+        return is_of_another(os.path.realpath(path))
+    except OSError:  # SQLite meets it as well
+        return False
 
 
 def _check_there(path: Path) -> None:

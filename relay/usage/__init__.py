@@ -14,6 +14,7 @@
 `schema`           the database file: whose it is, its tables, opening and making it
 `folder`           the folder that it is in, and whether that will do
 `watched_file`     the database's file, watched from outside SQLite: still there, still whole
+`whereabouts`      which file its path names, looked at from the event loop
 `belonging`        which file a -wal belongs to, where an operator has put another in its place
 `write_ahead_log`  the same of what is beside it, the -wal and the -shm
 `looks`            when all of the -wal is looked at

@@ -19,6 +19,8 @@ import fcntl
 import os
 from typing import Final
 
+from relay.usage.trouble import Trouble
+
 _NOTE: Final = "user.relay-gevent.database"
 
 _GET_GENERATION: Final = 0x80087601
@@ -47,6 +49,29 @@ def note_owner(file: str, owner: bytes) -> None:
             os.setxattr(wal, _NOTE, note)
 
 
+def is_of_another(file: str) -> bool:
+    """Tell whether there is something in the -wal beside `file`, and that is another database's. To be called while
+    there is no connection to it, as `owner_of`.
+
+    Raises:
+        OSError: this cannot be told.
+    """
+    try:
+        return os.path.getsize(file + "-wal") > 0 and (_has_never_had_one(file) or _is_noted_of_another(file))
+    except FileNotFoundError:
+        return False
+
+
+def check_can_be_put_aside(file: str) -> None:
+    """Raise Trouble for what `put_aside` would end with, as far as that can be told without trying it."""
+    kept = _kept(file)
+    if os.path.isdir(kept) and not os.path.islink(kept) and is_of_another(file):
+        raise Trouble(
+            f"there is a folder by the name of {kept}, where the -wal has to go that another database has left beside "
+            "it; rename that folder, or remove that -wal"
+        )
+
+
 def put_aside(file: str) -> str | None:
     """Take the name from a -wal that is beside `file` and of another database, before SQLite is asked to open it.
 
@@ -57,22 +82,30 @@ def put_aside(file: str) -> str | None:
         what to tell the operator; None when there is no such -wal.
 
     Raises:
-        OSError: the name cannot be taken away.
+        Trouble: the name cannot be taken away; the line says why.
+        OSError: the -wal cannot be looked at.
     """
-    wal = file + "-wal"
-    try:
-        if os.path.getsize(wal) == 0 or not (_has_never_had_one(file) or _is_noted_of_another(file)):
-            return None
-    except FileNotFoundError:
+    if not is_of_another(file):
         return None
-    kept = wal + ".former"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(file + "-shm")
-    os.replace(wal, kept)
+    check_can_be_put_aside(file)
+    kept = _kept(file)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(file + "-shm")
+        os.replace(file + "-wal", kept)
+    except OSError as error:
+        raise Trouble(
+            f"the -wal that another database has left beside it cannot be renamed to {kept} ({error.strerror}); "
+            "rename or remove it"
+        ) from None
     return (
         "another file was put in its place, beside the -wal of the one before, which SQLite would have copied into it; "
         f"that is {kept} now, and the records go on in the file that is there"
     )
+
+
+def _kept(file: str) -> str:
+    return file + "-wal.former"
 
 
 def _has_never_had_one(file: str) -> bool:

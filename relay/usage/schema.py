@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 
 from relay.process.dataclass import dataclass
 from relay.process.folders import READ_ONLY, is_read_only
-from relay.usage.belonging import note_owner, owner_of, put_aside
+from relay.usage.belonging import check_can_be_put_aside, note_owner, owner_of, put_aside
 from relay.usage.folder import (
     BESIDE,
     AsItWas,
@@ -108,7 +108,8 @@ def check_file(path: str) -> None:
         check_link(path)
         file = os.path.realpath(path)
         with alone_in(os.path.dirname(file)):
-            _is_blank(file)
+            if not _is_blank(file):
+                check_can_be_put_aside(file)
         return
     except Trouble as trouble_itself:
         trouble = trouble_itself

@@ -16,7 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from relay.report.database import opened
 from relay.usage.belonging import owner_of
+from relay.usage.schema import check_file, open_database
+from relay.usage.trouble import UsageError
 from tests.support.harness import wait_until
 from tests.support.usage_records import assert_sums_agree, rows
 from tests.support.usage_worker import UsageWorker
@@ -128,6 +131,54 @@ def test_a_backup_is_what_the_relay_goes_on_from_though_a_killed_ones_wal_is_bes
     assert Path(f"{path}-wal.former").read_bytes() == left
     assert_sums_agree(path)
     assert rows(path, "pragma_integrity_check") == [("ok",)]
+
+
+@pytest.mark.parametrize("made", [vacuum_into, back_up])
+def test_who_only_reads_reads_the_backup_while_a_killed_relays_wal_is_beside_it(
+    tmp_path: Path, made: Callable[[Path, Path], None]
+) -> None:
+    if made is back_up and not notes_are_taken(tmp_path):
+        pytest.skip("the temporary folder has to be on a file system with extended attributes, such as ext4")
+    path, backup = tmp_path / "db", tmp_path / "backup"
+    with UsageWorker("--usage-db", str(path)) as worker:
+        record(worker, path, 20, 20)
+        made(path, backup)
+        record(worker, path, 10, 30)
+        with opened(path) as database:
+            assert database.summary().all_time.connections == 30
+        worker.kill()
+    with opened(path) as database:
+        assert database.summary().all_time.connections == 30
+    files = {name: (tmp_path / name).read_bytes() for name in ("backup", "db-wal")}
+    move(backup, path)
+    with opened(path) as database:
+        assert database.summary().all_time.connections == 20
+        assert not database.was_disturbed()
+    assert path.read_bytes() == files["backup"]
+    assert Path(f"{path}-wal").read_bytes() == files["db-wal"]
+
+
+def test_a_folder_where_the_former_wal_has_to_go_is_told_of_by_its_name(tmp_path: Path) -> None:
+    path, backup = tmp_path / "db", tmp_path / "backup"
+    in_the_way = Path(f"{path}-wal.former")
+    with UsageWorker("--usage-db", str(path)) as worker:
+        record(worker, path, 20, 20)
+        vacuum_into(path, backup)
+        in_the_way.mkdir()
+        worker.kill()
+    check_file(str(path))
+    move(backup, path)
+    left = Path(f"{path}-wal").read_bytes()
+    told = f"there is a folder by the name of {in_the_way}, .*; rename that folder, or remove that -wal"
+    with pytest.raises(UsageError, match=told):
+        check_file(str(path))
+    with pytest.raises(UsageError, match=told):
+        open_database(str(path))
+    assert Path(f"{path}-wal").read_bytes() == left
+    in_the_way.rename(tmp_path / "elsewhere")
+    check_file(str(path))
+    open_database(str(path)).close()
+    assert in_the_way.read_bytes() == left
 
 
 def test_a_worker_that_comes_while_another_still_has_the_former_file_open_does_not_mix_them(tmp_path: Path) -> None:
