@@ -111,6 +111,7 @@ class Relay:
             pairs=self.pairs,
             bounds_met=self._bounds_met,
             kept=lambda: 0 if self._recorder is None else self._recorder.kept(),
+            silent=lambda: 0 if self._household is None else self._household.siblings.silent,
             refresh=self._refresh_current,
         )
         self._tick = loop.timer(TICK_SECONDS, TICK_SECONDS)

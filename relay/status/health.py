@@ -28,7 +28,12 @@ NOT_YET_WRITTEN: Final = (
     "the relay's log says why"
 )
 
-Kind = Literal["unreadable", "unheard", "missing", "full", "kept"]
+SILENT: Final = (
+    "a worker lives and does not answer the others: what it holds stands still until it is ended; "
+    "the relay's log says which one"
+)
+
+Kind = Literal["unreadable", "unheard", "missing", "silent", "full", "kept"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +70,12 @@ class Staff:
         self._short_since: float | None = None
         self._unwritten_since: float | None = None
         self._holding_since: float | None = None
+        self._silent_since: float | None = None
 
-    def note(self, now: float, living: int, unwritten: int = 0, holding: int = 0) -> None:
-        """There are so many at `now`, in monotonic seconds; so many of them have not written into the database yet, and
-        so many hold records back."""
+    def note(self, now: float, living: int, unwritten: int = 0, holding: int = 0, silent: int = 0) -> None:
+        """There are so many at `now`, in monotonic seconds; so many of them have not written into the database yet, so
+        many hold records back, and so many do not answer the others."""
+        self._silent_since = _since(self._silent_since, now, silent)
         self._unwritten_since = _since(self._unwritten_since, now, unwritten)
         self._holding_since = _since(self._holding_since, now, holding)
         while self._counts and now - self._counts[0][0] > REMEMBERED:
@@ -96,6 +103,9 @@ class Staff:
         """Whether one has not written for longer than a start takes."""
         return self._unwritten_since is not None and now - self._unwritten_since >= MISSING_FOR
 
+    def is_silent(self, now: float) -> bool:
+        """Whether one has not answered for longer than a machine that is overwhelmed keeps it from that."""
+        return self._silent_since is not None and now - self._silent_since >= MISSING_FOR
 
     def hold_back(self, now: float) -> bool:
         """Whether records have been held back for longer than a moment."""
@@ -131,6 +141,8 @@ def _of_one(seen: Seen, staff: Staff, now: float) -> list[tuple[Kind, str]]:
     if not complaints and staff.are_missing(now):
         running = reading.workers_running
         complaints = [("missing", f"workers are missing: {running} run, there should be {staff.expected}")]
+    if not _unheard(reading) and staff.is_silent(now):
+        complaints.append(("silent", SILENT))
     if _is_full(reading):
         complaints.append(("full", "the relay is full: each worker has as many connections as it may have"))
     kept = reading.gauge("kept_records") or 0

@@ -8,12 +8,14 @@ cannot be read its numbers are missing and the others' are what they were.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import get_args
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from relay.report.counters import Numbers, below, by_bound
+from relay.status.health import Kind
 from relay.status.reading import Reading
 from relay.status.view import View
 
@@ -48,6 +50,7 @@ WORKER_GAUGES = (
     ("handshakes", "worker_handshakes", "Clients that have not said yet what they want."),
     ("held_bytes", "worker_held_bytes", "Bytes that wait in the relay for a receiver that does not take them."),
     ("kept_records", "worker_kept_records", "Records that could not be written yet."),
+    ("silent_siblings", "worker_silent_siblings", "Other workers that live and do not answer this one."),
 )
 
 
@@ -86,7 +89,7 @@ def _of_all(view: View) -> Iterator[Metric]:
         _name("healthy"), "1 if /healthz has nothing to complain of, else 0.", value=float(view.health.is_well)
     )
     complaints = GaugeMetricFamily(_name("complaint"), "1 for each kind of complaint that there is.", labels=["kind"])
-    for kind in ("unreadable", "unheard", "missing", "full", "kept"):
+    for kind in get_args(Kind):
         complaints.add_metric([kind], float(any(one.kind == kind for one in view.health.complaints)))
     yield complaints
     readable = GaugeMetricFamily(_name("database_readable"), "1 if the database could be read.", labels=["database"])

@@ -102,6 +102,12 @@ class Reading:
         """Whether workers have missed two of their times to write."""
         return self.refreshed is None or self.at - self.refreshed > STALE_AFTER
 
+    @property
+    def silent(self) -> int:
+        """How many workers live and do not answer the others, as these say; that it may have said so itself before it
+        fell silent makes it no more."""
+        return int(max((worker.gauges.get("silent_siblings", 0) for worker in self.living), default=0))
+
     def gauge(self, name: str) -> float | None:
         """A gauge of all living workers together; None when none of them has it."""
         values = [worker.gauges[name] for worker in self.living if name in worker.gauges]

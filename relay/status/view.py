@@ -94,7 +94,9 @@ class Lookout:
             self._rates[number].note(
                 seen.at, reading.bytes, reading.since_start.connections, reading.connected, reading.waiting
             )
-            self._staffs[number].note(seen.at, reading.workers_running, reading.unwritten, reading.holding or 0)
+            self._staffs[number].note(
+                seen.at, reading.workers_running, reading.unwritten, reading.holding or 0, reading.silent
+            )
 
     def view(self, *, plots: bool = True) -> View:
         """What is known now; waits a moment, in the calling greenlet, for what is newer. Without `plots`, only what

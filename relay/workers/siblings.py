@@ -203,6 +203,11 @@ class Siblings:
         """Whether there is nobody to hand anything to."""
         return not self._live
 
+    @property
+    def silent(self) -> int:
+        """How many live, and have stopped answering."""
+        return sum(link.silent for link in self._greeted())
+
     def any_with_room(self, connections: int) -> Link | None:
         """The live sibling that has room for so many connections and is the readiest for them; None if none has."""
         return readiest(self._live.values(), connections)

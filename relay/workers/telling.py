@@ -37,6 +37,7 @@ class Telling:
     Args:
         places, reception, matching, farewell, pairs, bounds_met: what there is to tell of.
         kept: returns how many records could not be written yet.
+        silent: returns how many siblings live and do not answer.
         refresh: has the database written, on another thread, which asks for `described`.
     """
 
@@ -50,6 +51,7 @@ class Telling:
         pairs: Pairs,
         bounds_met: BoundsMet,
         kept: Callable[[], int],
+        silent: Callable[[], int],
         refresh: Callable[[], None],
     ) -> None:
         self._places = places
@@ -59,6 +61,7 @@ class Telling:
         self._pairs = pairs
         self._bounds_met = bounds_met
         self._kept = kept
+        self._silent = silent
         self._refresh = refresh
         self._load: Load | None = None
         """From the first second on: what it takes to start is no load."""
@@ -128,6 +131,7 @@ class Telling:
             sum(self._farewell.turned_away.values()),
             sum(self._bounds_met.ever.values()),
             self._kept(),
+            self._silent(),
         )
 
     def _describe(self) -> Description:
@@ -141,6 +145,7 @@ class Telling:
             "handshakes": len(self._reception),
             "held_bytes": self._pairs.held_bytes,
             "kept_records": self._kept(),
+            "silent_siblings": self._silent(),
         }
         counters = {"bytes": self._pairs.counted}
         counters |= {f"refused.{kind}": count for kind, count in self._farewell.turned_away.items()}

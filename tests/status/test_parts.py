@@ -95,6 +95,21 @@ def test_a_disk_without_space_for_others_is_no_trouble_of_a_relay_that_holds_not
     assert health(dataclasses.replace(READING, disk_is_full=True, holding=0)).is_well
 
 
+def test_a_worker_that_stands_still_is_told_of_when_it_stays_so_as_the_others_say() -> None:
+    seen_by_other = dataclasses.replace(WORKER, pid=2, gauges={"silent_siblings": 1})
+    reading = dataclasses.replace(READING, workers=(WORKER, seen_by_other))
+    staff = Staff()
+    staff.note(0, 2, silent=reading.silent)
+    assert health(reading, staff, MISSING_FOR - 1).is_well
+    found = health(reading, staff, MISSING_FOR)
+    assert [complaint.kind for complaint in found.complaints] == ["silent"]
+    assert found.state.startswith("A worker lives and does not answer the others")
+    staff.note(20, 2, silent=READING.silent)
+    assert health(READING, staff, 100).is_well
+    gone = dataclasses.replace(reading, workers=(WORKER, dataclasses.replace(seen_by_other, lives=False)))
+    assert gone.silent == 0, "what one said that is dead now is no news"
+
+
 def test_as_many_workers_as_the_operator_wants_are_missed_from_the_beginning() -> None:
     staff = Staff(3)
     staff.note(0, 2)

@@ -18,6 +18,7 @@ from relay.usage.schema import open_database
 from tests.support.harness import (
     CHECKOUT,
     Relay,
+    Workers,
     connect,
     free_port,
     handshake,
@@ -27,6 +28,7 @@ from tests.support.harness import (
     open_fds,
     read_exactly,
     running,
+    stopped,
     wait_until,
 )
 from tests.support.status import COMMAND, Status, status_of
@@ -303,3 +305,20 @@ def test_on_loopback_in_any_spelling_it_answers_only_to_who_calls_it_so(tmp_path
     with status_of(tmp_path / "usage.sqlite", folder=tmp_path, options=("--interface", interface)) as status:
         assert status.get("/metrics", Host="localhost").code == 200
         assert status.get("/metrics", Host="relay.example.org").code == 421
+
+
+def test_a_worker_that_stands_still_is_told_of_by_its_siblings_and_no_longer_when_it_answers(tmp_path: Path) -> None:
+    with Workers(tmp_path, count=2) as relay, status_of(relay.usage_db, folder=tmp_path) as status:
+        status.wait_for_health(200, "2 workers")
+        other = relay.workers[1]
+        with stopped(relay.workers[0]):
+            status.wait_for_health(503, "A worker lives and does not answer the others", 60)
+            assert status.sample("complaint", kind="silent") == 1
+            silent = [
+                value
+                for (name, of), value in status.samples().items()
+                if name.endswith("_silent_siblings") and ("pid", str(other.pid)) in of
+            ]
+            assert silent == [1]
+        status.wait_for_health(200, "2 workers", 60)
+        assert status.sample("complaint", kind="silent") == 0
