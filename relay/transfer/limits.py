@@ -269,7 +269,7 @@ class Allowance:
         if self._own is not None:
             if self._own.holds_back(now):
                 return 0
-            most = min(most, self._own.portion())
+            most = min(most, self._own.portion_alone())
         if self._shared is not None:
             if self._granted:
                 return min(most, self._granted)

@@ -16,7 +16,11 @@ from itertools import islice
 from typing import Generic, TypeVar
 
 MOMENT = 0.05
-"""Seconds: what is reserved at a time is at most what may be moved in this."""
+"""Seconds: what is reserved at a time of a pace that is shared is at most what may be moved in this."""
+
+WORTHWHILE_BYTES = 64 << 10
+"""Of a pace that nobody shares so much is reserved at a time, or what may be moved in a `ROUND`: there a small portion
+would be nobody's gain, and to wait for one costs the same, however small."""
 
 LEAST_BYTES = 512
 """Nobody reserves less, however slow the pace; system calls for single bytes would be a waste."""
@@ -53,6 +57,10 @@ class Pace:
     def portion(self) -> int:
         """How many bytes to reserve at a time."""
         return max(LEAST_BYTES, int(self.rate * MOMENT))
+
+    def portion_alone(self) -> int:
+        """The same for a pace that nobody shares."""
+        return max(self.portion(), min(WORTHWHILE_BYTES, int(self.rate * ROUND)))
 
     def holds_back(self, now: float) -> bool:
         """Whether nothing may be moved yet."""

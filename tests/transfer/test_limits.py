@@ -24,7 +24,7 @@ from relay.transfer.limits import PARTS, Allowance, Limits, SharedPace
 from relay.transfer.pace import LITTLE_BYTES, ROUND, SLACK
 from relay.transfer.pump import COPY_BYTES
 from relay.transfer.rest import Rest
-from relay.transfer.turns import Moving, Turns
+from relay.transfer.turns import LARGEST_TURN, Moving, Turns
 from tests.support.bare_pair import new_pair
 from tests.support.client_frames import BINARY, Sent
 from tests.support.harness import Relay, met
@@ -279,6 +279,16 @@ def test_who_is_held_back_lets_go_at_once_and_leaves_no_place_in_the_line(
     shared.set_rate(1e9)
     assert bulk.heard(60_000) == 60_000
     shared.close()
+
+
+def test_a_slow_rate_of_a_pair_costs_it_few_turns(transfer: Callable[[Limits], Transfer]) -> None:
+    """Turns of a twentieth of a second each, once, and so twenty a second, for five thousand bytes each."""
+    rate = 100_000
+    slow = transfer(Limits(pair_rate=rate))
+    slow.turns.size = lambda: LARGEST_TURN  # type: ignore[method-assign]
+    slow.say(150_000)
+    assert slow.heard(150_000, patience=20) == 150_000
+    assert len(slow.turns.queued) <= 150_000 / (rate * ROUND) + 4
 
 
 @pytest.mark.parametrize("size", [5, 300_000], ids=["a-word", "much"])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay.transfer.pace import LEAST_BYTES, LOOKED_AT, MOMENT, ROUND, SLACK, Line, Pace
+from relay.transfer.pace import LEAST_BYTES, LOOKED_AT, MOMENT, ROUND, SLACK, WORTHWHILE_BYTES, Line, Pace
 
 RATES = st.floats(1_000, 1e9)
 ROUNDED = 1 + 1e-12  # by so much a float may be off
@@ -74,6 +74,13 @@ def test_a_portion_is_a_moments_worth_at_the_most_and_a_round_of_all_is_short(ra
     assert LEAST_BYTES <= portion <= max(LEAST_BYTES, rate * MOMENT)
     if len(have) <= LOOKED_AT and portion > LEAST_BYTES:
         assert sum(max(LEAST_BYTES, min(size, portion)) for size in have) <= rate * ROUND * ROUNDED + len(have)
+
+
+@given(RATES)
+def test_alone_a_portion_is_worth_its_wait_and_no_wait_is_longer_than_a_round(rate: float) -> None:
+    portion = Pace(rate).portion_alone()
+    assert portion >= min(WORTHWHILE_BYTES, int(rate * ROUND))
+    assert portion <= max(rate * ROUND, LEAST_BYTES)
 
 
 def test_who_has_little_makes_no_portion_smaller_than_it_takes() -> None:
