@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
-from relay.process.folders import READ_ONLY, can_make_files_in
+from relay.process.folders import READ_ONLY, can_make_files_in, why_fixed
 from relay.usage.trouble import LOCKED_PATIENCE, Trouble
 
 BESIDE: Final = ("-wal", "-shm")
@@ -73,6 +73,8 @@ def _lock(fd: int, folder: str) -> None:
 
 def check_writable(folder: str) -> None:
     """Raise Trouble unless files can be made in the folder; on a full disk they can, for a start may have to wait."""
+    if (line := why_fixed(folder)) is not None:  # append-only is too little, too: files are removed as well
+        raise Trouble(line)
     if can_make_files_in(folder):
         return
     try:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from relay.process.dataclass import dataclass
-from relay.process.folders import READ_ONLY, is_read_only
+from relay.process.folders import READ_ONLY, is_read_only, why_fixed
 from relay.usage.belonging import check_can_be_put_aside, note_owner, owner_of, put_aside
 from relay.usage.folder import (
     BESIDE,
@@ -321,6 +321,9 @@ def _is_blank(file: str) -> bool:
         raise Trouble("it is a folder; name a file")
     if not stat.S_ISREG(status.st_mode):
         raise Trouble("it is not a regular file; name one, or a new one")
+    for path in (file, *(file + end for end in BESIDE)):
+        if (line := why_fixed(path)) is not None:
+            raise Trouble(line)
     if not os.access(file, os.R_OK | os.W_OK):
         if os.access(file, os.R_OK) and is_read_only(file):
             raise Trouble(READ_ONLY)

@@ -8,7 +8,7 @@ import os
 import resource
 from typing import Final
 
-from relay.process.folders import READ_ONLY, is_read_only
+from relay.process.folders import NO_INODE, READ_ONLY, has_no_inode, is_read_only
 from relay.usage.sqlite import sqlite3
 from relay.usage.trouble import LOCKED_PATIENCE, Trouble
 
@@ -31,8 +31,8 @@ def trouble_of(error: Exception, path: str, *, waited: bool = True) -> Trouble:
     """
     text = " ".join(str(error).split())
     if isinstance(error, OSError):
-        if error.errno == errno.ENOSPC and _has_no_inode(path):
-            return _full("no inode is left on its disk (df -i)")
+        if error.errno == errno.ENOSPC and has_no_inode(_folder(path)):
+            return _full(NO_INODE)
         return _full() if error.errno in _NO_SPACE else Trouble(f"cannot be used ({error.strerror or text})")
     # By their texts, which have not changed in many years: Python 3.10 does not tell the codes.
     if "locked" in text or text == "locking protocol":
@@ -43,11 +43,11 @@ def trouble_of(error: Exception, path: str, *, waited: bool = True) -> Trouble:
         return Trouble(f"the limit of file sizes is {limit} bytes; raise it (ulimit -f, LimitFSIZE=)", kind="limit")
     if "disk is full" in text or _disk_is_full(path):
         return _full()
-    if "unable to open" in text and _has_no_inode(path):
-        return _full("no inode is left on its disk (df -i)")
+    if "unable to open" in text and has_no_inode(_folder(path)):
+        return _full(NO_INODE)
     if "malformed" in text or "not a database" in text:
         return damaged(text)
-    if "readonly" in text and is_read_only(os.path.dirname(os.path.realpath(path))):
+    if "readonly" in text and is_read_only(_folder(path)):
         return Trouble(READ_ONLY)
     if "readonly" in text:
         return Trouble("it cannot be written; change its mode or owner, or those of its folder")
@@ -83,18 +83,11 @@ def _limit_reached(path: str) -> int | None:
 
 def _disk_is_full(path: str) -> bool:
     """SQLite says "disk I/O error" too when there is no space for its -shm file."""
-    status = _file_system(path)
-    return status is not None and status.f_bavail == 0
-
-
-def _has_no_inode(path: str) -> bool:
-    """Whether no further file can be made there, whatever space is left; some file systems have no such number."""
-    status = _file_system(path)
-    return status is not None and status.f_files > 0 and status.f_favail == 0
-
-
-def _file_system(path: str) -> os.statvfs_result | None:
     try:
-        return os.statvfs(os.path.dirname(os.path.realpath(path)))
+        return os.statvfs(_folder(path)).f_bavail == 0
     except OSError:
-        return None
+        return False
+
+
+def _folder(path: str) -> str:
+    return os.path.dirname(os.path.realpath(path))

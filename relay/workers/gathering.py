@@ -73,8 +73,9 @@ class Gathering:
         Blocks for up to `JOIN_SECONDS`, and for the lock; raises Mistake. Returns how many did not answer in time.
         """
         self._run_dir.lock()
-        self._own_socket = self._run_dir.listen()
-        return len(self._hear_welcomes(self._visit(known, patience=VISIT_SECONDS), JOIN_SECONDS))
+        visited = self._visit(known, patience=VISIT_SECONDS)
+        self._own_socket = self._run_dir.listen()  # now: where no inode is left, what a dead worker has left had one
+        return len(self._hear_welcomes(visited, JOIN_SECONDS))
 
     def _hear_welcomes(self, visited: list[tuple[socket.socket, Link]], seconds: float) -> list[Link]:
         waiting = select.poll()

@@ -22,7 +22,7 @@ import time
 from collections.abc import Collection
 
 from relay.mistakes import Mistake
-from relay.process.folders import READ_ONLY, can_make_files_in
+from relay.process.folders import can_make_files_in, why_refused
 
 _SOCKET_NAME = re.compile(r"worker-[0-9]+-[0-9a-f]{8}")
 _UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
@@ -76,11 +76,21 @@ class RunDir:
             self._lock_fd = -1
 
     def listen(self) -> socket.socket:
-        """Our own socket, non-blocking, listening under `own_name`."""
+        """Our own socket, non-blocking, listening under `own_name`.
+
+        Raises Mistake where its file system has no room for it, or refuses it; OSError where something else does.
+        """
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-        listener.bind(self._reach(self.own_name))
-        os.chmod(self.own_name, 0o600, dir_fd=self._fd)  # who connects has to be allowed to write, umask or not
-        listener.listen(128)
+        try:
+            listener.bind(self._reach(self.own_name))
+            os.chmod(self.own_name, 0o600, dir_fd=self._fd)  # who connects has to be allowed to write, umask or not
+            listener.listen(128)
+        except OSError as error:
+            listener.close()
+            reason = why_refused(error, self.path)
+            if reason is None:
+                raise
+            raise Mistake(f"--run-dir {self.path}: {reason}") from None
         return listener
 
     def connect_to_all(self, known: Collection[str] = (), *, patience: float, tidy: bool = True) -> list[socket.socket]:
@@ -163,7 +173,15 @@ def check_run_dir(path: str) -> None:
     try:
         _try_to_make_one_in(path if is_there else os.path.dirname(path.rstrip("/")) or ".")
     except OSError as error:
+        if is_there and error.errno == errno.ENOSPC and _dead_have_left_some(path):
+            return  # whoever joins tidies up first
         raise (_cannot_be_locked(path, error) if is_there else _cannot_be_made(path, error)) from None
+
+
+def _dead_have_left_some(path: str) -> bool:
+    """Whether there are sockets of workers that are no longer there, as far as their names tell."""
+    pids = [name.split("-")[1] for name in os.listdir(path) if _SOCKET_NAME.fullmatch(name)]
+    return not all(os.path.exists(f"/proc/{pid}") for pid in pids)
 
 
 def _try_to_make_one_in(folder: str) -> None:
@@ -200,8 +218,8 @@ def _why_not(fd: int) -> str:
 
 
 def _cannot_be_locked(path: str, error: OSError) -> Mistake:
-    if error.errno == errno.EROFS:
-        return Mistake(f"--run-dir {path}: {READ_ONLY}")
+    if (why := why_refused(error, path, os.path.join(path, "lock"))) is not None:
+        return Mistake(f"--run-dir {path}: {why}")
     reason = os.strerror(error.errno or 0)
     return Mistake(f"--run-dir {path}: {reason} when opening its lock; chmod 700 it, or name another folder")
 
@@ -212,8 +230,8 @@ def _cannot_be_made(path: str, error: OSError) -> Mistake:
         return Mistake(f"--run-dir {path}: its folder {folder} does not exist; make it")
     if error.errno == errno.ENOTDIR:
         return Mistake(f"--run-dir {path}: {folder} is not a folder; name one in a folder")
-    if error.errno == errno.EROFS:
-        return Mistake(f"--run-dir {path}: {READ_ONLY}")
+    if (why := why_refused(error, folder)) is not None:
+        return Mistake(f"--run-dir {path}: {why}")
     reason = os.strerror(error.errno or 0)
     if error.errno in (errno.ENAMETOOLONG, errno.ENOENT, errno.EPERM):
         return Mistake(f"--run-dir {path}: {reason} when making it; name another one")

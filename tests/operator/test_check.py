@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sqlite3
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -105,6 +106,60 @@ def test_a_file_system_that_is_mounted_read_only_is_told_of_as_such(tmp_path: Pa
         told = checked(run("--check", option, path))
         assert told == checked(run(*LOCAL, option, path))
         assert told.startswith(f"{option} {path}: its file system is mounted read-only; ")
+
+
+@contextlib.contextmanager
+def attribute(letter: str, path: Path) -> Iterator[None]:
+    """The file or folder with this attribute of chattr(1)."""
+    done = subprocess.run(["chattr", f"+{letter}", path], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"needs root, and a file system with attributes: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", f"-{letter}", path], check=True)
+
+
+@pytest.mark.parametrize(
+    ("letter", "fixed", "option", "path"),
+    [
+        ("i", "db", "--usage-db", "db"),
+        ("a", "db", "--usage-db", "db"),
+        ("i", "db-wal", "--usage-db", "db"),
+        ("a", "db-shm", "--usage-db", "db"),
+        ("i", "folder", "--usage-db", "folder/db"),
+        ("a", "folder", "--usage-db", "folder/db"),
+        ("i", "run", "--run-dir", "run"),
+        ("i", "locked", "--run-dir", "locked"),
+        ("i", "folder", "--run-dir", "folder/run"),
+    ],
+)
+def test_an_attribute_that_keeps_even_root_from_writing_is_named_with_what_takes_it_away(
+    tmp_path: Path, letter: str, fixed: str, option: str, path: str
+) -> None:
+    for folder in ("folder", "run", "locked"):
+        (tmp_path / folder).mkdir(mode=0o700)
+    (tmp_path / "locked" / "lock").touch()
+    for file in ("db", "db-wal", "db-shm"):
+        (tmp_path / file).touch()
+    with attribute(letter, tmp_path / fixed):
+        told = checked(run("--check", option, str(tmp_path / path)))
+        assert told == checked(run(*LOCAL, option, str(tmp_path / path)))
+    word = {"i": "immutable", "a": "append-only"}[letter]
+    assert told.startswith(f"{option} {tmp_path / path}: {tmp_path / fixed} is {word} (lsattr)")
+    assert f"chattr -{letter} it" in told
+
+
+@pytest.mark.parametrize("there", [[], ["run"], ["run", "run/lock"]], ids=str)
+def test_a_run_directory_for_which_no_inode_is_left_is_told_of_as_such(tmp_path: Path, there: list[str]) -> None:
+    with disk_of(f"1m,nr_inodes={1 + len(there)}", tmp_path) as disk:
+        if there:
+            (disk / "run").mkdir(mode=0o700)
+        for file in there[1:]:
+            (disk / file).touch()
+        told = checked(run("--check", "--run-dir", f"{disk}/run"))
+        assert told == checked(run(*LOCAL, "--run-dir", f"{disk}/run"))
+        assert told == f"--run-dir {disk}/run: no inode is left on its disk (df -i)"
 
 
 @pytest.mark.parametrize("option", ["--run-dir", "--usage-db"])

@@ -12,7 +12,9 @@ import pytest
 
 from relay.mistakes import Mistake
 from relay.workers import run_dir
-from relay.workers.run_dir import RunDir, same_user
+from relay.workers.run_dir import RunDir, check_run_dir, same_user
+from tests.support.harness import Relay
+from tests.support.usage_disk import disk_of
 
 
 @pytest.fixture
@@ -83,6 +85,19 @@ def test_the_socket_that_a_dead_worker_left_is_removed(place: Path) -> None:
     assert (place / dead.own_name).exists()
     assert alive.connect_to_all(patience=1) == []
     assert not (place / dead.own_name).exists()
+
+
+def test_a_newcomer_finds_room_for_its_socket_where_a_dead_worker_had_the_last_inode(tmp_path: Path) -> None:
+    with disk_of("1m,nr_inodes=4", tmp_path) as disk:  # its root, the run directory, the lock, a socket
+        place = disk / "run"
+        dead = Relay(tmp_path, "--run-dir", str(place), name="dead").start()
+        with pytest.raises(Mistake, match=r"no inode is left on its disk \(df -i\)"):
+            check_run_dir(str(place))
+        dead.kill()
+        check_run_dir(str(place))
+        with Relay(tmp_path, "--run-dir", str(place)) as newcomer:
+            assert "the first worker" in newcomer.log_text()
+            assert len(list(place.glob("worker-*"))) == 1
 
 
 def test_what_is_no_workers_socket_is_left_alone(place: Path) -> None:
