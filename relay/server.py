@@ -136,7 +136,7 @@ class Relay:
 
         return Household(
             RunDir(run_dir),
-            terms_of(self.options),
+            partial(terms_of, self.options),
             places=self._places,
             reception=self._reception,
             matching=self._matching,

@@ -49,7 +49,7 @@ class Household:
 
     Args:
         run_dir: where the siblings are.
-        terms: what they must have in common with us.
+        terms: returns what they must have in common with us.
         places, reception, matching, pairs, farewell: the rooms of this worker.
         on_change: called when somebody has come or gone, or a transfer has arrived that has to be handed on.
         on_gone: called when a sibling is here no longer, so that what all workers record is to be written anew.
@@ -58,7 +58,7 @@ class Household:
     def __init__(
         self,
         run_dir: RunDir,
-        terms: Mapping[str, str],
+        terms: Callable[[], Mapping[str, str]],
         *,
         places: Places,
         reception: Reception,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import gevent
@@ -88,7 +88,7 @@ class AtHome(Receiver, Protocol):
 class Siblings:
     """All links of this worker."""
 
-    def __init__(self, run_dir: RunDir, terms: Mapping[str, str], at_home: AtHome) -> None:
+    def __init__(self, run_dir: RunDir, terms: Callable[[], Mapping[str, str]], at_home: AtHome) -> None:
         self.links: set[Link] = set()
         self.unanswering = 0
         """How many workers did not answer in time when we joined."""
@@ -191,7 +191,7 @@ class Siblings:
         return link
 
     def _greeting(self) -> Greeting:
-        return Greeting(self._run_dir.own_name, os.getpid(), __version__, LANGUAGE, self.leaving, self._terms)
+        return Greeting(self._run_dir.own_name, os.getpid(), __version__, LANGUAGE, self.leaving, self._terms())
 
     def _greeted(self) -> list[Link]:
         return [link for link in self.links if link.greeting is not None]
@@ -305,7 +305,7 @@ class Siblings:
 
     def _agree(self, greeting: Greeting) -> None:
         """Find out whether we may be of one relay with a sibling that we have come to."""
-        reason = disagreement(self._terms, greeting.terms)
+        reason = disagreement(self._terms(), greeting.terms)
         if reason is not None and self._gathering.is_open:
             raise Misunderstood(reason)  # it was too slow for `join`
         self._disagreement = self._disagreement or reason

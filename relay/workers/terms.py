@@ -84,7 +84,11 @@ def _in_one_spelling(name: str, term: str) -> str:
 
 
 def terms_of(options: Options) -> dict[str, str]:
-    """The terms of this worker; for an option its value as an operator would write it, “none” without."""
+    """The terms of this worker; for an option its value as an operator would write it, “none” without.
+
+    Of the database they say where it is now: a worker that runs follows its path, as when its folder has moved to
+    another disk, with a link in its place.
+    """
     terms = {
         _NAMED.get(name) or "--" + name.replace("_", "-"): _write(name, options)
         for name in asdict(options)
@@ -110,12 +114,20 @@ def _write(name: str, options: Options) -> str:
     return "none" if value is None or value is False else str(value)
 
 
+def _same_database(own: Mapping[str, str], others: Mapping[str, str]) -> bool:
+    """Whether two names are of one file: in the same folder, whatever way leads there, it has the same name."""
+    folders = own.get(DATABASE_FOLDER), others.get(DATABASE_FOLDER)
+    if None in folders or folders[0] != folders[1]:
+        return False
+    return os.path.basename(own["--usage-db"]) == os.path.basename(others["--usage-db"])
+
+
 def disagreement(own: Mapping[str, str], others: Mapping[str, str]) -> str | None:
     """What keeps a worker with terms of its `own` out of a relay with those of the `others`: a line for the operator,
     without the name of the run directory; None if nothing does."""
     for name, value in own.items():
         other = _in_one_spelling(name, others.get(name, value))
-        if other == value:
+        if other == value or (name == "--usage-db" and _same_database(own, others)):
             continue
         if name in _NAMESPACES:
             return (

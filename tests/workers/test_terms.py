@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from relay.cli import USAGE
 from relay.options import Options
 from relay.process.dataclass import replace
-from relay.workers.terms import CLOCKS, MAY_DIFFER, NETWORK, PROCESSES, disagreement, terms_of
+from relay.workers.terms import CLOCKS, DATABASE_FOLDER, MAY_DIFFER, NETWORK, PROCESSES, disagreement, terms_of
 from tests.support.harness import CHECKOUT, Relay, Workers, free_port, wait_until
 from tests.support.hostile import honest_transfer
 
@@ -130,6 +131,33 @@ def test_nor_is_one_whose_database_is_another_file_of_the_same_name(tmp_path: Pa
         line = refusal(tmp_path, workers.port, *options, inside=separate)
         assert "another file of that name" in line
         honest_transfer(workers.port)
+
+
+@pytest.mark.parametrize("disk", ["the same disk", "another disk"])
+def test_a_database_that_has_moved_with_its_folder_is_still_that_of_the_relay(tmp_path: Path, disk: str) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    options = ("--usage-db", str(kept / "usage.sqlite"))
+    there = Path("/dev/shm") if disk == "another disk" else tmp_path
+    if disk == "another disk" and there.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("/dev/shm is on the disk of the tests' folder: name another with --basetemp")
+    with (
+        tempfile.TemporaryDirectory(dir=there) as larger,
+        Workers(tmp_path, *options, count=1, recording=False) as workers,
+    ):
+        shutil.move(kept, Path(larger) / "kept")
+        kept.symlink_to(Path(larger) / "kept")
+        newcomer = workers.start_one()
+        assert f"siblings {workers.workers[0].pid}" in newcomer.log_text()
+        assert workers.stop() == 0
+
+
+def test_one_file_by_two_ways_is_one_database() -> None:
+    own = {"--usage-db": "/kept/usage.sqlite", DATABASE_FOLDER: "1:2"}
+    assert disagreement(own, {**own, "--usage-db": "/bound/usage.sqlite"}) is None
+    for other in ({"--usage-db": "/bound/other.sqlite"}, {"--usage-db": "/bound/usage.sqlite", DATABASE_FOLDER: "1:3"}):
+        assert disagreement(own, {**own, **other}) is not None
+    assert disagreement(own, {"--usage-db": "/bound/usage.sqlite"}) is not None, "where it is, is not known"
 
 
 def test_bounds_of_another_size_are_a_disagreement() -> None:
