@@ -4,11 +4,12 @@ A pair is over
 
 - when both sides have ended their streams and all they sent was delivered;
 - or when one has, and the other has acknowledged it all and then sends nothing for `HALF_CLOSED_SECONDS`;
-- or when one has ended its stream and then gone altogether, as soon as the other has acknowledged all it sent;
+- or when one has ended its stream and then gone altogether, as soon as the other has acknowledged all it sent, or has
+  acknowledged nothing of it for `DEAD_SECONDS`, whatever it says meanwhile;
 - at once when either side is reset before that, or turns out to be dead.
 
 A side that does not read stops its partner, and nothing else: that may last as long as it likes, as long as its host
-still answers.
+still answers and its partner is there.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 Pumps: TypeAlias = "tuple[Pump | FramedPump, Pump | FramedPump]"
 """Of a pair: from its first side to its second, and back."""
 
+Standing: TypeAlias = tuple[int, int, float]
+"""See `standing`."""
+
 HALF_CLOSED_SECONDS = 10.0
 """How long the second side may say nothing once it has all of the first one's stream."""
 
@@ -38,7 +42,8 @@ GONE_CHECK_SECONDS = 1.0
 
 DEAD_SECONDS = 300.0
 """A side that has not acknowledged anything for so long while it was owed bytes is gone. A living one that does not
-read answers the kernel's zero-window probes, at least every two minutes (TCP_RTO_MAX)."""
+read answers the kernel's zero-window probes, at least every two minutes (TCP_RTO_MAX). When its partner has gone that
+is not enough: then it has to take something."""
 
 DEAD_CHECKS = 15
 """How often, in that time, a pair of which a side is owed bytes looks whether that side is dead: keepalive does not,
@@ -47,18 +52,27 @@ being silent while anything is unacknowledged, and TCP itself tries for a quarte
 _TCP_INFO_LAST_ACK_RECV = 56  # offset of tcpi_last_ack_recv, milliseconds, in struct tcp_info of linux/tcp.h
 
 
-def patience(pumps: Pumps) -> tuple[float | None, bool]:
-    """In how many seconds to look again, when nothing happens until then, None if the kernel tells by itself; and
-    whether the other side has all of a stream that is over, and so is the one who has to say something."""
+def patience(pumps: Pumps) -> float | None:
+    """In how many seconds to look again, when nothing happens until then; None if the kernel tells by itself."""
     if is_one_gone(pumps):
-        return GONE_CHECK_SECONDS, is_half_closed(pumps) and not owes(pumps)
+        return GONE_CHECK_SECONDS
     if any(pump.waits == OVER for pump in pumps):
-        if not is_half_closed(pumps):
-            return HALF_CLOSED_SECONDS, False
-        return (HALF_CLOSED_SECONDS / 4, False) if owes(pumps) else (HALF_CLOSED_SECONDS, True)
+        return HALF_CLOSED_SECONDS / 4 if is_half_closed(pumps) and owes(pumps) else HALF_CLOSED_SECONDS
     if any(pump.waits == ROOM or _unacknowledged(pump.sink) for pump in pumps):
-        return until_dead_check(), False
-    return None, False  # keepalive finds out
+        return until_dead_check()
+    return None  # keepalive finds out
+
+
+def standing(pumps: Pumps) -> Standing | None:
+    """Where a pair stands that may not stay there for as long as it likes: what was moved, what is on its way if that
+    is what counts, and for how many seconds both may stay as they are. Nothing that is thrown away changes them."""
+    there, back = pumps
+    if is_half_closed(pumps) and not owes(pumps):
+        return there.moved + back.moved, 0, HALF_CLOSED_SECONDS  # it is the other's to say something
+    if there.discards or back.discards:
+        on_its_way = sum(pump.untaken + _unacknowledged(pump.sink) for pump in pumps)
+        return there.moved + back.moved, on_its_way, DEAD_SECONDS
+    return None
 
 
 def until_dead_check() -> float:
@@ -77,15 +91,18 @@ def is_over(pumps: Pumps) -> bool:
 def is_one_gone(pumps: Pumps) -> bool:
     """Whether one side hears nothing any more, so that the other's end of stream need not be waited for: unless it
     was sent a Close, since it answers that, and takes it amiss when nobody is there to hear it."""
-    return any(pump.discards and not pump.held for pump in pumps) and not any(
+    return any(pump.discards and not pump.untaken for pump in pumps) and not any(
         pump.waits == OVER and pump.frames_out for pump in pumps
     )
 
 
 def is_half_closed(pumps: Pumps) -> bool:
-    """Whether one stream is over, and of the other everything that came was delivered."""
+    """Whether one stream is over, and of the other everything that came was delivered, or is for nobody."""
     there, back = pumps
-    return {there.waits, back.waits} == {OVER, INPUT}
+    if (there.waits == OVER) == (back.waits == OVER):
+        return False
+    other = back if there.waits == OVER else there
+    return other.waits == INPUT or (other.discards and not other.untaken)
 
 
 def owes(pumps: Pumps) -> bool:

@@ -153,7 +153,9 @@ class FramedPump:
             if not end:
                 return 0
         if self.reader is None:
-            if not self.discards:
+            if self.discards:
+                self._throw_away(end)
+            else:
                 self._send([_view[:end]])
             return end
         try:
@@ -163,9 +165,16 @@ class FramedPump:
                 self._keep_unread(copy_of(_view[:end]))
             raise NoMemory from None
         self._leave_unread(buffer, taken, end)
+        self._note_frames(taken, begin, end)
         self.is_dear = taken.consumed - begin < DEAR_BYTES and bool(self._unread)
         self._hear(taken)
         return max(1, taken.consumed - begin)
+
+    def _throw_away(self, size: int) -> None:
+        """As `Pump._throw_away`; payload."""
+
+    def _note_frames(self, taken: Taken, begin: int, end: int) -> None:
+        """That was in the bytes from `begin` to `end`: for a pump that counts what is no payload."""
 
     def _has_ok(self) -> bool:
         """Whether a source that speaks plainly begins with another relay's ``ok``: clients of a gateway get that as a
@@ -199,7 +208,9 @@ class FramedPump:
         if over is not None:
             self._source_is_over(frames.close(over))
             self._begin_to_end()  # before there may be no room for what came with it
-        if taken.payload and not self.discards:
+        if self.discards:
+            self._throw_away(sum(map(len, taken.payload)))
+        elif taken.payload:
             self._send(taken.payload)
         if over is not None:
             self._end()
@@ -315,6 +326,7 @@ class FramedPump:
     def _begin_to_discard(self) -> None:
         """See `Pump`: the sink has ended its own stream and then gone. What is unread is still to be looked at, or the
         reader would take what follows for something else."""
+        self._throw_away(self._owed)
         self._drop_rest()
         self.discards = True
         self.waits = OVER if self._ends else TURN if self._unread else INPUT
@@ -323,6 +335,11 @@ class FramedPump:
     def untaken(self) -> int:
         """Bytes that the sink has not taken yet."""
         return len(self._rest)
+
+    @property
+    def taken(self) -> int:
+        """As `Pump.taken`; payload."""
+        return self.moved + self._owed
 
     def without_payload(self) -> int | None:
         """As `Pump.without_payload`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from relay.clients.frames import Taken
 from relay.transfer import framed
 from relay.transfer.framed import FramedPump
 from relay.transfer.limits import Allowance
@@ -27,3 +28,11 @@ class LimitedFramedPump(FramedPump):
     def sip(self, most: int = COPY_BYTES) -> bool:
         """As `LimitedPump.sip`."""
         return self.allowance.sip(self, super().sip)
+
+    def _throw_away(self, size: int) -> None:
+        self.allowance.wasted += size
+
+    def _note_frames(self, taken: Taken, begin: int, end: int) -> None:
+        is_over = taken.closed is not None or taken.fault is not None
+        wire = (end if is_over else taken.consumed) - begin
+        self.allowance.framing += wire - sum(map(len, taken.payload))

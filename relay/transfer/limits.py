@@ -1,8 +1,11 @@
 """What the operator allows to a pair, and pumps that keep to it.
 
 As long as no limit holds a pair back it is as any other: it rests, sips, and queues for turns. What it moves is charged
-when it is known. A pump that is held back moves nothing and says so with `HeldBack`; its pair then waits, with its
-greenlet, in the order in which all such have come.
+when it is known, and so is what it reads and throws away, since nobody is there to get it. What WebSocket clients send
+besides payload (headers, pings, frames with nothing in them) is charged as far as it is more than the payload.
+
+A pump that is held back moves nothing and says so with `HeldBack`; its pair then waits, with its greenlet, in the order
+in which all such have come.
 """
 
 from __future__ import annotations
@@ -158,7 +161,9 @@ class Allowance:
         "_since",
         "_waited",
         "_waits_since",
+        "framing",
         "pumps",
+        "wasted",
     )
 
     def __init__(self, limits: Limits) -> None:
@@ -171,6 +176,10 @@ class Allowance:
         self._granted = 0  # bytes that are reserved at the shared pace
         self._waited = 0.0
         self._waits_since: float | None = None
+        self.wasted = 0
+        """Bytes of payload that were read and thrown away."""
+        self.framing = 0
+        """Bytes that were read of WebSocket clients and are no payload."""
 
     @property
     def held_back(self) -> float:
@@ -219,15 +228,16 @@ class Allowance:
         if not size and not pump.untaken:
             if self._left() > 0:
                 raise HeldBack
-            harmless = pump.without_payload()  # it was exactly what is allowed, and its end is no byte
+            # It was exactly what is allowed, and its end is no byte; but not if what has no payload was as much.
+            harmless = pump.without_payload() if self._taken() > self.framing else None
             if harmless is None:
                 raise Cut(Bound.PAIR_BYTES)
             size = harmless
-        before = pump.moved + pump.held
+        before, framing = pump.taken + self.wasted, self.framing
         try:
             move(size)
         finally:
-            self._charge(pump.moved + pump.held - before, now)
+            self._charge(max(pump.taken + self.wasted - before, self.framing - framing), now)
 
     def sip(self, pump: Pump | FramedPump, move: Callable[[int], bool]) -> bool:
         """The same for a sip; raises HeldBack also when nothing is left. What was charged when it was read goes on in
@@ -239,11 +249,11 @@ class Allowance:
             size = min(LITTLE_BYTES, self._shared.little.portion(), self._left())
         if size <= 0 and not pump.untaken:
             raise HeldBack
-        before = pump.moved + pump.held
+        before, framing = pump.taken + self.wasted, self.framing
         try:
             return move(max(0, size))
         finally:
-            moved = pump.moved + pump.held - before
+            moved = max(pump.taken + self.wasted - before, self.framing - framing)
             self._charge(moved, now)
             if goes_first and self._shared is not None:
                 self._shared.little.reserve(moved, now)
@@ -260,7 +270,11 @@ class Allowance:
         """Bytes that the pair may still read."""
         if self._pair_bytes is None:
             return sys.maxsize
-        return self._pair_bytes - sum(pump.moved + pump.held for pump in self.pumps)
+        return self._pair_bytes - max(self._taken(), self.framing)
+
+    def _taken(self) -> int:
+        """Bytes of payload that the pair has read, whatever has become of them."""
+        return sum(pump.taken for pump in self.pumps) + self.wasted
 
     def _allowed(self, most: int, now: float) -> int:
         """Of `most` bytes, how many may be read `now`."""
@@ -306,6 +320,9 @@ class LimitedPump(Pump):
     def sip(self, most: int = COPY_BYTES) -> bool:
         """As `Pump.sip`; raises HeldBack, too."""
         return self.allowance.sip(self, super().sip)
+
+    def _throw_away(self, size: int) -> None:
+        self.allowance.wasted += size
 
 
 def _has(pump: Pump | FramedPump) -> int:

@@ -68,10 +68,10 @@ class Pair:
 
     __slots__ = (
         "_allowance",
-        "_delivered",
         "_idle_since",
         "_moved_then",
         "_spoke",
+        "_standing",
         "arrived",
         "counted",
         "cut_by",
@@ -116,7 +116,7 @@ class Pair:
         self.rest = rest
         self.due = 0
         self.watched: tuple[int, int] | None = None
-        self._delivered: tuple[int, bool] | None = None
+        self._standing: tuple[ending.Standing, float] | None = None  # and since when (monotonic seconds)
         self._spoke = -2 * PROMPT_FOR  # at rest: after how many turns of all, and which side; see `attend`
         self.on_over = on_over
         self.on_ending: Callable[[Pair], None] | None = None
@@ -350,22 +350,37 @@ class Pair:
     def settle(self) -> None:
         """Be watched for what the pumps wait for now, and see to it that the pair ends when nothing happens, if it has
         to."""
-        is_news = self.watched != self.events or self._delivered is None or self._delivered[0] != self.moved
         self.rest.watch(self)
-        if is_news or not self.due:
-            self._plan_to_look_around()
+        self._plan_to_look_around()
 
     def _plan_to_look_around(self) -> None:
-        patience, is_delivered = ending.patience(self.pumps)
-        if patience is not None:
-            self._delivered = (self.moved, is_delivered)
-            self.rest.look_at(self, time.monotonic() + patience)
+        now = time.monotonic()
+        self._stands_too_long(now)  # so that it is known since when it does
+        patience = ending.patience(self.pumps)
+        if patience is None:
+            return
+        when = now + patience
+        if self._standing is not None:
+            (_, _, seconds), since = self._standing
+            when = min(when, since + seconds)
+        if not self.due or when + 1 < self.due:  # whoever says something does not put off what is planned
+            self.rest.look_at(self, when)
+
+    def _stands_too_long(self, now: float) -> bool:
+        """Whether the pair is where it may not stay, and has been there for as long as it may."""
+        standing = ending.standing(self.pumps)
+        if standing is None:
+            self._standing = None
+            return False
+        if self._standing is None or self._standing[0] != standing:
+            self._standing = standing, now
+        return now - self._standing[1] >= standing[-1]
 
     def look_around(self, now: float) -> None:
         """Nothing may have happened for a while: end what is over or dead, by the clock."""
         self.due = 0
-        if self._delivered == (self.moved, True):
-            self._end()  # the one side has ended its stream, the other has it all, and has said nothing since
+        if self._stands_too_long(now):
+            self._end()
             return
         try:
             ending.look_for_the_dead(self.pumps)
@@ -405,8 +420,8 @@ class Pair:
         self._end()
 
     def _pump(self) -> None:
-        """Give the pumps their turns until the pair is over; raises OSError when a side was reset or is dead, and
-        Quiet when not much has happened for a while."""
+        """Give the pumps their turns until the pair is over or stands too long; raises OSError when a side was reset or
+        is dead, and Quiet when not much has happened for a while."""
         poller = poll()
         watched: tuple[int, int] | None = None
         moved = [pump.moved for pump in self.pumps]
@@ -419,6 +434,8 @@ class Pair:
             now = time.monotonic()
             if now >= look_back_at:
                 look_back_at = now + QUIET_SECONDS
+                if self._stands_too_long(now):
+                    return
                 moved = self._look_back(moved)
             if any(pump.waits == TURN for pump in self.pumps):
                 self._take_turns()

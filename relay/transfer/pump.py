@@ -224,9 +224,14 @@ class Pump:
         if reserve.kept is None:
             reserve.renew()
         got = self.source.recv_into(_buffer, most)
-        if got and not self.discards:
+        if self.discards:
+            self._throw_away(got)
+        elif got:
             self._write_out(_buffer[:got])
         return got
+
+    def _throw_away(self, size: int) -> None:
+        """So many bytes were read that nobody gets: for a pump that counts them."""
 
     def _write_out(self, chunk: memoryview) -> None:
         try:
@@ -294,6 +299,7 @@ class Pump:
     def _begin_to_discard(self) -> None:
         # The kernel says EPIPE, and not ECONNRESET, of a reset that follows the peer's end of stream: tcp_reset()
         # in net/ipv4/tcp_input.c.
+        self._throw_away(self.held)
         self._drop()
         self.discards = True
         self.waits = INPUT
@@ -343,6 +349,11 @@ class Pump:
     def untaken(self) -> int:
         """Bytes that the sink has not taken yet."""
         return self.held
+
+    @property
+    def taken(self) -> int:
+        """Bytes that have come from the source and are the sink's, or are to be."""
+        return self.moved + self.held
 
     def without_payload(self) -> int | None:
         """How many bytes can be read from the source now without anything that would be passed on: its end, if

@@ -35,7 +35,7 @@ from tests.support.harness import (
     wait_until,
 )
 from tests.support.kernel_view import unacknowledged
-from tests.support.web import dial_web, read_bytes, read_to_close, web_options, web_port
+from tests.support.web import dial_raw, dial_web, read_bytes, read_to_close, web_options, web_port
 
 NOISE = random.Random(13).randbytes(3_000_017)
 
@@ -485,19 +485,6 @@ def test_the_first_client_finds_everything_loaded(tmp_path: Path) -> None:
         assert process.stdout is not None
         loaded = process.stdout.read()
     assert loaded == "[]\n"
-
-
-def dial_raw(port: int) -> socket.socket:
-    """A WebSocket client whose frames the test makes itself."""
-    raw = connect(port)
-    raw.sendall(
-        b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-    )
-    head = b""
-    while not head.endswith(b"\r\n\r\n"):
-        head += raw.recv(1)
-    return raw
 
 
 def frame(opcode: Opcode, content: bytes = b"") -> bytes:

@@ -32,6 +32,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -137,6 +138,20 @@ def met(
         stack.enter_context(second)
     shake_hands(first, second)
     return first, second
+
+
+def shortened(**constants: float) -> list[str]:
+    """What to put before the relay's command so that it runs with other constants; `transfer__ending__X` is X of
+    relay.transfer.ending."""
+    paths = [f"relay.{name.replace('__', '.')}" for name in constants]
+    modules = {path.rpartition(".")[0] for path in paths}
+    for path in paths:
+        module, _, constant = path.rpartition(".")
+        assert hasattr(import_module(module), constant), f"there is no {path} to make shorter"
+    changes = [f"{path} = {value}" for path, value in zip(paths, constants.values(), strict=True)]
+    imports = f"import {', '.join(['sys', 'relay.cli', *sorted(modules)])}"
+    program = "; ".join([imports, *changes, "relay.cli.main(sys.argv[4:])"])
+    return [sys.executable, "-c", program]
 
 
 def reset(sock: socket.socket) -> None:

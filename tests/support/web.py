@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
 from collections.abc import Iterator
 
 from websockets.exceptions import ConnectionClosed
@@ -16,6 +17,7 @@ from websockets.frames import Close
 from websockets.sync.client import ClientConnection, connect
 
 from tests.support.harness import Service, free_port, wait_until
+from tests.support.harness import connect as dial
 
 LARGEST_MESSAGE = 32768
 """Some clients' libraries end the connection at a larger one."""
@@ -41,6 +43,19 @@ def dial_web(port: int, path: str = "/") -> Iterator[ClientConnection]:
     one = connect(url, max_size=LARGEST_MESSAGE, compression=None, open_timeout=20)
     with contextlib.suppress(ConnectionClosed), one:
         yield one
+
+
+def dial_raw(port: int) -> socket.socket:
+    """A WebSocket client whose frames the test makes itself."""
+    raw = dial(port)
+    raw.sendall(
+        b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    )
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        head += raw.recv(1)
+    return raw
 
 
 def read_to_close(client: ClientConnection, seconds: float = 15) -> tuple[list[str | bytes], Close | None]:

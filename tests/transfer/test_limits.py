@@ -26,7 +26,7 @@ from relay.transfer.pump import COPY_BYTES
 from relay.transfer.rest import Rest
 from relay.transfer.turns import LARGEST_TURN, Moving, Turns
 from tests.support.bare_pair import new_pair
-from tests.support.client_frames import BINARY, Sent
+from tests.support.client_frames import BINARY, CLOSE, PING, PONG, Sent
 from tests.support.harness import Relay, met
 
 LARGE = 10**12
@@ -234,6 +234,77 @@ def test_what_is_sipped_is_charged_and_nothing_else(
     assert charged.free_in(1000.0) == pytest.approx(0.0215 - SLACK)
     assert talk.pair.greenlet is None
     shared.close()
+
+
+def speak_to_nobody(talk: Transfer) -> None:
+    """The left says something, ends its stream and goes; what the right says, which reads nothing, is for nobody."""
+    talk.say(1000)
+    if talk.framed:
+        talk.left.send(Sent(CLOSE).wire)
+    talk.left.close()
+    talk.right.send(b"and you?")
+    until = time.monotonic() + 10
+    while not any(pump.discards for pump in talk.pair.pumps):
+        assert time.monotonic() < until
+        gevent.sleep(0.001)
+    assert not talk.pair.is_closed
+
+
+def send_on(sock: socket.socket, words: bytes, enough: Callable[[], bool]) -> None:
+    """Send `words` again and again, whenever there is room, until that is enough."""
+    until = time.monotonic() + 10
+    while not enough():
+        assert time.monotonic() < until
+        with contextlib.suppress(OSError):
+            sock.send(words)
+        gevent.sleep(0)
+
+
+def test_what_is_thrown_away_is_of_what_a_pair_may_move(transfer: Callable[[Limits], Transfer]) -> None:
+    talk = transfer(Limits(pair_bytes=500_000))
+    speak_to_nobody(talk)
+    send_on(talk.right, bytes(10_000), lambda: talk.pair.is_closed)
+    assert talk.pair.cut_by is Bound.PAIR_BYTES
+    assert talk.pair.moved == 1000
+
+
+@pytest.mark.parametrize("pace", ["own", "shared"])
+def test_what_is_thrown_away_is_charged(transfer: Callable[[Limits], Transfer], pace: str) -> None:
+    shared = SharedPace(5000)
+    talk = transfer(Limits(relay_pace=shared) if pace == "shared" else Limits(pair_rate=5000))
+    speak_to_nobody(talk)
+    allowance = talk.pair._allowance
+    assert allowance is not None
+    began, before = time.monotonic(), allowance.wasted
+    send_on(talk.right, bytes(10_000), lambda: allowance.wasted - before >= 5000)
+    assert allowance.wasted - before <= 5000 * (time.monotonic() - began + 0.5)
+    assert talk.pair.moved == 1000
+    shared.close()
+
+
+@pytest.mark.parametrize("nothing", [Sent(PING).wire, Sent(PONG, b"x" * 125).wire, Sent(BINARY).wire])
+def test_frames_without_payload_are_charged_as_well(nothing: bytes) -> None:
+    with contextlib.ExitStack() as stack:
+        talk = Transfer(Limits(pair_bytes=10_000, pair_rate=LARGE), framed=True, stack=stack)
+        talk.say(100)
+        assert talk.heard(100) == 100
+        send_on(talk.left, nothing * 10, lambda: talk.pair.is_closed)
+        assert talk.pair.cut_by is Bound.PAIR_BYTES
+        assert talk.pair._allowance is not None
+        assert talk.pair._allowance.framing >= 10_000
+
+
+def test_what_carries_payload_takes_nothing_from_it() -> None:
+    with contextlib.ExitStack() as stack:
+        talk = Transfer(Limits(pair_bytes=10_000), framed=True, stack=stack)
+        for _ in range(100):
+            talk.say(100)
+            talk.left.send(Sent(PONG).wire)
+            assert talk.heard(100) == 100
+        talk.left.send(Sent(PING).wire)
+        assert talk.heard(1, patience=0.2) == 0
+        assert not talk.pair.is_closed
+        assert talk.pair.moved == 10_000
 
 
 def test_a_little_goes_before_those_who_stand_in_the_line_and_is_charged(

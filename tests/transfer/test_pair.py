@@ -10,12 +10,10 @@ import math
 import os
 import random
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -35,6 +33,7 @@ from tests.support.harness import (
     relay_of,
     reset,
     shake_hands,
+    shortened,
     wait_until,
 )
 from tests.support.kernel_view import bytes_in_pipes, largest_pipe, relays_end, unacknowledged, unread
@@ -66,20 +65,6 @@ def meet(service: Service) -> Iterator[Meet]:
     """Make pairs at the relay; their clients are closed at the end."""
     with contextlib.ExitStack() as stack:
         yield lambda: met(service.port, stack=stack)
-
-
-def shortened(**constants: float) -> list[str]:
-    """What to put before the relay's command so that it runs with other constants; `transfer__ending__X` is X of
-    relay.transfer.ending."""
-    paths = [f"relay.{name.replace('__', '.')}" for name in constants]
-    modules = {path.rpartition(".")[0] for path in paths}
-    for path in paths:
-        module, _, constant = path.rpartition(".")
-        assert hasattr(import_module(module), constant), f"there is no {path} to make shorter"
-    changes = [f"{path} = {value}" for path, value in zip(paths, constants.values(), strict=True)]
-    imports = f"import {', '.join(['sys', 'relay.cli', *sorted(modules)])}"
-    program = "; ".join([imports, *changes, "relay.cli.main(sys.argv[4:])"])
-    return [sys.executable, "-c", program]
 
 
 def read_slowly(client: socket.socket, seconds: float = 20) -> int:

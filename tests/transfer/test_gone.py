@@ -1,0 +1,126 @@
+"""A pair of which one side has gone ends before long, whatever the other says or does not take; but not before it has
+what it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.client_frames import BINARY, CLOSE, Sent
+from tests.support.harness import (
+    Relay,
+    connect,
+    handshake,
+    new_side,
+    new_token,
+    read_exactly,
+    reset,
+    shake_hands,
+    shortened,
+    wait_until,
+)
+from tests.support.kernel_view import relays_end, unacknowledged
+from tests.support.web import dial_raw, web_options, web_port
+
+SOON = 15.0  # seconds, on a busy machine, for what takes one or two
+UNREAD_BYTES = 40_000  # more than a receiver with the smallest of buffers takes
+
+
+@pytest.fixture
+def relay(tmp_path: Path) -> Iterator[Relay]:
+    """One that waits for seconds where it otherwise waits for minutes."""
+    inside = shortened(transfer__ending__HALF_CLOSED_SECONDS=1, transfer__ending__DEAD_SECONDS=2)
+    with Relay(tmp_path, *web_options(), recording=True, inside=inside) as relay:
+        yield relay
+
+
+def receiver_of(relay: Relay, stack: contextlib.ExitStack) -> socket.socket:
+    """A connection that takes next to nothing as long as it is not read."""
+    sock = stack.enter_context(socket.socket())
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2304)
+    sock.settimeout(SOON)
+    sock.connect(("127.0.0.1", relay.port))
+    return sock
+
+
+def left_alone(relay: Relay, how: str, stack: contextlib.ExitStack) -> socket.socket:
+    """A client that is owed `UNREAD_BYTES`, and whose partner has gone: over TCP, with a reset behind the end of its
+    stream, or over WebSocket with a Close."""
+    receiver = receiver_of(relay, stack)
+    if how == "tcp":
+        sender = stack.enter_context(connect(relay.port))
+        shake_hands(sender, receiver)
+        sender.sendall(bytes(UNREAD_BYTES))
+        sender.shutdown(socket.SHUT_WR)
+        wait_until(lambda: unacknowledged(sender) == 0, what="all of it is the relay's")
+        with relays_end(relay.pids, receiver) as end:
+            wait_until(lambda: unacknowledged(end) > 0, what="some of it is on its way")
+        reset(sender)
+    else:
+        token = new_token()
+        sender = stack.enter_context(dial_raw(web_port(relay)))
+        sender.sendall(Sent(BINARY, handshake(token, new_side())).wire)
+        receiver.sendall(handshake(token, new_side()))
+        assert read_exactly(receiver, 3) == b"ok\n"
+        sender.sendall(Sent(BINARY, bytes(UNREAD_BYTES)).wire + Sent(CLOSE).wire)
+    return receiver
+
+
+KINDS = pytest.mark.parametrize("how", ["tcp", "web"])
+
+
+def say_until_the_end(sock: socket.socket, words: bytes) -> None:
+    """Send `words` again and again until the connection is over."""
+    sock.settimeout(0.1)
+    until = time.monotonic() + SOON
+    with contextlib.suppress(ConnectionError):
+        while time.monotonic() < until:
+            with contextlib.suppress(TimeoutError):
+                sock.send(words)
+        raise AssertionError(f"not over within {SOON} s")
+
+
+@KINDS
+@pytest.mark.parametrize("words", [b"", bytes(100_000)], ids=["silent", "much"])
+def test_who_takes_nothing_is_not_waited_for_when_its_partner_has_gone(relay: Relay, how: str, words: bytes) -> None:
+    with contextlib.ExitStack() as stack:
+        receiver = left_alone(relay, how, stack)
+        if words:
+            say_until_the_end(receiver, words)
+        (record,) = relay.wait_for_records(1, seconds=SOON)
+        assert record["total_bytes"] == UNREAD_BYTES
+
+
+@KINDS
+def test_who_takes_it_slowly_gets_all_of_it_however_long_that_takes(relay: Relay, how: str) -> None:
+    with contextlib.ExitStack() as stack:
+        receiver = left_alone(relay, how, stack)
+        received = 0
+        for _ in range(4):  # twice as long as it might stand still
+            time.sleep(1)
+            received += len(receiver.recv(2000))
+            receiver.send(b"more, please")
+        with contextlib.suppress(ConnectionResetError):
+            while chunk := receiver.recv(4096):
+                received += len(chunk)
+        assert received == UNREAD_BYTES
+
+
+@pytest.mark.parametrize("size", [1, 60_000])
+def test_who_was_told_a_close_cannot_keep_the_pair_by_talking(relay: Relay, size: int) -> None:
+    token = new_token()
+    with dial_raw(web_port(relay)) as sender, dial_raw(web_port(relay)) as receiver:
+        for client in (sender, receiver):
+            client.sendall(Sent(BINARY, handshake(token, new_side())).wire)
+        for client in (sender, receiver):
+            assert read_exactly(client, 5) == b"\x82\x03ok\n"
+        sender.sendall(Sent(BINARY, b"x").wire + Sent(CLOSE).wire)
+        assert read_exactly(receiver, 7) == b"\x82\x01x\x88\x02\x03\xe8"
+        say_until_the_end(receiver, Sent(BINARY, bytes(size)).wire)
+        (record,) = relay.wait_for_records(1)
+        assert record["total_bytes"] == 1
