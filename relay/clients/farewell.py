@@ -108,6 +108,7 @@ class Farewell:
         except OSError:
             self.close(client)
             return
+        client.discarded = 0
         self._lingering[client] = time.monotonic() + LINGER_SECONDS
         client.listen(self._loop, self._on_readable)  # if that is refused, it is closed when its time is over
         self._places.look_again()

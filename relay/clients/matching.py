@@ -154,7 +154,7 @@ class Matching:
         while (partner := self._room.partner_for(client)) is not None:
             if partner.asked < last_match:
                 self.dismiss(partner)
-            elif partner.speech.interruption(partner.sock) is not None:
+            elif partner.speech.interruption(partner) is not None:
                 self._interrupted(partner)
             else:
                 if not self._judge(client):  # it may have gone before anybody had time to look
@@ -232,13 +232,13 @@ class Matching:
 
     def _interrupted(self, client: Client) -> None:
         """A waiting client has left, or has said something before it was told ``ok``."""
-        if client.speech.interruption(client.sock) is not None:  # no false alarm
+        if client.speech.interruption(client) is not None:  # no false alarm
             self.leave(client)
             self._judge(client)
 
     def _judge(self, client: Client) -> bool:
         """Turn away `client`, which does not wait here, if it has left or spoken, as far as the kernel knows by now."""
-        ending = client.speech.interruption(client.sock)
+        ending = client.speech.interruption(client)
         if ending is None:
             return False
         self._farewell.end(client, ending)

@@ -81,9 +81,9 @@ class Proxied:
         """See `Speech`; nothing has been said yet."""
         return False
 
-    def interruption(self, sock: socket.socket) -> Ending | None:
+    def interruption(self, client: Speaker) -> Ending | None:
         """See `Speech`."""
-        return PLAIN.interruption(sock)
+        return PLAIN.interruption(client)
 
     def refusal(self, refusal: Refusal) -> Ending:
         """See `Speech`: the proxy would not understand."""

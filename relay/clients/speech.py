@@ -30,6 +30,8 @@ class Speaker(Protocol):
     received: bytes
     speech: Speech
     claim: Claim | None
+    arrived: float
+    discarded: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class Speech(Protocol):
         """Keep what a trusted proxy has said, whose word may still be taken for more, until that has come; False when
         nothing more will."""
 
-    def interruption(self, sock: socket.socket) -> Ending | None:
+    def interruption(self, client: Speaker) -> Ending | None:
         """What has become of a client that waits and was to say nothing: None while it is there and has said nothing,
         as far as the kernel knows by now."""
 
@@ -111,10 +113,10 @@ class Plain:
         """See `Speech`: a handshake names nobody."""
         return False
 
-    def interruption(self, sock: socket.socket) -> Ending | None:
+    def interruption(self, client: Speaker) -> Ending | None:
         """See `Speech`."""
         try:
-            spoke = bool(sock.recv(1, socket.MSG_PEEK))
+            spoke = bool(client.sock.recv(1, socket.MSG_PEEK))
         except BlockingIOError:
             return None
         except OSError:

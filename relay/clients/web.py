@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 READ_BYTES = 4096
 """What is read at a time before there is a partner: whoever says more than a handshake is turned away anyway."""
 
+PING_BYTES = 6 + frames.CONTROL_BYTES
+IDLE_BYTES = 64 << 10
+IDLE_RATE = 1 << 10
+"""Bytes that a client may say before it has a partner, at once and for each second since it came. It has nothing to say
+but its line, and a ping now and then. Of that no account is kept: what comes in pieces no longer than a ping is too
+little."""
+
 _TIMED_OUT = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 _PACKED = struct.Struct("!?B")  # whether the line is split, length of the frames' state
 _HEAD, _FRAMES = b"H", b"F"
@@ -62,6 +69,8 @@ class Web:
         if not chunk:
             return Ending("errory", self.refusal(Refusal.BAD_HANDSHAKE).words, gone=True)
         if self.reader is not None:
+            if _says_too_much(client, len(chunk)):
+                return self.refusal(Refusal.BAD_HANDSHAKE)
             return self._hear_frames(client.sock, chunk)
         if self.head is None:
             self.head = RequestHead(client.received)  # what a proxy has left, which looked for something else
@@ -117,8 +126,9 @@ class Web:
             return Ending("lonely", frames.close(heard.closed))
         return None
 
-    def interruption(self, sock: socket.socket) -> Ending | None:
+    def interruption(self, client: Speaker) -> Ending | None:
         """See `Speech`. Pings are answered, and pongs are nothing."""
+        sock = client.sock
         assert self.reader is not None
         if self._interrupted is None:
             try:
@@ -133,7 +143,8 @@ class Web:
             taken = self.reader.read(chunk, 0, len(chunk), MOST_IDLE_FRAMES)
             self._answer_ping(sock, taken)
             self._interrupted = self.refusal(Refusal.IMPATIENT) if taken.payload else self._over(taken)
-            if taken.consumed < len(chunk) and self._interrupted is None:
+            is_much = taken.consumed < len(chunk) or _says_too_much(client, len(chunk))
+            if is_much and self._interrupted is None:
                 self._interrupted = self.refusal(Refusal.IMPATIENT)  # more frames than anybody needs to say nothing
         return self._interrupted
 
@@ -181,6 +192,14 @@ class Web:
             sock.send(words)
         except OSError:
             pass
+
+
+def _says_too_much(client: Speaker, size: int) -> bool:
+    """Whether a client that has just said so many bytes has said more than anybody needs who waits."""
+    if size <= PING_BYTES:
+        return False
+    client.discarded += size
+    return client.discarded > IDLE_BYTES + IDLE_RATE * (time.monotonic() - client.arrived)
 
 
 def either(claim: Claim | None = None) -> Speech:

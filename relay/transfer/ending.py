@@ -49,6 +49,7 @@ DEAD_CHECKS = 15
 """How often, in that time, a pair of which a side is owed bytes looks whether that side is dead: keepalive does not,
 being silent while anything is unacknowledged, and TCP itself tries for a quarter of an hour (tcp_retries2)."""
 
+_TCP_CLOSE = 7  # tcpi_state, in include/net/tcp_states.h
 _TCP_INFO_LAST_ACK_RECV = 56  # offset of tcpi_last_ack_recv, milliseconds, in struct tcp_info of linux/tcp.h
 
 
@@ -69,7 +70,7 @@ def standing(pumps: Pumps) -> Standing | None:
     there, back = pumps
     if is_half_closed(pumps) and not owes(pumps):
         return there.moved + back.moved, 0, HALF_CLOSED_SECONDS  # it is the other's to say something
-    if there.discards or back.discards:
+    if any(pump.discards or (pump.waits == OVER and _is_closed(pump.source)) for pump in pumps):
         on_its_way = sum(pump.untaken + _unacknowledged(pump.sink) for pump in pumps)
         return there.moved + back.moved, on_its_way, DEAD_SECONDS
     return None
@@ -130,6 +131,15 @@ def raise_error_of(sock: socket.socket) -> None:
         return  # where it is refused, reading or writing tells
     if error not in (0, errno.EPIPE):  # EPIPE: it had ended its stream before, and that is still delivered
         raise OSError(error, os.strerror(error))
+
+
+def _is_closed(sock: socket.socket) -> bool:
+    """Whether the peer of `sock`, which has ended its stream, has gone altogether, as far as the kernel knows: by a
+    reset, or by what keepalive has come to. Source: tcp(7), TCP_INFO."""
+    try:
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
+    except OSError:
+        return False
 
 
 def _silence(sock: socket.socket) -> float:

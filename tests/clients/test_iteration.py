@@ -43,7 +43,7 @@ class Talkative(Plain):
         """See `Speech`."""
         self._take_a_slice()
 
-    def interruption(self, sock: socket.socket) -> Ending | None:
+    def interruption(self, client: object) -> Ending | None:
         """See `Speech`."""
         self._take_a_slice()
         return None

@@ -547,6 +547,36 @@ def test_a_transfer_of_exactly_what_is_allowed_ends_in_order(start: Callable[...
     assert service.wait_for_records(1)[0]["total_bytes"] == 1000
 
 
+def test_who_waits_and_says_much_that_is_nothing_is_turned_away(service: Service) -> None:
+    with dial_raw(web_port(service)) as raw:
+        raw.sendall(frame(Opcode.BINARY, lines()[0]))
+        wait_until(lambda: service.rows("current")[0]["waiting"] == 1, what="it waits")
+        raw.settimeout(20)
+        said = 0
+        while said < 100:
+            raw.sendall(frame(Opcode.PING, bytes(125)) * 30)
+            words = read_exactly(raw, 2)
+            if words == b"\x82\x0a":
+                break
+            assert read_exactly(raw, words[1]) == bytes(125)
+            said += 1
+        assert said > 10, "some of that is allowed"
+        assert read_to_end(raw) == b"impatient\n\x88\x02\x03\xe8"
+
+
+def test_who_waits_may_ping_as_often_as_it_likes(service: Service) -> None:
+    one, other = lines()
+    with dial_raw(web_port(service)) as raw, connect(service.port) as tcp:
+        raw.sendall(frame(Opcode.BINARY, one))
+        wait_until(lambda: service.rows("current")[0]["waiting"] == 1, what="it waits")
+        raw.settimeout(20)
+        for _ in range(1000):
+            raw.sendall(frame(Opcode.PING, bytes(125)))
+            assert read_exactly(raw, 127) == b"\x8a\x7d" + bytes(125)
+        tcp.sendall(other)
+        assert read_exactly(raw, 5) == b"\x82\x03ok\n"
+
+
 def test_what_was_sent_before_the_end_arrives_though_the_other_goes_on_in_tiny_frames(service: Service) -> None:
     one, other = lines()
     with dial_raw(web_port(service)) as raw, connect(service.port) as tcp:

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from relay.transfer import ending
+from relay.transfer.pipes import PipePool
+from relay.transfer.pump import OVER, Pump
+from relay.transfer.turns import Turns
 from tests.support.client_frames import BINARY, CLOSE, Sent
 from tests.support.harness import (
     Relay,
@@ -94,6 +98,37 @@ def test_who_takes_nothing_is_not_waited_for_when_its_partner_has_gone(relay: Re
             say_until_the_end(receiver, words)
         (record,) = relay.wait_for_records(1, seconds=SOON)
         assert record["total_bytes"] == UNREAD_BYTES
+
+
+def test_who_has_gone_is_known_by_the_kernel_though_nothing_is_sent_to_it() -> None:
+    with contextlib.ExitStack() as stack:
+        door = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+        def connected() -> tuple[socket.socket, socket.socket]:
+            ends = stack.enter_context(socket.create_connection(door.getsockname())), door.accept()[0]
+            return ends[0], stack.enter_context(ends[1])
+
+        (left, first), (right, second) = connected(), connected()
+        for sock in (first, second):
+            sock.setblocking(False)
+        turns = Turns()
+        there, back = Pump(first, second, PipePool(), turns), Pump(second, first, PipePool(), turns)
+        stack.callback(there.abandon)
+        right.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2304)
+        left.sendall(bytes(1_000_000))
+        left.shutdown(socket.SHUT_WR)
+
+        def is_over() -> bool:
+            there.turn(1 << 20)
+            return there.waits == OVER
+
+        wait_until(is_over, what="all of it is on its way to the right")
+        assert ending.standing((there, back)) is None, "the left is there, and may wait for an answer"
+        reset(left)
+        wait_until(lambda: ending.standing((there, back)) is not None, what="the left has gone")
+        moved, on_its_way, seconds = ending.standing((there, back)) or (0, 0, 0)
+        assert (moved, seconds) == (1_000_000, ending.DEAD_SECONDS)
+        assert on_its_way > 0
 
 
 @KINDS
