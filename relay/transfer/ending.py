@@ -68,6 +68,8 @@ def standing(pumps: Pumps) -> Standing | None:
     """Where a pair stands that may not stay there for as long as it likes: what was moved, what is on its way if that
     is what counts, and for how many seconds both may stay as they are. Nothing that is thrown away changes them."""
     there, back = pumps
+    if there.waits != OVER and back.waits != OVER and not (there.discards or back.discards):
+        return None  # as nearly always
     if is_half_closed(pumps) and not owes(pumps):
         return there.moved + back.moved, 0, HALF_CLOSED_SECONDS  # it is the other's to say something
     if any(pump.discards or (pump.waits == OVER and _is_closed(pump.source)) for pump in pumps):
