@@ -65,6 +65,9 @@ class Shares:
         self._fd = -1
         self._has_lifeline = False
         self._holds_back = False
+        self._refused = ""
+        """Why this worker must not record here, once that is known: for good. Otherwise it would write, beside rows
+        that are rounded otherwise, in the moment in which those that wrote them leave."""
         self._service_began: int | None = None  # that this worker belongs to; when it did
         self._entering: int | None = None  # the same of the one that it is about to belong to
 
@@ -95,14 +98,17 @@ class Shares:
             blur_seconds: by how much this worker rounds what it records.
 
         Raises:
-            Trouble: one of them is on another machine, or knows the file by another name, or rounds otherwise.
+            Trouble: one of them is on another machine, or knows the file by another name, or rounds otherwise, or has
+                done so at an earlier attempt.
         """
+        if self._refused:
+            raise Trouble(self._refused)
         if self._has_lifeline:
             self._enter_among(connection)
         shares = self._others(connection)
         living = [share for share in shares if self._lives(share)]
         for share in living:
-            _check_blur(blur_seconds or 0, told.blur_of(connection, (share.pid, share.start)))
+            self._check_blur(blur_seconds or 0, told.blur_of(connection, (share.pid, share.start)))
         if not living:
             self._check_names()
         began = told.service_began(connection)
@@ -135,6 +141,19 @@ class Shares:
                 "another relay records into it under another of its names (hard links), and each would lose what "
                 "the other writes; give both the same path"
             )
+
+    def _check_blur(self, own: int, others: int | None) -> None:
+        """Raise Trouble, now and from now on, when rows of another worker are rounded otherwise: exact ones would stay
+        beside them for good."""
+        if others in (None, own):
+            return
+        has, have = (f"--blur-usage {seconds}" if seconds else "no --blur-usage" for seconds in (own, others))
+        self._refused = (
+            f"another relay records into it with {have}, and this one has {has}: exact times would stay beside rounded "
+            "ones for good; give both the same (to change it, stop all of them first), or each a file of its own, and "
+            "start this one anew"
+        )
+        raise Trouble(self._refused)
 
     def _enter_among(self, connection: sqlite3.Connection) -> None:
         for pid, start, byte in connection.execute(_LIFELINES).fetchall():
@@ -191,17 +210,6 @@ class Shares:
             return lifeline.is_held(self._fd, byte)
         except OSError:
             return False
-
-
-def _check_blur(own: int, others: int | None) -> None:
-    """Raise Trouble when rows of another worker are rounded otherwise: exact ones would stay beside them for good."""
-    if others in (None, own):
-        return
-    has, have = (f"--blur-usage {seconds}" if seconds else "no --blur-usage" for seconds in (own, others))
-    raise Trouble(
-        f"another relay records into it with {have}, and this one has {has}: exact times would stay beside rounded "
-        "ones for good; give both the same (to change it, stop all of them first), or each a file of its own"
-    )
 
 
 def _drop(connection: sqlite3.Connection, pid: int, start: str) -> None:

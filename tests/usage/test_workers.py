@@ -163,6 +163,25 @@ def test_who_rounds_otherwise_than_those_that_live_records_nothing_beside_them(
     assert len(numbers(path)) == 3
 
 
+def test_nor_does_one_that_could_ask_only_later_when_those_have_gone(tmp_path: Path) -> None:
+    path = tmp_path / "db"
+    with UsageWorker("--usage-db", str(path), "--blur-usage", "600") as worker, ExitStack() as stack:
+        worker.ask("record 1 10 happy")
+        wait_until(lambda: len(numbers(path)) == 1, what="the record")
+        with holding_the_lock(path):
+            exact = stack.enter_context(on(path))
+            exact.ask("record 1 10 happy")
+        while "another relay records into it with --blur-usage 600" not in (line := exact.read_warning()):
+            assert line, "it says so"
+        assert worker.ask("close 30") == "0"
+        assert exact.ask("close 1") == "1", "it is lost, and not written beside the other"
+    assert [started % 600 for (started,) in rows(path, "usage", "started")] == [0]
+    with on(path) as later:  # it may, when it is started anew
+        later.ask("record 1 10 happy")
+        assert later.ask("close 30") == "0"
+    assert len(numbers(path)) == 2
+
+
 def test_since_reboot_goes_on_while_one_worker_of_the_service_lives(tmp_path: Path) -> None:
     path = tmp_path / "db"
     with ExitStack() as stack:
