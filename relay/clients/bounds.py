@@ -108,6 +108,10 @@ class Sources:
         """How many connections from `source` are here; 0 for one that nobody counts."""
         return 0 if source is None else self._here.get(source, 0)
 
+    def counts(self) -> list[tuple[bytes, int]]:
+        """The sources that connections are here from, and how many."""
+        return [*self._here.items()]
+
     def count_at_site(self, source: bytes | None) -> int:
         """How many connections from the site of `source` are here (see `site_of`); 0 for one that nobody counts."""
         if source is None:

@@ -50,6 +50,8 @@ class Places:
         """How many connections from a source are here; 0 for one that nobody counts."""
         self.count_at_site = self._sources.count_at_site
         """The same of all sources of its site together."""
+        self.counts = self._sources.counts
+        """The sources that have any, and how many."""
         self._on_free = on_free
 
     def is_full(self) -> bool:

@@ -7,7 +7,8 @@ somebody is ended for it:
 - first of all those who have been sent away, and only linger so that this arrives (`farewell`): at once, whosesoever,
   and for anybody;
 - then of the sources that have the most. They are told apart by how many times `FEW` they have, to a factor of two. The
-  networks of one site have it together, and within the site who has the most by itself comes first;
+  networks of one site have it together. Within the site those of them that have about the same number are a crowd, and
+  of these the one that has the most together comes first (see `sites`), as it was at the last look;
 - of those, whoever has been idle longest, and for `IDLE_SECONDS` at the least. A transfer is idle as long as it has
   moved no more than `LITTLE_BYTES`: otherwise a byte now and then would keep a place. Who moves more is never ended,
   nor who would, and waits for a rate of the operator's most of the time;
@@ -34,9 +35,8 @@ something.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from heapq import nlargest
+from heapq import heappop, heapreplace, nsmallest
 from itertools import chain
 from typing import TypeAlias
 
@@ -83,7 +83,8 @@ PAUSE = 20
 """How many times as long as a look took the next one has to wait: when everything moves, it would find nobody again."""
 
 Idler: TypeAlias = tuple[int, float, int, Client | Pair]
-"""The rank of its source, how long it has been idle, a number to tell equals apart, and who it is."""
+"""The rank of its source, how long it has been idle, both negative, so that the first of a heap is the first to go; a
+number to tell equals apart, and who it is."""
 
 Past: TypeAlias = tuple[int, float, float]
 """What a transfer had moved and how long it had been held back by a rate, and when that was."""
@@ -122,8 +123,9 @@ class Eviction:
         self._on_ready = on_ready
         self._many = max(FEW, places.most // MANY_OF)
         self._most = places.most // MOST_OF
-        self._found: deque[Idler] = deque()
-        self._found_of: dict[bytes | None, deque[Idler]] = {}
+        self._found: list[Idler] = []
+        self._found_of: dict[bytes | None, list[Idler]] = {}
+        self._crowds: dict[bytes, dict[int, int]] = {}
         self._found_at = 0.0
         self._pasts: dict[Pair, Past] = {}
         self._pasts_begin = 0.0
@@ -153,6 +155,7 @@ class Eviction:
         if age > GOOD_SECONDS:
             self._found.clear()
             self._found_of.clear()
+            self._crowds.clear()
             self._pasts.clear()
             self._pasts_begin = now
         if self._places.is_full() and self.is_ready():
@@ -178,15 +181,28 @@ class Eviction:
     def _look_around(self) -> None:
         began = time.monotonic()
         most = max(LEAST_FOUND, self._places.most // FOUND_OF)
-        found = nlargest(most, self._idlers())
-        self._found = deque(found)
+        self._crowds = self._crowds_now()
+        found = nsmallest(most, self._idlers())
         self._found_of = self._shares_of(found)
+        self._found = found
         self._found_at = time.monotonic()
         self._look_again_at = self._found_at + PAUSE * (self._found_at - began)
         if found:
             self._on_ready()
 
-    def _shares_of(self, found: list[Idler]) -> dict[bytes | None, deque[Idler]]:
+    def _crowds_now(self) -> dict[bytes, dict[int, int]]:
+        """How many connections those networks of a site have together that have about the same number, by its bits;
+        of the sites that have more than a few."""
+        crowds: dict[bytes, dict[int, int]] = {}
+        for network, count in in_slices(self._places.counts()):
+            site = site_of(network)
+            if site != network and self._places.count_at_site(network) >= FEW:
+                crowd = crowds.setdefault(site, {})
+                bits = count.bit_length()
+                crowd[bits] = crowd.get(bits, 0) + count
+        return crowds
+
+    def _shares_of(self, found: list[Idler]) -> dict[bytes | None, list[Idler]]:
         """Of those that were found, whoever may give way to newcomers of its own site."""
         by_site: dict[bytes | None, list[Idler]] = {}
         of_proxies = set()
@@ -195,7 +211,7 @@ class Eviction:
             by_site.setdefault(_site_of(source), []).append(idler)
             if self._places.count_of(source) >= self._most:
                 of_proxies.add(_site_of(source))
-        return {site: deque(idlers if site in of_proxies else idlers[1::2]) for site, idlers in by_site.items()}
+        return {site: idlers if site in of_proxies else idlers[1::2] for site, idlers in by_site.items()}
 
     def _idlers(self) -> Iterator[Idler]:
         """Everybody who might give way."""
@@ -206,7 +222,7 @@ class Eviction:
             if isinstance(who, Pair):
                 pasts[who] = self._pasts[who]
             if idle is not None:
-                yield rank, idle, number, who
+                yield -rank, -idle, number, who
         self._pasts = pasts
 
     def _source_of(self, who: Client | Pair) -> bytes | None:
@@ -216,13 +232,23 @@ class Eviction:
     def _size_of(self, source: bytes | None) -> tuple[int, int]:
         return self._places.count_at_site(source), self._places.count_of(source)
 
+    def _rank(self, source: bytes | None, newcomers: int = 0) -> int:
+        """The rank of a source, if it had so many more: 0 where its site has a few, and higher each time that there are
+        twice as many at the site, or, where that is equal, in the crowd that it is of there."""
+        at_site, count = (size + newcomers for size in self._size_of(source))
+        rank = rank_of(at_site)
+        if not rank:
+            return 0
+        crowds = self._crowds.get(_site_of(source) or b"", {})
+        return rank * RANKS + rank_of(max(count, crowds.get(count.bit_length(), 0)))
+
     def _standing_of(self, who: Client | Pair, now: float) -> tuple[int, float | None]:
         """The rank of somebody's source, and how long it has been idle; None if that is not long enough."""
         source = self._source_of(who)
         at_site, count = self._size_of(source)
         is_one_of_few = at_site >= self._many and count < self._most
         idle = self._idle_for(who, now) if isinstance(who, Pair) else now - (who.asked or who.arrived)
-        return _rank(at_site, count), idle if idle >= (BRIEF_SECONDS if is_one_of_few else IDLE_SECONDS) else None
+        return self._rank(source), idle if idle >= (BRIEF_SECONDS if is_one_of_few else IDLE_SECONDS) else None
 
     def _idle_for(self, pair: Pair, now: float) -> float:
         """For how many seconds it has moved little, as far as that is known."""
@@ -248,28 +274,32 @@ class Eviction:
         first = self._first(found)
         if first is None:
             return False  # there was somebody when the door let it in, but it is only known now whose it is
-        at_site, count = self._size_of(source)
-        rank = _rank(at_site + 1, count + 1)
+        rank = self._rank(source, newcomers=1)
         if first[0] < rank or first[0] == rank > 0:
-            found = self._found_of.get(_site_of(source), deque())
+            found = self._found_of.get(_site_of(source), [])
             first = self._first(found)
             if first is None or first[1] < IDLE_SECONDS:
                 return False
-        found.popleft()
+        heappop(found)
         self._has_served = True
         self._end(first[-1])
         return True
 
-    def _first(self, found: deque[Idler]) -> Idler | None:
-        """Whoever of these is to give way first, how it stands by now; it is left there."""
+    def _first(self, found: list[Idler]) -> tuple[int, float, Client | Pair] | None:
+        """Whoever of these is to give way first, its rank, and how long it has been idle by now; it is left there."""
         now = time.monotonic()
         while found:
-            who = found[0][-1]
-            if self._is_here(who):
-                rank, idle = self._standing_of(who, now)
-                if idle is not None and rank >= found[0][0]:  # else others may have more by now
-                    return rank, idle, 0, who
-            found.popleft()
+            was, idle_then, number, who = found[0]
+            rank, idle = self._standing_of(who, now) if self._is_here(who) else (0, None)
+            if idle is None:
+                heappop(found)
+                continue
+            if rank and _site_of(self._source_of(who)) in self._crowds:
+                # Within the site as it was at the look: of a crowd, networks that have lost one would seem small.
+                rank += -was % RANKS - rank % RANKS
+            if rank >= -was:
+                return rank, idle, who
+            heapreplace(found, (-rank, idle_then, number, who))  # others may have more by now
         return None
 
     def _is_here(self, who: Client | Pair) -> bool:
@@ -283,12 +313,6 @@ class Eviction:
             return
         self._places.bounds_met.note(Bound.PLACES)
         (self._matching if who in self._matching else self._reception).evict(who)
-
-
-def _rank(at_site: int, count: int) -> int:
-    """The rank of a source that has `count` connections, where its site has so many: 0 for a few, and higher each time
-    that there are twice as many at the site, or, where that is equal, from the source."""
-    return rank_of(at_site) * RANKS + rank_of(count)
 
 
 def _site_of(source: bytes | None) -> bytes | None:

@@ -88,13 +88,41 @@ def test_of_a_site_the_network_that_has_most_gives_way_and_not_its_neighbours(
     relay_factory: Callable[..., Relay], stack: contextlib.ExitStack
 ) -> None:
     relay = relay_factory(*BOUNDS, *TRUSTING)
-    neighbours = [stack.enter_context(waits(relay, f"2001:db8:0:{number + 1:x}::1")) for number in range(10)]
-    others = [stack.enter_context(waits(relay, HONEST.format(number))) for number in range(18)]
+    neighbours = [stack.enter_context(waits(relay, f"2001:db8:0:{number + 1:x}::1")) for number in range(7)]
+    others = [stack.enter_context(waits(relay, HONEST.format(number))) for number in range(21)]
     greedy = [stack.enter_context(waits(relay, f"2001:db8:0:ffff::{number + 1:x}")) for number in range(MOST - 28)]
     for sock in (*meet(relay, HONEST.format(99)), *meet(relay, "2001:db8:0:fff::1")):
         stack.enter_context(sock)
     assert all(is_open(sock) for sock in (*neighbours, *others))
     assert sum(not is_open(sock) for sock in greedy) == 4
+
+
+def test_many_small_networks_of_a_site_give_way_before_a_neighbour_who_has_less_than_they_have_together(
+    relay_factory: Callable[..., Relay], stack: contextlib.ExitStack
+) -> None:
+    relay = relay_factory(*FREE, *TRUSTING, *(f"--max-{what}=200" for what in ("connections", "waiting", "per-source")))
+    neighbour = [stack.enter_context(waits(relay, "2001:db8:0:ffff::1")) for _ in range(18)]
+    one = stack.enter_context(waits(relay, "2001:db8:0:fffe::1"))
+    hosts = [f"2001:db8:0:{number // 7:x}::1" for number in range(181)]
+    greedy = [stack.enter_context(waits(relay, host)) for host in hosts]
+    for number in range(20):
+        for sock in meet(relay, HONEST.format(number)):
+            stack.enter_context(sock)
+    assert all(is_open(sock) for sock in (one, *neighbour))
+    assert sum(not is_open(sock) for sock in greedy) == 40
+
+
+def test_whoever_has_most_gives_way_also_when_it_has_become_much_less(
+    relay_factory: Callable[..., Relay], stack: contextlib.ExitStack
+) -> None:
+    relay = relay_factory(*FREE, *TRUSTING, *(f"--max-{what}=100" for what in ("connections", "waiting", "per-source")))
+    others = [stack.enter_context(waits(relay, HONEST.format(number))) for number in range(36)]
+    greedy = [stack.enter_context(waits(relay, f"198.51.100.{number % 2}")) for number in range(64)]
+    for number in range(16):
+        for sock in meet(relay, HONEST.format(100 + number)):
+            stack.enter_context(sock)
+    assert all(is_open(sock) for sock in others)
+    assert sum(not is_open(sock) for sock in greedy) == 32
 
 
 def test_nobody_gives_way_before_it_is_known_to_whom(
