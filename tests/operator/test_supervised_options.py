@@ -18,7 +18,12 @@ from tests.support.supervised import supervised
         ("--log-stdout", "--log-stdout", "RELAY_USAGE_LOG"),
         ("--health 4003", "--health", "RELAY_HEALTH"),
         ("--check", "--check", "end at once"),
+        ("--chec", "--chec", "end at once"),
+        ("--hel", "--hel", "end at once"),
+        ("--grace 5 --v", "--v", "end at once"),
         ("--upstream 127.0.0.1:4001", "--upstream", "docs/machines.md"),
+        ("--up=127.0.0.1:4001", "--up=127.0.0.1:4001", "docs/machines.md"),
+        ("--port=4001", "--port=4001", "RELAY_LISTEN"),
     ],
 )
 def test_an_option_that_is_not_for_relay_options_is_told_of_with_what_to_do(
@@ -52,12 +57,30 @@ def test_the_blur_and_the_port_for_health_checks_are_changed_without_the_file(bl
             assert read_exactly(check, 12) == b"HTTP/1.1 200"
 
 
-def test_a_port_among_the_status_pages_options_is_told_of_with_the_variable() -> None:
+@pytest.mark.parametrize("options", ["--verbose", "--ch9", "--c", "--websocket-ur"])
+def test_what_only_looks_like_the_beginning_of_such_an_option_is_the_relays_to_tell_of(options: str) -> None:
+    with supervised(started=False, options=options) as service:
+        line = service.complaint()
+        assert line.startswith("relay-gevent: error: --"), line
+        assert options in line
+
+
+@pytest.mark.parametrize(
+    ("options", "word", "remedy"),
+    [
+        ("--port 4080", "--port", "set RELAY_STATUS_LISTEN"),
+        ("--workers 2 --hel", "--hel", "give it to relay-status in a shell"),
+        ("--version", "--version", "give it to relay-status in a shell"),
+    ],
+)
+def test_an_option_that_is_not_for_the_status_page_is_told_of_with_what_to_do(
+    options: str, word: str, remedy: str
+) -> None:
     with supervised(started=False) as service:
-        service.env["RELAY_STATUS_OPTIONS"] = "--port 4080"
+        service.env["RELAY_STATUS_OPTIONS"] = options
         service.run("-m", "supervisor.supervisord", "-c", str(service.conf))
         log = service.var / "status.log"
         wait_until(lambda: log.exists() and "\n" in log.read_text(), 20, service.logs())
         line = log.read_text().splitlines()[0]
-        assert line.startswith("relay-status: error: RELAY_STATUS_OPTIONS, --port: ")
-        assert line.endswith("set RELAY_STATUS_LISTEN")
+        assert line.startswith(f"relay-status: error: RELAY_STATUS_OPTIONS, {word}: ")
+        assert line.endswith(remedy)
