@@ -25,16 +25,12 @@ import gevent
 from relay.clients.bounds import Bound
 from relay.process.dataclass import dataclass
 from relay.transfer.ending import Pumps
-from relay.transfer.pace import LITTLE, LITTLE_BYTES, MOMENT, Line, Pace
+from relay.transfer.pace import LITTLE, LITTLE_BYTES, MOMENT, PARTS, Line, Pace
 from relay.transfer.pump import COPY_BYTES, Pump
 from relay.transfer.turns import HeldBack, Turns
 
 if TYPE_CHECKING:
     from relay.transfer.framed import FramedPump
-
-PARTS = 16
-"""How finely is told what is wanted of a shared rate: in such parts of an equal one."""
-
 
 class Cut(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types
     """Ends a pair that has met a bound of the operator's."""

@@ -42,6 +42,9 @@ LITTLE = 0.5
 """Who has no more than that goes before those in the line, as long as all these together move no more than such a part
 of the rate."""
 
+PARTS = 16
+"""How finely workers tell what is wanted of a rate that they share: in such parts of an equal one."""
+
 Who = TypeVar("Who", bound=Hashable)
 
 

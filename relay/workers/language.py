@@ -9,8 +9,8 @@ of the language `LANGUAGE`: the files of `homes`, which come before the listenin
 ``R``      ready: I accept connections and can be home to tokens
 ``L``      leaving: send me nothing more, I am handing on what I have
 ``F``      farewell, the answer to ``L``: nothing more will come from me
-``.``      still here: my transfers want so many sixteenths of an equal part of --relay-rate, such is my load,
-           and I have room for so many connections of yours, and places for so many newcomers
+``.``      still here: my transfers want so many equal parts of --relay-rate, such is my load, I have room for so
+           many connections of yours, and places for so many newcomers; to be exact, so many sixteenths of a part
 ``D``      your turn at the door, which so many had no room to take (see `door`)
 ``M``      matched: two sides for that token, here, while somebody else was home to it, too
 ``H``      clients that have no partner yet, their sockets beside the packet
@@ -30,6 +30,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from relay.process.dataclass import asdict, dataclass, field
+from relay.transfer.pace import PARTS
 from relay.transfer.state import PairState, PumpState
 
 LANGUAGE = 6
@@ -59,7 +60,9 @@ _ENVELOPE = struct.Struct("!cQd")  # kind, serial number, when it was sent
 _ANSWER = struct.Struct("!cQ")  # kind, serial number
 _CLIENT = struct.Struct("!dddBBBBBHB")
 """Started, arrived, asked, hops, recorded; lengths of source, token, side, speech, what it has sent."""
-_STILL_HERE = struct.Struct("!cIfII")  # kind, parts, load, room, places
+_STILL_HERE = struct.Struct("!cIfII")  # kind, equal parts, load, room, places
+_PARTS = struct.Struct("!I")
+"""Behind that: the same in `PARTS` of them, which workers of before neither say nor read."""
 _TURN = struct.Struct("!cI")  # kind, how many had no room
 _PAIR = struct.Struct("!dddBBBB")
 """Started, arrived, waiting time; lengths of where the frames of each side are, and of the source of each."""
@@ -169,12 +172,17 @@ class Standing:
 
 def encode_still_here(standing: Standing) -> bytes:
     """A ``.`` from a worker that is like this."""
-    return _STILL_HERE.pack(STILL_HERE, standing.parts, standing.load, standing.room, standing.places)
+    whole = -(-standing.parts // PARTS)
+    common = _STILL_HERE.pack(STILL_HERE, whole, standing.load, standing.room, standing.places)
+    return common + _PARTS.pack(standing.parts)
 
 
 def decode_still_here(packet: bytes) -> Standing:
     """How the sender of a ``.`` is."""
-    _, parts, load, room, places = _unpack(_STILL_HERE, packet, 0)
+    _, whole, load, room, places = _unpack(_STILL_HERE, packet, 0)
+    parts = whole * PARTS
+    if len(packet) > _STILL_HERE.size:
+        (parts,) = _unpack(_PARTS, packet, _STILL_HERE.size)
     return Standing(int(parts), float(load), int(room), int(places))
 
 

@@ -20,7 +20,7 @@ from relay import __version__
 from relay.mistakes import Mistake
 from relay.process import log
 from relay.process.discreet import discreet
-from relay.transfer.limits import PARTS
+from relay.transfer.pace import PARTS
 from relay.workers.estate import Estate, Listeners
 from relay.workers.gathering import Gathering
 from relay.workers.language import (

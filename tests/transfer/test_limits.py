@@ -20,8 +20,8 @@ import pytest
 from relay.clients.bounds import Bound
 from relay.clients.frames import FrameReader
 from relay.transfer import limits as limits_module
-from relay.transfer.limits import PARTS, Allowance, Limits, SharedPace
-from relay.transfer.pace import LITTLE_BYTES, ROUND, SLACK
+from relay.transfer.limits import Allowance, Limits, SharedPace
+from relay.transfer.pace import LITTLE_BYTES, PARTS, ROUND, SLACK
 from relay.transfer.pump import COPY_BYTES
 from relay.transfer.rest import Rest
 from relay.transfer.turns import LARGEST_TURN, Moving, Turns

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import struct
 from typing import Any
 
 import pytest
@@ -24,15 +25,18 @@ from relay.workers.language import (
     Greeting,
     HandedClient,
     Misunderstood,
+    Standing,
     decode_answer,
     decode_clients,
     decode_envelope,
     decode_matched,
     decode_pair,
+    decode_still_here,
     encode_answer,
     encode_clients,
     encode_matched,
     encode_pair,
+    encode_still_here,
     kind_of,
 )
 
@@ -253,3 +257,21 @@ def test_clients_that_are_cut_short_are_misunderstood(
     cut = choice.draw(st.integers(whole + 1, len(packet) - 1))
     with pytest.raises(Misunderstood):
         decode_clients(packet[:cut])
+
+
+@given(st.integers(0, 1 << 24), st.floats(0, 10, width=32), st.integers(0, 1 << 20), st.integers(0, 1 << 20))
+def test_how_a_worker_is_survives(parts: int, load: float, room: int, places: int) -> None:
+    standing = Standing(parts, load, room, places)
+    assert decode_still_here(encode_still_here(standing)) == standing
+
+
+def test_a_worker_of_before_and_one_of_now_mean_the_same_by_a_part_of_a_rate() -> None:
+    """It counts transfers, and reads nothing behind that: of those that were restarted, its own had a thirteenth."""
+    before = struct.Struct("!cIfII")
+    _, wanted, *_ = before.unpack_from(encode_still_here(Standing(4 * 16, 0.5, 10, 20)))
+    assert wanted == 4
+    _, wanted, *_ = before.unpack_from(encode_still_here(Standing(1, 0.5, 10, 20)))
+    assert wanted == 1
+    assert decode_still_here(before.pack(b".", 4, 0.5, 10, 20)) == Standing(4 * 16, 0.5, 10, 20)
+    with pytest.raises(Misunderstood):
+        decode_still_here(before.pack(b".", 4, 0.5, 10, 20) + b"x")
