@@ -13,7 +13,7 @@ import pytest
 from relay.mistakes import Mistake
 from relay.workers import run_dir
 from relay.workers.run_dir import RunDir, check_run_dir, same_user
-from tests.support.harness import Relay
+from tests.support.harness import Relay, wait_until
 from tests.support.usage_disk import disk_of
 
 
@@ -96,7 +96,7 @@ def test_a_newcomer_finds_room_for_its_socket_where_a_dead_worker_had_the_last_i
         dead.kill()
         check_run_dir(str(place))
         with Relay(tmp_path, "--run-dir", str(place)) as newcomer:
-            assert "the first worker" in newcomer.log_text()
+            wait_until(lambda: "the first worker" in newcomer.log_text(), what="that it has joined")
             assert len(list(place.glob("worker-*"))) == 1
 
 

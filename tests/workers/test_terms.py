@@ -148,7 +148,8 @@ def test_a_database_that_has_moved_with_its_folder_is_still_that_of_the_relay(tm
         shutil.move(kept, Path(larger) / "kept")
         kept.symlink_to(Path(larger) / "kept")
         newcomer = workers.start_one()
-        assert f"siblings {workers.workers[0].pid}" in newcomer.log_text()
+        joined = f"siblings {workers.workers[0].pid}"
+        wait_until(lambda: joined in newcomer.log_text(), what="that it has joined")
         assert workers.stop() == 0
 
 
