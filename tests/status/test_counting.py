@@ -135,6 +135,9 @@ def test_a_service_that_was_nowhere_but_in_a_wal_that_is_overwritten_begins_anew
 
 
 def _lonely(path: Path) -> int:
-    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as database:
+    """Asked without writing: in the moment in which the worker lets go of it, whoever else has the file open would copy
+    into it what the -wal was overwritten with."""
+    uri = f"file:{path}?mode=ro"
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(uri, uri=True)) as database:
         return int(database.execute("SELECT count(*) FROM usage WHERE result = 'lonely'").fetchone()[0])
     return 0
