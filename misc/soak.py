@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import random
 import signal
 import sqlite3
@@ -32,8 +33,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from relay.transfer.pipes import SPARE_PIPES
 from tests.support.crowd import Caller, Crowd, Transfer
-from tests.support.harness import Workers, new_side, new_token, open_fds, own_memory, wait_until
+from tests.support.harness import Workers, new_side, new_token, own_memory, wait_until
 from tests.support.intentions import GARBAGE, TINY_FRAMES, Hostile, new_hostile
 from tests.support.watched_relay import Standstill, standstills
 from tests.support.web import web_options, web_port
@@ -113,6 +115,16 @@ from them by its size."""
 
 SQLITE_CACHE = 2_048_000
 """What SQLite keeps of a database's pages (PRAGMA cache_size), once there are as many; bytes."""
+
+
+def _fds(pid: int) -> int:
+    """How many descriptors a worker has, but for the pipes that it may keep for the next transfers."""
+    links = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            links.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    ends = sum(link.startswith("pipe:") for link in links)
+    return len(links) - min(ends, 2 * SPARE_PIPES)
 
 
 def may_be_hostile(size: int) -> bool:
@@ -426,7 +438,7 @@ class Soak:
         self.workers.workers[0].process.send_signal(signal.SIGUSR1)
         wait_until(told.exists, 10, "the worker tells of its greenlets")
         greenlets, threads = map(int, told.read_text().split())
-        return Measure(open_fds(pid), own_memory(pid), greenlets, threads)
+        return Measure(_fds(pid), own_memory(pid), greenlets, threads)
 
     def _check_measures(self, before: Measure, after: Measure) -> None:
         for name in ("fds", "memory", "greenlets", "threads"):

@@ -318,15 +318,7 @@ def test_one_frame_of_any_length_passes_and_the_memory_stays_flat(service: Servi
 def test_a_silent_client_is_pinged_while_it_waits_and_in_a_pair(start: Callable[..., Service]) -> None:
     service = start("--ping-interval", "1")
     one, other = lines()
-    with connect(web_port(service)) as raw, connect(service.port) as tcp:
-        raw.sendall(
-            b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-        )
-        head = b""
-        while not head.endswith(b"\r\n\r\n"):
-            head += raw.recv(1)
-        assert b"101" in head
+    with dial_raw(web_port(service)) as raw, connect(service.port) as tcp:
         raw.sendall(Frame(Opcode.BINARY, one).serialize(mask=True))
         assert read_exactly(raw, 2) == b"\x89\x00", "a ping while it waits"
         assert read_exactly(raw, 2) == b"\x89\x00", "and another, though no pong came"
