@@ -109,10 +109,6 @@ class Honest:
         return self.left + self.right
 
 
-LEAST_TOLD_APART = 1000
-"""Hostile pairs that meet move any number of bytes up to some hundreds, and so a smaller honest transfer cannot be told
-from them by its size."""
-
 SQLITE_CACHE = 2_048_000
 """What SQLite keeps of a database's pages (PRAGMA cache_size), once there are as many; bytes."""
 
@@ -128,8 +124,22 @@ def _fds(pid: int) -> int:
 
 
 def may_be_hostile(size: int) -> bool:
-    """Whether a hostile pair may have moved so many bytes, above those few: what it says, it says over and over."""
-    return any(size % once == 0 for once in (TINY_FRAMES, len(GARBAGE))) and size >= LEAST_TOLD_APART
+    """Whether hostile pairs often move so many bytes: what one says, it says over and over."""
+    return any(size % once == 0 for once in (TINY_FRAMES, len(GARBAGE)))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the database has of one connection or pair.
+
+    Two transfers of one size are told apart by when they began and how long the first side waited for the second, which
+    is exact, and goes with them to whatever worker they are handed on to.
+    """
+
+    mood: str
+    size: int
+    started: int
+    waiting_time: float | None
 
 
 # What one soak is made of
@@ -182,7 +192,7 @@ class Soak:
         self._restarting: Future[None] | None = None
         self.apart = self.other_pairs = self.others = self.lost_to_kills = 0
         self.lost: list[int] = []
-        self.doubled: list[int] = []
+        self.doubled: list[Row] = []
         self.warnings: Counter[str] = Counter()
         self.standstills: list[Standstill] = []
 
@@ -197,7 +207,10 @@ class Soak:
             self._load(self.seconds, restarting=True)
             self._drain()
             after = None if before is None else self._measure()
-            rows = [(row["result"], row["bytes"]) for row in self.workers.rows("usage")]
+            rows = [
+                Row(row["result"], row["bytes"], row["started"], row["waiting_time"])
+                for row in self.workers.rows("usage")
+            ]
             lines = [(record["mood"], record["total_bytes"]) for record in self.workers.records()]
             sums = tuple(self.workers.rows("all_time")[0])
             self._check_records(rows, lines, sums)
@@ -402,26 +415,27 @@ class Soak:
 
     # The books
 
-    def _check_records(self, rows: list[tuple[str, int]], lines: list[tuple[str, int]], sums: tuple[int, ...]) -> None:
-        apart = Counter(rows)
+    def _check_records(self, rows: list[Row], lines: list[tuple[str, int]], sums: tuple[int, ...]) -> None:
+        apart = Counter((row.mood, row.size) for row in rows)
         apart.subtract(Counter(lines))
         self.apart = sum(map(abs, apart.values()))
         if self.apart > 30 * len(self.kills):
             self.wrong.append(f"{self.apart} records are in the database only, or in the lines only")
-        moods = Counter(mood for mood, _ in rows)
-        total = sum(size for _, size in rows)
+        moods = Counter(row.mood for row in rows)
+        total = sum(row.size for row in rows)
         if sums != (total, len(rows), moods["happy"], moods["lonely"], moods["errory"]):
             self.wrong.append(f"all_time says {sums}, its rows {total, len(rows), moods}")
-        happy = Counter(size for mood, size in rows if mood == "happy")
+        transfers = Counter(row for row in rows if row.mood == "happy")
+        happy = Counter(row.size for row in transfers.elements())
         honest = self.whole
         self.lost = [size for size, ended in honest.items() if not happy[size] and not self._was_killed(ended, ended)]
         self.lost_to_kills = sum(not happy[size] for size in honest) - len(self.lost)
-        self.doubled = [size for size in honest if happy[size] > 1 and size >= LEAST_TOLD_APART]
+        self.doubled = [row for row, count in transfers.items() if count > 1]
         if self.lost:
             self.wrong.append(f"{len(self.lost)} whole transfers are not on record")
         if self.doubled:
             self.wrong.append(f"on record more than once: {self.doubled[:10]}")
-        self.other_pairs = sum(count for size, count in happy.items() if size not in honest)
+        self.other_pairs = happy.total() - sum(happy[size] > 0 for size in honest)
         most = self.sure_pairs + self.doubtful_pairs + self.cut
         if not self.sure_pairs <= self.other_pairs <= most:
             self.wrong.append(f"{self.other_pairs} other transfers on record, expected {self.sure_pairs} to {most}")
