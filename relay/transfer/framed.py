@@ -98,7 +98,7 @@ class FramedPump:
     @property
     def held(self) -> int:
         """Bytes that rest here, on either side."""
-        return len(self._rest) + len(self._unread) - self._unread_at
+        return len(self._rest) + self.unread
 
     def turn(self, most: int) -> None:
         """As `Pump.turn`; `most` counts what comes off the wire."""
@@ -335,6 +335,11 @@ class FramedPump:
     def untaken(self) -> int:
         """Bytes that the sink has not taken yet."""
         return len(self._rest)
+
+    @property
+    def unread(self) -> int:
+        """Bytes that have come from the source and were not looked at yet: more frames than are for one turn."""
+        return len(self._unread) - self._unread_at
 
     @property
     def taken(self) -> int:

@@ -1,8 +1,11 @@
 """What the operator allows to a pair, and pumps that keep to it.
 
-As long as no limit holds a pair back it is as any other: it rests, sips, and queues for turns. What it moves is charged
-when it is known, and so is what it reads and throws away, since nobody is there to get it. What WebSocket clients send
-besides payload (headers, pings, frames with nothing in them) is charged as far as it is more than the payload.
+As long as no limit holds a pair back it is as any other: it rests, sips, and queues for turns. What it reads is charged
+when it is known, and so is what it reads and throws away, since nobody is there to get it. A rate counts what a WebSocket
+client sends as it comes off the wire, with its frames, and when it does: what is looked at later, a few frames in each
+turn, waits for no rate any more. Otherwise who sends tiny frames would stand in the line for each few of them, as one
+who wants as much as any other. Of the bytes that a pair may move, what such a client sends besides payload (headers,
+pings, frames with nothing in them) counts as far as it is more than the payload.
 
 A pump that is held back moves nothing and says so with `HeldBack`; its pair then waits, with its greenlet, in the order
 in which all such have come.
@@ -192,7 +195,7 @@ class Allowance:
 
         Raises as a turn does.
         """
-        if not pump.untaken:  # which was charged when it was read
+        if not (pump.untaken or pump.unread):  # which was charged when it was read
             self._wait(pump)
         try:
             turns.wait(pump)
@@ -220,7 +223,7 @@ class Allowance:
         Raises as a turn does, HeldBack when a rate allows nothing at the moment, and Cut when nothing is left.
         """
         now = time.monotonic()
-        size = self._allowed(most, now)
+        size = self._allowed(pump, most, now)
         if not size and not pump.untaken:
             if self._left() > 0:
                 raise HeldBack
@@ -229,30 +232,30 @@ class Allowance:
             if harmless is None:
                 raise Cut(Bound.PAIR_BYTES)
             size = harmless
-        before, framing = pump.taken + self.wasted, self.framing
+        before = self._read_by(pump)
         try:
             move(size)
         finally:
-            self._charge(max(pump.taken + self.wasted - before, self.framing - framing), now)
+            self._charge(self._read_by(pump) - before, now)
 
     def sip(self, pump: Pump | FramedPump, move: Callable[[int], bool]) -> bool:
         """The same for a sip; raises HeldBack also when nothing is left. What was charged when it was read goes on in
         any case."""
         now = time.monotonic()
-        size = self._allowed(COPY_BYTES, now)
+        size = self._allowed(pump, COPY_BYTES, now)
         goes_first = not size and self._may_go_first(now)
         if goes_first and self._shared is not None:
             size = min(LITTLE_BYTES, self._shared.little.portion(), self._left())
         if size <= 0 and not pump.untaken:
             raise HeldBack
-        before, framing = pump.taken + self.wasted, self.framing
+        before = self._read_by(pump)
         try:
             return move(max(0, size))
         finally:
-            moved = max(pump.taken + self.wasted - before, self.framing - framing)
-            self._charge(moved, now)
+            read = self._read_by(pump) - before
+            self._charge(read, now)
             if goes_first and self._shared is not None:
-                self._shared.little.reserve(moved, now)
+                self._shared.little.reserve(read, now)
 
     def _may_go_first(self, now: float) -> bool:
         """Whether it is only those in the line who hold this back, and a little may go before them."""
@@ -272,10 +275,18 @@ class Allowance:
         """Bytes of payload that the pair has read, whatever has become of them."""
         return sum(pump.taken for pump in self.pumps) + self.wasted
 
-    def _allowed(self, most: int, now: float) -> int:
-        """Of `most` bytes, how many may be read `now`."""
+    def _read_by(self, pump: Pump | FramedPump) -> int:
+        """Bytes that have come from the source of `pump` while this has counted, as they came off the wire, and a
+        constant."""
+        return pump.taken + pump.unread + self.wasted + self.framing
+
+    def _allowed(self, pump: Pump | FramedPump, most: int, now: float) -> int:
+        """Of `most` bytes, how many `pump` may read `now`; of what it has read already, one at the least."""
         if self._pair_bytes is not None:
             most = max(0, min(most, self._left()))
+        return self._allowed_by_rates(most, now) or min(most, pump.unread, 1)
+
+    def _allowed_by_rates(self, most: int, now: float) -> int:
         if self._own is not None:
             if self._own.holds_back(now):
                 return 0
@@ -288,18 +299,18 @@ class Allowance:
             most = min(most, self._shared.pace.portion())
         return most
 
-    def _charge(self, moved: int, now: float) -> None:
+    def _charge(self, read: int, now: float) -> None:
         if self._own is not None:
-            self._own.reserve(moved, now - MOMENT if self._has_waited else now)
+            self._own.reserve(read, now - MOMENT if self._has_waited else now)
             self._has_waited = False
         if self._shared is not None:
             if self._granted:
                 granted, self._granted = self._granted, 0
-                self._shared.give_back(granted - moved)
+                self._shared.give_back(granted - read)
             else:
-                self._shared.pace.reserve(moved, now)
-            if moved:
-                self._shared.note(self, moved)
+                self._shared.pace.reserve(read, now)
+            if read:
+                self._shared.note(self, read)
 
 
 class LimitedPump(Pump):

@@ -104,6 +104,8 @@ class Pump:
     frames_out = False
     """No frames are read here, and none written."""
     is_dear = False
+    unread = 0
+    """Bytes that have come from the source and were not looked at yet."""
 
     __slots__ = (
         "_pipe",

@@ -231,7 +231,8 @@ def test_what_is_sipped_is_charged_and_nothing_else(
         assert talk.heard(500) == 500
     talk.say(20_000)
     assert talk.heard(20_000) == 20_000
-    assert charged.free_in(1000.0) == pytest.approx(0.0215 - SLACK)
+    headers = 4 * 8 if talk.framed else 0
+    assert charged.free_in(1000.0) == pytest.approx((21_500 + headers) / 1e6 - SLACK)
     assert talk.pair.greenlet is None
     shared.close()
 
@@ -294,6 +295,50 @@ def test_frames_without_payload_are_charged_as_well(nothing: bytes) -> None:
         assert talk.pair._allowance.framing >= 10_000
 
 
+@pytest.mark.parametrize(("frame", "payload"), [(Sent(PING).wire, 0), (Sent(BINARY, b"x").wire, 1)])
+def test_who_sends_tiny_frames_stands_in_the_line_once_for_what_it_may_read_then(frame: bytes, payload: int) -> None:
+    """And not for every few frames that a turn is for: hundreds that did so left nothing of the rate to anybody else."""
+    with contextlib.ExitStack() as stack:
+        shared = SharedPace(2_000_000)
+        stack.callback(shared.close)
+        talk = Transfer(Limits(relay_pace=shared), framed=True, stack=stack)
+        shared.pace.reserve(200_000, time.monotonic())
+        times = 0
+
+        def wait(has: Callable[[], int], wait: Callable[[Callable[[], int]], int] = shared.wait) -> int:
+            nonlocal times
+            times += 1
+            return wait(has)
+
+        shared.wait = wait  # type: ignore[method-assign]
+        talk.left.send(frame * 4000)  # which is less than a portion
+        talk.left.shutdown(socket.SHUT_WR)
+        assert talk.heard(math.inf) == payload * 4000
+        assert len(talk.turns.queued) > times
+        assert times <= 3
+
+
+@pytest.mark.parametrize("size", [20, 200])
+def test_who_sends_small_frames_has_as_much_of_the_rate_as_others(size: int) -> None:
+    with contextlib.ExitStack() as stack:
+        shared = SharedPace(400_000)
+        stack.callback(shared.close)
+        plain, framed = (Transfer(Limits(relay_pace=shared), framed=each, stack=stack) for each in (False, True))
+        frame = Sent(BINARY, bytes(size)).wire
+        said = bytearray(frame * 1000)
+
+        def both_moved(_: int) -> bool:
+            with contextlib.suppress(BlockingIOError):
+                sent = framed.left.send(said)
+                said.extend(said[:sent])
+                del said[:sent]
+            framed.heard(math.inf, 0.001)
+            return plain.pair.moved + framed.pair.moved > 400_000
+
+        flow(plain.left, plain.right, both_moved)
+        assert framed.pair.moved * len(frame) / size > 0.6 * plain.pair.moved
+
+
 def test_what_carries_payload_takes_nothing_from_it() -> None:
     with contextlib.ExitStack() as stack:
         talk = Transfer(Limits(pair_bytes=10_000), framed=True, stack=stack)
@@ -319,16 +364,17 @@ def test_a_little_goes_before_those_who_stand_in_the_line_and_is_charged(
     shared = SharedPace(1e6)
     talk = transfer(Limits(relay_pace=shared))
     shared.pace.reserve(20_000, 1000.0)
+    size = 492 if talk.framed else 500  # with a header, if it has one
     for _ in range(2):
-        talk.say(500)
-        assert talk.heard(500) == 500
+        talk.say(size)
+        assert talk.heard(size) == size
     assert talk.pair.greenlet is None
     assert shared.pace.free_in(1000.0) == pytest.approx(0.021 - SLACK)
-    talk.say(500)
-    assert talk.heard(500) == 500
+    talk.say(size)
+    assert talk.heard(size) == size
     assert talk.pair.greenlet is None
-    talk.say(500)  # half of the rate is what those may have together who go first
-    assert talk.heard(500, patience=0.2) == 0
+    talk.say(size)  # half of the rate is what those may have together who go first
+    assert talk.heard(size, patience=0.2) == 0
     assert len(shared.line) == 1
     shared.close()
 
