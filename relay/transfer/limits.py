@@ -1,11 +1,11 @@
 """What the operator allows to a pair, and pumps that keep to it.
 
 As long as no limit holds a pair back it is as any other: it rests, sips, and queues for turns. What it reads is charged
-when it is known, and so is what it reads and throws away, since nobody is there to get it. A rate counts what a WebSocket
-client sends as it comes off the wire, with its frames, and when it does: what is looked at later, a few frames in each
-turn, waits for no rate any more. Otherwise who sends tiny frames would stand in the line for each few of them, as one
-who wants as much as any other. Of the bytes that a pair may move, what such a client sends besides payload (headers,
-pings, frames with nothing in them) counts as far as it is more than the payload.
+when it is known, and so is what it reads and throws away, since nobody is there to get it. A rate counts what a
+WebSocket client sends as it comes off the wire, with its frames, and when it does: what is looked at later, a few
+frames in each turn, waits for no rate any more. Otherwise who sends tiny frames would stand in the line for each few of
+them, as one who wants as much as any other. Of the bytes that a pair may move, what such a client sends besides payload
+(headers, pings, frames with nothing in them) counts as far as it is more than the payload.
 
 A pump that is held back moves nothing and says so with `HeldBack`; its pair then waits, with its greenlet, in the order
 in which all such have come.

@@ -315,6 +315,23 @@ def test_an_exact_history_is_blurred_on_the_way(tmp_path: Path) -> None:
     assert "1 records imported" in said("--blur-usage", "3600", source, ours)
 
 
+@pytest.mark.parametrize("blur", [(), ("--blur-usage", "60"), ("--blur-usage", "900")])
+def test_beside_a_relay_that_rounds_nothing_is_imported_that_is_not_rounded_as_much(
+    tmp_path: Path, blur: tuple[str, ...]
+) -> None:
+    source = tmp_path / "twisted.sqlite"
+    twisted_database(source, 3)
+    (tmp_path / "ours").mkdir()
+    with Relay(tmp_path / "ours", "--blur-usage", "600", recording=True) as relay:
+        relay.wait_for_rows("worker_status", 1)
+        for more in ((), ("--dry-run",)):
+            refused = run_import(*blur, *more, source, relay.usage_db)
+            assert refused.returncode == 2
+            assert "rounds to 600 seconds; give --blur-usage 600" in refused.stderr
+        assert not usage(relay.usage_db)
+        assert "3 records imported" in said("--blur-usage", "1200", source, relay.usage_db)
+
+
 def by_duration(row: tuple[object, ...]) -> float:
     """What the rows of `twisted_rows` are in order of."""
     return float(str(row[1]))

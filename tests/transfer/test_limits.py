@@ -297,7 +297,7 @@ def test_frames_without_payload_are_charged_as_well(nothing: bytes) -> None:
 
 @pytest.mark.parametrize(("frame", "payload"), [(Sent(PING).wire, 0), (Sent(BINARY, b"x").wire, 1)])
 def test_who_sends_tiny_frames_stands_in_the_line_once_for_what_it_may_read_then(frame: bytes, payload: int) -> None:
-    """And not for every few frames that a turn is for: hundreds that did so left nothing of the rate to anybody else."""
+    """And not for every few frames that a turn is for: hundreds that did so left nothing of the rate to others."""
     with contextlib.ExitStack() as stack:
         shared = SharedPace(2_000_000)
         stack.callback(shared.close)
