@@ -116,17 +116,28 @@ def test_a_rate_of_ours_is_named_and_small_transfers_are_not_measured(tmp_path: 
 def test_a_rate_of_ours_is_named_also_when_another_worker_has_begun_with_the_transfer(tmp_path: Path) -> None:
     with Workers(tmp_path, "--measure-paths", "--pair-rate", "1500000", count=2) as workers:
         sender, receiver = met(workers.port)
-        sending = threading.Thread(target=sender.sendall, args=(bytes(6_000_000),))
+        are_replaced = threading.Event()
+
+        def say_much() -> None:
+            while not are_replaced.is_set():
+                sender.sendall(bytes(100_000))
+            sender.sendall(bytes(3_000_000))
+            sender.close()
+
+        def hear_it() -> None:
+            while receiver.recv(1 << 16):
+                pass
+
+        sending, reading = threading.Thread(target=say_much), threading.Thread(target=hear_it)
         sending.start()
         read_exactly(receiver, 3_600_000)
-        reading = threading.Thread(target=read_exactly, args=(receiver, 2_400_000))
         reading.start()
         for number in range(2):
             workers.start_one()
             workers.stop_one(number)
+        are_replaced.set()
         for thread in (sending, reading):
             thread.join(60)
-        sender.close()
         receiver.close()
         workers.wait_for_rows("usage", 1)
     assert counts(tmp_path, "path_limit.") == {"relay": 1}
