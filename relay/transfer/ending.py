@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
 import socket
 import struct
@@ -38,7 +39,8 @@ HALF_CLOSED_SECONDS = 10.0
 """How long the second side may say nothing once it has all of the first one's stream."""
 
 GONE_CHECK_SECONDS = 1.0
-"""How often a pair of which one side has ended its stream and gone looks whether the other has acknowledged it all."""
+"""How soon a pair of which one side has ended its stream and gone looks whether the other has acknowledged it all; and
+then again, ever more seldom while nothing changes."""
 
 DEAD_SECONDS = 300.0
 """A side that has not acknowledged anything for so long while it was owed bytes is gone. A living one that does not
@@ -53,29 +55,36 @@ _TCP_CLOSE = 7  # tcpi_state, in include/net/tcp_states.h
 _TCP_INFO_LAST_ACK_RECV = 56  # offset of tcpi_last_ack_recv, milliseconds, in struct tcp_info of linux/tcp.h
 
 
-def patience(pumps: Pumps) -> float | None:
-    """In how many seconds to look again, when nothing happens until then; None if the kernel tells by itself."""
-    if is_one_gone(pumps):
-        return GONE_CHECK_SECONDS
-    if any(pump.waits == OVER for pump in pumps):
-        return HALF_CLOSED_SECONDS / 4 if is_half_closed(pumps) and owes(pumps) else HALF_CLOSED_SECONDS
+def patience(pumps: Pumps, stood: float) -> float | None:
+    """In how many seconds to look again, when nothing happens until then; None if the kernel tells by itself.
+
+    Where what is looked for may come at any moment, or never, since somebody does not read, it is the later the longer
+    the pair has `stood` there already: thousands of pairs that stand still cost next to nothing, however they do it.
+    """
+    if any(pump.waits == OVER or pump.discards for pump in pumps):
+        if is_one_gone(pumps):
+            soon = GONE_CHECK_SECONDS
+        else:
+            soon = HALF_CLOSED_SECONDS / 4 if is_half_closed(pumps) and owes(pumps) else HALF_CLOSED_SECONDS
+        return max(soon, min(stood / 2, until_dead_check()))
     if any(pump.waits == ROOM or _unacknowledged(pump.sink) for pump in pumps):
         return until_dead_check()
     return None  # keepalive finds out
 
 
 def standing(pumps: Pumps) -> Standing | None:
-    """Where a pair stands that may not stay there for as long as it likes: what was moved, what is on its way if that
-    is what counts, and for how many seconds both may stay as they are. Nothing that is thrown away changes them."""
+    """Where a pair stands of which one side has ended its stream or gone: what was moved, what is on its way if that
+    counts, and for how many seconds both may stay as they are. Nothing that is thrown away changes them. None for any
+    other pair, as nearly all are."""
     there, back = pumps
     if there.waits != OVER and back.waits != OVER and not (there.discards or back.discards):
-        return None  # as nearly always
+        return None
+    moved = there.moved + back.moved
     if is_half_closed(pumps) and not owes(pumps):
-        return there.moved + back.moved, 0, HALF_CLOSED_SECONDS  # it is the other's to say something
-    if any(pump.discards or (pump.waits == OVER and _is_closed(pump.source)) for pump in pumps):
-        on_its_way = sum(pump.untaken + _unacknowledged(pump.sink) for pump in pumps)
-        return there.moved + back.moved, on_its_way, DEAD_SECONDS
-    return None
+        return moved, 0, HALF_CLOSED_SECONDS  # it is the other's to say something
+    on_its_way = sum(pump.untaken + _unacknowledged(pump.sink) for pump in pumps)
+    has_gone = any(pump.discards or (pump.waits == OVER and _is_closed(pump.source)) for pump in pumps)
+    return moved, on_its_way, DEAD_SECONDS if has_gone else math.inf
 
 
 def until_dead_check() -> float:

@@ -10,6 +10,7 @@ How it ends is in `ending`, and what an operator may allow to it in `limits`.
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -313,7 +314,7 @@ class Pair:
             # What was sent a moment ago may be on its way: asking the kernel now is dearer than looking later.
             self.rest.look_at(self, time.monotonic() + ending.until_dead_check())
         else:
-            self._plan_to_look_around()
+            self._settle()
 
     def attend(self, fd: int, events: int) -> None:
         """Something has happened to the side with that descriptor while the pair rests."""
@@ -351,18 +352,20 @@ class Pair:
         """Be watched for what the pumps wait for now, and see to it that the pair ends when nothing happens, if it has
         to."""
         self.rest.watch(self)
-        self._plan_to_look_around()
+        self._settle()
 
-    def _plan_to_look_around(self) -> None:
+    def _settle(self) -> None:
         now = time.monotonic()
         self._stands_too_long(now)  # so that it is known since when it does
-        patience = ending.patience(self.pumps)
+        self._plan_to_look_around(now)
+
+    def _plan_to_look_around(self, now: float) -> None:
+        """Of a pair of which it is known since when it has stood where it does."""
+        since, seconds = (now, math.inf) if self._standing is None else (self._standing[1], self._standing[0][-1])
+        patience = ending.patience(self.pumps, now - since)
         if patience is None:
             return
-        when = now + patience
-        if self._standing is not None:
-            (_, _, seconds), since = self._standing
-            when = min(when, since + seconds)
+        when = min(now + patience, since + seconds)
         if not self.due or when + 1 < self.due:  # whoever says something does not put off what is planned
             self.rest.look_at(self, when)
 
@@ -391,7 +394,7 @@ class Pair:
         if ending.is_over(self.pumps):
             self._end()
         else:
-            self._plan_to_look_around()
+            self._plan_to_look_around(now)
 
     # With much to move
 

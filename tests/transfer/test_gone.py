@@ -4,16 +4,18 @@ what it takes."""
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from relay.transfer import ending
 from relay.transfer.pipes import PipePool
-from relay.transfer.pump import OVER, Pump
+from relay.transfer.pump import INPUT, OVER, Pump
 from relay.transfer.turns import Turns
 from tests.support.client_frames import BINARY, CLOSE, Sent
 from tests.support.harness import (
@@ -123,12 +125,44 @@ def test_who_has_gone_is_known_by_the_kernel_though_nothing_is_sent_to_it() -> N
             return there.waits == OVER
 
         wait_until(is_over, what="all of it is on its way to the right")
-        assert ending.standing((there, back)) is None, "the left is there, and may wait for an answer"
+
+
+        def may_stand() -> float:
+            standing = ending.standing((there, back))
+            assert standing is not None
+            moved, on_its_way, seconds = standing
+            assert moved == 1_000_000
+            assert on_its_way > 0
+            return seconds
+
+        assert may_stand() == math.inf, "the left is there, and may wait for an answer"
         reset(left)
-        wait_until(lambda: ending.standing((there, back)) is not None, what="the left has gone")
-        moved, on_its_way, seconds = ending.standing((there, back)) or (0, 0, 0)
-        assert (moved, seconds) == (1_000_000, ending.DEAD_SECONDS)
-        assert on_its_way > 0
+        wait_until(lambda: may_stand() == ending.DEAD_SECONDS, what="the left has gone")
+
+
+def test_who_takes_nothing_is_looked_at_ever_more_seldom() -> None:
+    class Stalled:
+        """A pump whose sink has taken all and acknowledged nothing, or whose peer has gone."""
+
+        reader, frames_out, untaken, moved = None, False, 0, 1
+
+        def __init__(self, sink: socket.socket, waits: int, *, discards: bool) -> None:
+            self.source, self.sink, self.waits, self.discards = sink, sink, waits, discards
+
+    left, right = socket.socketpair()
+    with left, right:
+        left.send(b"not read")
+        for discards in (False, True):  # who ended its stream is there, or has gone
+            pumps: Any = Stalled(left, OVER, discards=False), Stalled(right, INPUT, discards=discards)
+            looks, stood = 0, 0.0
+            while stood < ending.DEAD_SECONDS:
+                looks += 1
+                patience = ending.patience(pumps, stood)
+                assert patience is not None
+                assert patience <= ending.until_dead_check()
+                stood += patience
+            assert looks < 2 * ending.DEAD_CHECKS
+            assert (ending.patience(pumps, 0) or 0) < 3, "whoever takes it is found to have it soon"
 
 
 @KINDS
