@@ -276,6 +276,15 @@ def still(workers: int) -> list[Row]:
         time.sleep(2)
         rows.append({"2000 stalled pairs, % of a core more than nobody": _percent(load.share_of_a_core(10) - nothing)})
         print(json.dumps(rows[-1]), flush=True)
+    for how in ("ended its stream", "gone"):
+        with contextlib.ExitStack() as stack:
+            load = Load(workers, stack)
+            nothing = load.share_of_a_core(5)
+            _leave_stalled(load.relay.port, 2000, stack, gone=how == "gone")
+            time.sleep(60)  # they are looked at ever more seldom
+            more = load.share_of_a_core(40) - nothing
+        rows.append({f"2000 stalled pairs of which one side has {how}, % of a core more than nobody": _percent(more)})
+        print(json.dumps(rows[-1]), flush=True)
     with contextlib.ExitStack() as stack:
         load = Load(workers, stack, nofile=65_536)
         nothing = load.share_of_a_core(5)
@@ -290,6 +299,28 @@ def still(workers: int) -> list[Row]:
         rows.append({f"{pairs} idle pairs and {waiting} who wait, % of a core more than nobody": _percent(more)})
         print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def _leave_stalled(port: int, count: int, stack: contextlib.ExitStack, *, gone: bool) -> None:
+    """So many pairs whose receivers read nothing, though there is more than they have room for, and whose senders have
+    ended their streams, or are `gone`."""
+    pairs = []
+    for _ in range(count):
+        sender, receiver = met(port, stack=stack)
+        receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        sender.sendall(bytes(40_000))
+        pairs.append((sender, receiver))
+    time.sleep(1)  # all of it is on its way
+    for sender, _ in pairs:
+        if gone:
+            sender.close()
+        else:
+            sender.shutdown(socket.SHUT_WR)
+    for _ in range(2 if gone else 0):  # the first one is answered with a reset, and the second one knows of it
+        time.sleep(1)
+        for _, receiver in pairs:
+            with contextlib.suppress(OSError):
+                receiver.send(b"?")
 
 
 def _hold(load: Load, kind: str, count: int, stack: contextlib.ExitStack) -> None:
