@@ -66,7 +66,7 @@ def patience(pumps: Pumps, stood: float) -> float | None:
             soon = GONE_CHECK_SECONDS
         else:
             soon = HALF_CLOSED_SECONDS / 4 if is_half_closed(pumps) and owes(pumps) else HALF_CLOSED_SECONDS
-        return max(soon, min(stood / 2, until_dead_check()))
+        return max(soon, min(stood / 2, 2 * until_dead_check()))
     if any(pump.waits == ROOM or _unacknowledged(pump.sink) for pump in pumps):
         return until_dead_check()
     return None  # keepalive finds out
