@@ -71,9 +71,14 @@ def is_any_held(fd: int) -> bool:
         return False
 
 
+def held(fd: int) -> set[int]:
+    """The bytes of all others who hold a lifeline; none where there are no such locks."""
+    return set(_held(fd, _FIRST))
+
+
 def count_held(fd: int) -> int:
     """Tell how many lifelines others hold; 0 where there are no such locks."""
-    return len(_held(fd, _FIRST))
+    return len(held(fd))
 
 
 def sign_on(fd: int, byte: int) -> None:

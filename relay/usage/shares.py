@@ -6,6 +6,7 @@ without one is of a worker of an earlier version, or of one that cannot have one
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Final
@@ -30,11 +31,41 @@ _OTHERS: Final = (
     f"{_whole('partal_bytes', '0')} FROM worker_share LEFT JOIN lifeline USING (pid, process_start) "
     f"WHERE {_OF_A_WORKER} AND NOT (pid = ? AND process_start = ?)"
 )
+_ENTERED: Final = (
+    f"SELECT pid, process_start, {_whole('byte', 'NULL')} FROM (SELECT pid, process_start FROM worker_status UNION "
+    "SELECT pid, process_start FROM worker_share UNION SELECT pid, process_start FROM lifeline) "
+    f"LEFT JOIN lifeline USING (pid, process_start) WHERE {_OF_A_WORKER}"
+)
 _LIFELINES: Final = f"SELECT pid, process_start, {_whole('byte', 'NULL')} FROM lifeline WHERE {_OF_A_WORKER}"
 _ENTER: Final = "REPLACE INTO lifeline (pid, process_start, byte) VALUES (?, ?, ?)"
 _TELL: Final = "REPLACE INTO worker_share (pid, process_start, connected, waiting, partal_bytes) VALUES (?, ?, ?, ?, ?)"
 _DROP_SHARE: Final = "DELETE FROM worker_share WHERE pid = ? AND process_start = ?"
 _DROP_LIFELINE: Final = "DELETE FROM lifeline WHERE pid = ? AND process_start = ?"
+
+
+class NotEntered(Exception):
+    """A worker lives that has the file open and is not entered in it: one that has only begun, or is just ending."""
+
+
+def blurs(connection: sqlite3.Connection, fd: int) -> set[int]:
+    """Return by how many seconds the workers that live round what they record, as far as they say; 0 is not at all.
+
+    For programs that write besides the relay. A worker that begins afterwards has held its lifeline by the time at
+    which it is entered, and waits for the transaction.
+
+    Args:
+        connection: in a transaction that writes; or to a copy of the file.
+        fd: the file itself, open for reading, until the connection is closed.
+
+    Raises:
+        NotEntered: nobody can tell how one of them rounds.
+    """
+    entered = connection.execute(_ENTERED).fetchall()
+    if not lifeline.held(fd) <= {byte for _, _, byte in entered}:
+        raise NotEntered
+    living = ((pid, start) for pid, start, byte in entered if _lives(fd, pid, start, byte))
+    said = {told.blur_of(connection, worker) for worker in living}
+    return {seconds for seconds in said if seconds is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,15 +232,21 @@ class Shares:
         return [_Share(pid, start, byte, Current(*numbers)) for pid, start, byte, *numbers in rows]
 
     def _lives(self, share: _Share) -> bool:
-        if share.byte is None or not self._has_lifeline:
-            return is_living(share.pid, share.start)
-        return self._holds(share.byte) and not is_ending(share.pid, share.start)
+        return _lives(self._fd, share.pid, share.start, share.byte if self._has_lifeline else None)
 
     def _holds(self, byte: int) -> bool:
         try:
             return lifeline.is_held(self._fd, byte)
         except OSError:
             return False
+
+
+def _lives(fd: int, pid: int, start: str, byte: int | None) -> bool:
+    """Whether a worker does, by its lifeline if it has one, and this process can ask about it."""
+    with contextlib.suppress(OSError):
+        if byte is not None:
+            return lifeline.is_held(fd, byte) and not is_ending(pid, start)
+    return is_living(pid, start)
 
 
 def _drop(connection: sqlite3.Connection, pid: int, start: str) -> None:

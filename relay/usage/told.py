@@ -52,7 +52,6 @@ _MOST: Final = 1 << 63
 
 _TELL: Final = "REPLACE INTO worker_status (pid, process_start, gauges, counters) VALUES (?, ?, ?, ?)"
 _ASK_GAUGES: Final = "SELECT gauges FROM worker_status WHERE pid = ? AND process_start = ?"
-_ASK_ALL_GAUGES: Final = "SELECT gauges FROM worker_status"
 _ASK: Final = "SELECT counters FROM worker_status WHERE pid = ? AND process_start = ?"
 _DROP: Final = "DELETE FROM worker_status WHERE pid = ? AND process_start = ?"
 _ORPHANS: Final = (
@@ -117,18 +116,7 @@ def blur_of(connection: sqlite3.Connection, worker: tuple[int, str]) -> int | No
     """Return by how many seconds a worker rounds what it records, 0 for not at all; None where it does not say, as one
     of an earlier version."""
     row = connection.execute(_ASK_GAUGES, worker).fetchone()
-    return None if row is None else _blur_in(row[0])
-
-
-def blurs(connection: sqlite3.Connection) -> set[int]:
-    """Return by how many seconds the workers that are entered round what they record, as far as they say; 0 is not at
-    all."""
-    said = (_blur_in(gauges) for (gauges,) in connection.execute(_ASK_ALL_GAUGES))
-    return {seconds for seconds in said if seconds is not None}
-
-
-def _blur_in(gauges: object) -> int | None:
-    seconds = _numbers(gauges).get(BLUR)
+    seconds = None if row is None else _numbers(row[0]).get(BLUR)
     return seconds if isinstance(seconds, int) else None
 
 

@@ -15,10 +15,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from relay.usage import lifeline
 from relay.usage.record import blur_size
 from relay.usage.schema import open_database
 from tests.support.harness import (
@@ -37,6 +41,8 @@ from tests.support.harness import (
 )
 from tests.support.supervised import ORDINARY_USER
 from tests.support.twisted import transit_relay
+from tests.support.usage_records import holding_the_lock
+from tests.support.usage_worker import UsageWorker
 
 PROGRAM = CHECKOUT / "misc" / "import-twisted-usage"
 MAPPED = {
@@ -330,6 +336,83 @@ def test_beside_a_relay_that_rounds_nothing_is_imported_that_is_not_rounded_as_m
             assert "rounds to 600 seconds; give --blur-usage 600" in refused.stderr
         assert not usage(relay.usage_db)
         assert "3 records imported" in said("--blur-usage", "1200", source, relay.usage_db)
+
+
+def test_a_relay_that_was_killed_keeps_nothing_out_nor_does_one_that_uses_another_copy(tmp_path: Path) -> None:
+    source, ours, copy = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite", tmp_path / "copy.sqlite"
+    twisted_database(source, 3)
+    with UsageWorker("--usage-db", str(ours), "--blur-usage", "600") as worker:
+        with closing(sqlite3.connect(ours)) as database:
+            database.execute("VACUUM INTO ?", (str(copy),))
+        assert run_import(source, ours).returncode == 2
+        assert "3 records would be imported" in said("--dry-run", source, copy)
+        assert "3 records imported" in said(source, copy)
+        worker.kill()
+    assert len(rows(ours, "SELECT * FROM worker_status")) == 1
+    assert "3 records would be imported" in said("--dry-run", source, ours)
+    assert "3 records imported" in said(source, ours)
+
+
+def test_a_relay_that_has_not_come_to_say_how_it_rounds_is_waited_for(tmp_path: Path) -> None:
+    source, ours = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite"
+    twisted_database(source, 3)
+    open_database(str(ours)).close()
+    with ours.open("rb") as file, contextlib.ExitStack() as stack:
+        with holding_the_lock(ours):
+            worker = stack.enter_context(beginning(ours))
+            wait_until(lambda: lifeline.count_held(file.fileno()) == 1, what="its lifeline")
+            os.kill(worker.pid, signal.SIGSTOP)
+        refused = run_import(source, ours)
+        assert refused.returncode == 2
+        assert refused.stderr.count("\n") == 1
+        assert "a relay has it open and has not come to record there yet" in refused.stderr
+        os.kill(worker.pid, signal.SIGCONT)
+        assert "rounds to 600 seconds" in run_import(source, ours).stderr
+        assert not usage(ours)
+        assert "3 records imported" in said("--blur-usage", "600", source, ours)
+
+
+def test_an_exact_import_during_which_a_relay_begins_that_rounds_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, ours = tmp_path / "twisted.sqlite", tmp_path / "ours.sqlite"
+    twisted_database(source, 3)
+    open_database(str(ours)).close()
+    importer = as_module(PROGRAM, monkeypatch)
+    refuse_too_much = importer.refuse_too_much
+    with ours.open("rb") as file, contextlib.ExitStack() as stack:
+
+        def a_relay_begins(*given: object) -> None:
+            stack.enter_context(beginning(ours))
+            wait_until(lambda: lifeline.count_held(file.fileno()) == 1, what="its lifeline")
+            refuse_too_much(*given)
+
+        monkeypatch.setattr(importer, "refuse_too_much", a_relay_begins)  # when the rows are written
+        options = importer.read_options([str(source), str(ours)])
+        with pytest.raises(importer.Mistake, match="rounds to 600 seconds"):
+            importer.imported_when_all_have_told(source, tmp_path, options)
+        assert not usage(ours)
+
+
+@contextlib.contextmanager
+def beginning(path: Path) -> Iterator[UsageWorker]:
+    """A worker that rounds, and that has been started; whatever it has come to."""
+    worker = UsageWorker("--usage-db", str(path), "--blur-usage", "600")
+    try:
+        yield worker
+    finally:
+        worker.kill()
+
+
+def as_module(program: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """What a program is made of."""
+    loader = SourceFileLoader("program", str(program))
+    spec = spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, loader.name, module)
+    loader.exec_module(module)
+    return module
 
 
 def by_duration(row: tuple[object, ...]) -> float:
