@@ -223,9 +223,9 @@ class Siblings:
 
     def share(self, parts: int) -> float:
         """Which part is ours of a rate that all workers share, if our transfers want so many `PARTS` of an equal one.
-        Who wants nothing has one all the same, for whoever comes."""
+        Who wants nothing has one all the same, for whoever comes. One that leaves moves on what it still holds."""
         own = max(parts, PARTS)
-        return own / (own + sum(link.parts for link in self._live.values()))
+        return own / (own + sum(link.parts for link in self.links if not link.silent))
 
     def pass_the_door_on(self, passed_by: int = 0) -> bool:
         """Tell the next sibling that it is its turn to accept.

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 from pathlib import Path
 
 import pytest
 
+from relay.transfer.pace import PARTS
+from relay.workers.language import LEAVING, READY, Greeting, Standing, encode_still_here
+from relay.workers.link import Link
+from relay.workers.run_dir import RunDir
+from relay.workers.siblings import Siblings
 from tests.support.current import wait_for_current
 from tests.support.harness import (
     Relay,
@@ -35,6 +41,39 @@ ENDING = (
     "relay.transfer.pump:Pump.abandon",
     "relay.server:Relay._close_door",
 )
+
+
+class AtHome:
+    """Of a worker's siblings; nobody is there."""
+
+    def siblings_changed(self) -> None:
+        """Somebody has come or gone."""
+
+    def sibling_gone(self) -> None:
+        """A link has ended, or its sibling has said farewell."""
+
+    def standing(self) -> Standing:
+        """How this worker is."""
+        return Standing(parts=0, load=0.0, room=10, places=10)
+
+
+def test_one_that_leaves_has_its_part_of_a_rate_as_long_as_it_moves_something(tmp_path: Path) -> None:
+    siblings = Siblings(RunDir(str(tmp_path / "run")), dict, AtHome())  # type: ignore[arg-type]
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    link = Link(siblings, here, 1, opened_by_sibling=True)
+    siblings.links.add(link)
+    link.greeting = Greeting("worker-1-1", 1, "1.0.0")
+    try:
+        for packet in (READY, encode_still_here(Standing(parts=3 * PARTS, load=1.0, room=0, places=0)), LEAVING):
+            siblings.heard(link, packet, [])
+            if packet != READY:
+                assert siblings.share(PARTS) == 1 / 4
+        assert siblings.alone, "nothing is handed to it"
+        siblings.lost(link)
+        assert siblings.share(PARTS) == 1
+    finally:
+        siblings.close()
+        there.close()
 
 
 def test_a_mistake_in_handing_one_on_leaves_all_transfers_and_all_who_wait_to_the_sibling(tmp_path: Path) -> None:
