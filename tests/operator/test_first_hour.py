@@ -42,7 +42,7 @@ def test_the_backup_holds_nothing_that_lies_between_the_rows(tmp_path: Path) -> 
         usage.executemany("INSERT INTO usage VALUES (?)", [("deleted",)] * 3 + [("kept",)])
         usage.execute("DELETE FROM usage WHERE result = 'deleted'")
         (command,) = (
-            line for line in PAGE.read_text().splitlines() if line.startswith("runuser") and "import sqlite3" in line
+            line for line in PAGE.read_text().splitlines() if line.startswith("runuser") and "VACUUM INTO" in line
         )
         program = command.partition("python3 -c '")[2].rpartition("'")[0]
         program = program.replace("/var/lib/relay-gevent/var/relay", str(tmp_path))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import socket
 import sqlite3
 import statistics
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -79,7 +81,7 @@ def test_rows_that_were_in_order_before_stay_and_new_ones_come_in_none(tmp_path:
 
 def test_the_order_of_old_rows_is_taken_away_as_the_documentation_says(tmp_path: Path) -> None:
     path = tmp_path / "db"
-    (command,) = re.findall(r"^ +sqlite3 \S+ '(BEGIN IMMEDIATE; .*)'$", DOCUMENTATION.read_text(), re.MULTILINE)
+    (command,) = re.findall(r"^ +sqlite3 .* '(BEGIN IMMEDIATE; .*)'$", DOCUMENTATION.read_text(), re.MULTILINE)
     with recording(path) as recorder:
         record_in_order(recorder, *range(500))
         wait_for_rows(path, 500)
@@ -91,6 +93,24 @@ def test_the_order_of_old_rows_is_taken_away_as_the_documentation_says(tmp_path:
         assert sorted(found) == list(range(501))
         assert abs(agreement(found[:500])) < 0.25
         assert rows(path, "pragma_integrity_check") == [("ok",)]
+
+
+@pytest.mark.skipif(shutil.which("sqlite3") is None, reason="needs sqlite3(1): apt-get install sqlite3")
+@pytest.mark.parametrize(("begin", "deleted"), [("DELETE FROM usage WHERE", {11}), ("BEGIN IMMEDIATE", set())])
+def test_a_printed_command_that_writes_waits_for_the_relay(tmp_path: Path, begin: str, deleted: set[int]) -> None:
+    path = tmp_path / "usage.sqlite"
+    (command,) = re.findall(rf"^ +(sqlite3 .*['\"]{begin}.*)$", DOCUMENTATION.read_text(), re.MULTILINE)
+    with recording(path, blur=60) as recorder:
+        record_in_order(recorder, *range(11))
+        recorder.record(Record(1_000_000_000.0, 11.0, 0.25, 10_000, "happy"))  # in 2001
+        wait_for_rows(path, 12)
+        with holding_the_lock(path):
+            process = subprocess.Popen(["/bin/sh", "-c", command], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1)  # in which it would have given up
+        _, said = process.communicate(timeout=30)
+        assert (process.returncode, said) == (0, "")
+        assert set(ends(path)) == set(range(12)) - deleted
 
 
 @pytest.mark.parametrize("count", [1, 2], ids=["one worker", "two workers"])
