@@ -244,6 +244,12 @@ def looks_of(path: Path) -> object:
     return status and (status.st_mtime_ns, status.st_size, status.st_ino), _beside(path, "-wal"), _beside(path, "-shm")
 
 
+def times_of(path: Path) -> object:
+    """Return what differs once somebody has written to the database, whether it is in the file yet or in its -wal."""
+    each = (_status(Path(_name_beside(path, suffix))) for suffix in ("", "-wal"))
+    return tuple(status and (status.st_mtime_ns, status.st_size, status.st_ino) for status in each)
+
+
 def _uri(path: Path, mode: str) -> str:
     return f"file:{quote(os.fsencode(path.absolute()))}?{mode}"  # a name is bytes, and need not be UTF-8
 

@@ -1,7 +1,8 @@
 """Connections by day. This is the one thing that needs all rows of `usage`, so it is done in the background, some
 thousand rows at a time, each in a short transaction; and seldom, since what comes later is known from `all_time`.
 
-What a count finds and what `all_time` says may differ by the connections that ended meanwhile: these are of today.
+What a count finds and what `all_time` says may differ by the connections that ended meanwhile: these are of the day on
+which that is seen. A later count puts those right that had started on another one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeVar
 
+from relay.report.by_other_hands import whole
 from relay.report.periods import EPOCH_DAY, Day, confined_day
 from relay.report.tally import Sums
 
@@ -30,6 +32,11 @@ COUNT: Final = """
 """
 """No connection moves more than 2^48 bytes; SQLite's sum() fails where one does not fit into 63 bits."""
 
+WITHOUT_ROW: Final = (
+    "SELECT coalesce((SELECT connections FROM all_time ORDER BY rowid LIMIT 1), 0) - (SELECT count(*) FROM usage)"
+)
+"""Of a table's pages SQLite reads only the heads for that, see sqlite3BtreeCount() in its btree.c."""
+
 NOTHING: Final = Sums(0, 0, 0, 0, 0)
 MOST_DAYS: Final = 31
 """So many days are kept, the latest."""
@@ -40,14 +47,12 @@ class History:
     """The last days, in UTC, as they were counted.
 
     Attributes:
-        days: what was counted.
+        days: what was counted, and what has been seen to end since. Never changed, but replaced as a whole.
         of: the `all_time` that goes with these days: what a later one has more than this has ended since.
-        least: the connections of `all_time` when the count began. Only another file has fewer.
     """
 
     days: dict[Day, Sums] = field(default_factory=dict)
     of: Sums = NOTHING
-    least: int = 0
 
     def counted_with(self, all_time: Sums) -> None:
         """Note `all_time` as it is after the count. If it has fewer connections than were counted, it never knew of
@@ -55,13 +60,12 @@ class History:
         if all_time.connections < self.of.connections:
             self.of = all_time
 
-    def by_day(self, all_time: Sums, today: Day) -> dict[Day, Sums]:
-        """The same with what has ended since, when `all_time` is this."""
+    def note(self, all_time: Sums, today: Day) -> None:
+        """Put what has ended since on the day that it is now, when `all_time` is this."""
         since = _minus(all_time, self.of)
-        days = dict(self.days)
         if since.connections > 0:
-            days[today] = plus(days.get(today, NOTHING), since)
-        return days
+            self.days = {**self.days, today: plus(self.days.get(today, NOTHING), since)}
+        self.of = all_time
 
 
 def today(now: float) -> Day:
@@ -100,11 +104,17 @@ def counting(read: Reader, all_time: Sums, into: History) -> Iterator[None]:
     into.days = {day: days[day] for day in latest}
     # Fewer than `all_time` says only where somebody has deleted rows: those are of no day, and not of today.
     into.of = all_time if counted.connections < all_time.connections else counted
-    into.least = all_time.connections
 
 
 def _extent(connection: sqlite3.Connection) -> tuple[int | None, int | None]:
     return connection.execute(FIRST).fetchone()[0], connection.execute(LAST).fetchone()[0]
+
+
+def connections_without_row(connection: sqlite3.Connection) -> int:
+    """How many connections of `all_time` have no row in `usage`, as those of rows that were deleted; below zero where
+    rows are more. It stays the same whatever the relay records."""
+    (missing,) = connection.execute(WITHOUT_ROW).fetchone()
+    return whole(missing)
 
 
 def _count_some(read: Reader, begin: int, last: int, days: dict[Day, Sums]) -> int:

@@ -16,19 +16,13 @@ from typing import Final, TypeVar
 from relay.process.shown import shown
 from relay.report.periods import Day
 from relay.report.tally import Sums
-from relay.status.history import History, count, counting, today
+from relay.status.history import History, connections_without_row, count, counting, today
 from relay.status.rates import FINE_SECONDS
 from relay.status.reading import Reading
+from relay.status.recount import Recount
 from relay.status.source import Source, Unreadable
 
 T = TypeVar("T")
-
-COUNT_AGAIN_AFTER: Final = 6 * 3600.0
-"""Seconds after which all rows are counted anew, in case that somebody has changed them."""
-
-PATIENCE: Final = 100.0
-"""When rows cannot be counted to the end (one of the file's pages is damaged, somebody locks it), that is tried again
-after so many times as long as it took."""
 
 NOT_ASKED_YET: Final = "it was not read yet"
 
@@ -64,9 +58,7 @@ class Observer:
         self._wanted = threading.Event()
         self._ended = False
         self._history: History | None = None
-        self._count_at = 0.0
-        self._not_before = 0.0  # to be counted, since that failed
-        self._imported = 0
+        self._recount = Recount()
         self._thread = threading.Thread(target=self._run, name=f"observer of {source.path}", daemon=True)
 
     def start(self) -> None:
@@ -86,8 +78,7 @@ class Observer:
     def _run(self) -> None:
         while not self._ended:
             self._look()
-            if self._is_to_be_counted():
-                self._count()
+            self._bring_up_to_date()
             self._wait()
 
     def _wait(self) -> None:
@@ -101,43 +92,53 @@ class Observer:
         except Unreadable as reason:
             self.seen = Seen(path, time.monotonic(), None, shown(str(reason)), None)
         else:
+            self._recount.saw(reading)
             days = None
             if self._history is not None:
-                days = self._history.by_day(reading.all_time, today(reading.at))
+                if self._recount.is_of(reading):
+                    self._history.note(reading.all_time, today(reading.at))
+                days = self._history.days
             self.seen = Seen(path, time.monotonic(), reading, "", days)
 
-    def _is_to_be_counted(self) -> bool:
+    def _bring_up_to_date(self) -> bool:
+        """Count all rows if it is time to; return whether that was tried."""
         reading = self.seen.reading
-        now = time.monotonic()
-        if reading is None or now < self._not_before:
+        if reading is None:
             return False
-        history = self._history
-        return (
-            history is None
-            or now >= self._count_at
-            or reading.imported != self._imported
-            or reading.all_time.connections < history.least  # it is another file
-        )
+        if self._recount.wants_rows(reading, time.monotonic()):
+            self._look_at_rows(reading)
+        if not self._recount.wants_count(reading, time.monotonic()):
+            return False
+        self._count(reading)
+        return True
 
-    def _count(self) -> None:
-        reading = self.seen.reading
-        assert reading is not None
+    def _look_at_rows(self, reading: Reading) -> None:
+        began = time.monotonic()
+        try:
+            missing = self._ask(connections_without_row)
+        except Unreadable:
+            missing = None
+        now = time.monotonic()
+        self._recount.saw_rows(reading, missing, now, now - began)
+
+    def _count(self, reading: Reading) -> None:
+        sign = self._recount.sign(reading)
         history = History()
         steps = counting(self._ask, reading.all_time, history)
-        began = time.monotonic()
+        began, processor = time.monotonic(), time.thread_time()
         try:
             if not count(steps, self._pause):
                 return
         except Unreadable:
             now = time.monotonic()
-            self._not_before = now + PATIENCE * (now - began)
+            self._recount.failed(now, now - began)
             return
+        cost = time.thread_time() - processor
         self._look()
         if self.seen.reading is not None:
             history.counted_with(self.seen.reading.all_time)
         self._history = history
-        self._imported = reading.imported
-        self._count_at = time.monotonic() + COUNT_AGAIN_AFTER
+        self._recount.counted(sign, reading.written, time.monotonic(), cost)
         self._look()
 
     def _ask(self, question: Callable[[sqlite3.Connection], T]) -> T:

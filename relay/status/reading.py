@@ -44,7 +44,9 @@ class Reading:
         refreshed: when a worker last noted the time; None when none ever has.
         began: when the service started, in seconds since the epoch; None when no worker has said so.
         counters: of all workers since then, those that are gone included.
-        imported: how many imports of a Twisted relay's records it has seen.
+        written: another one once anybody has written to the database.
+        origin: which file it is, and what was brought into it from Twisted relays: another one once rows have come that
+            no worker has recorded there.
         disk_is_full: nothing more fits on the database's disk.
         unwritten: how many workers more live, which could not write into the database since they began.
         holding: how many workers hold records back that they cannot write into the database; None when nobody can tell.
@@ -60,7 +62,8 @@ class Reading:
     all_time: Sums
     workers: tuple[Worker, ...]
     counters: Numbers
-    imported: int = 0
+    written: object = ()
+    origin: object = ()
     disk_is_full: bool = False
     unwritten: int = 0
     holding: int | None = None
@@ -140,7 +143,6 @@ def together(readings: list[Reading]) -> Reading | None:
         all_time=_added_sums(reading.all_time for reading in readings),
         workers=tuple(worker for reading in readings for worker in reading.workers),
         counters=added({**reading.counters, "bytes": reading.bytes} for reading in readings),
-        imported=sum(reading.imported for reading in readings),
         disk_is_full=any(reading.disk_is_full for reading in readings),
         unwritten=sum(reading.unwritten for reading in readings),
         holding=sum(reading.holding or 0 for reading in readings),

@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 from relay.mistakes import Mistake
 from relay.report.by_other_hands import whole, whole_or_none
 from relay.report.counters import added, numbers_of
-from relay.report.database import ReportError, has_shm, looks_of, opened
+from relay.report.database import ReportError, has_shm, looks_of, opened, times_of
 from relay.report.tally import Sums
 from relay.status.reading import Reading, Worker
 from relay.usage import lifeline
@@ -32,7 +32,7 @@ CURRENT: Final = "SELECT connected, waiting, partal_bytes FROM current ORDER BY 
 SINCE_START: Final = f"SELECT {_SUMS} FROM since_reboot ORDER BY rowid LIMIT 1"
 ALL_TIME: Final = f"SELECT {_SUMS} FROM all_time ORDER BY rowid LIMIT 1"
 REFRESHED: Final = "SELECT at FROM refreshed ORDER BY rowid LIMIT 1"
-IMPORTED: Final = "SELECT count(*) FROM imported"
+IMPORTED: Final = "SELECT source, rows, digest FROM imported ORDER BY source LIMIT 1000"
 SHARES: Final = (
     "SELECT pid, process_start, connected, waiting, partal_bytes FROM worker_share "
     "WHERE typeof(pid) = 'integer' ORDER BY pid, process_start LIMIT 1000"
@@ -111,6 +111,7 @@ def _of_nobody(reading: Reading) -> Reading:
 
 
 def _read(connection: sqlite3.Connection, fd: int, path: Path) -> Reading:
+    written = times_of(path)  # before the first statement, which decides what is seen: nothing is missed
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
 
     def rows(table: str, statement: str) -> list[Any]:
@@ -145,7 +146,8 @@ def _read(connection: sqlite3.Connection, fd: int, path: Path) -> Reading:
         all_time=Sums(*map(whole, _first(rows("all_time", ALL_TIME), (0,) * 5))),
         workers=tuple(workers),
         counters=added([numbers_of(counters), *(numbers_of(counted) for _, counted in told.values())]),
-        imported=_first(rows("imported", IMPORTED), (0,))[0],
+        written=written,
+        origin=(_identity(fd), *rows("imported", IMPORTED)),
         disk_is_full=status.f_bavail == 0,
         unwritten=max(held - lifelines, 0),
         holding=lifeline.count_holding_back(fd) if held else None,
@@ -154,6 +156,14 @@ def _read(connection: sqlite3.Connection, fd: int, path: Path) -> Reading:
 
 def _first(rows: list[Any], otherwise: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(rows[0]) if rows else otherwise
+
+
+def _identity(fd: int) -> object:
+    """Which file that is."""
+    if fd < 0:
+        return None
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 def _since_boot(start: object) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from relay.status import recount
 from relay.status.history import today
 from relay.status.observer import Observer
 from relay.status.source import Source
@@ -21,8 +22,9 @@ HAPPY = "INSERT INTO usage VALUES (?, 1.0, 1.0, 1000, 'happy')"
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    """A database of a relay that has served nobody yet."""
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A database of a relay that has served nobody yet; after a count, a sign has it counted at once."""
+    monkeypatch.setattr(recount, "AT_A_SIGN", 0.0)
     path = tmp_path / "usage.sqlite"
     with contextlib.closing(open_database(str(path))) as database:
         database.execute("INSERT INTO all_time VALUES (0, 0, 0, 0, 0)")
@@ -38,10 +40,7 @@ def write(path: Path, statement: str, *rows: tuple[float, ...]) -> None:
 def looked(observer: Observer) -> bool:
     """Have it look, and count if it wants to; return whether it has counted."""
     observer._look()
-    wants = observer._is_to_be_counted()
-    if wants:
-        observer._count()
-    return wants
+    return observer._bring_up_to_date()
 
 
 def connections_of_today(observer: Observer) -> int:
@@ -84,7 +83,7 @@ def test_rows_that_cannot_be_counted_are_not_tried_all_the_time(path: Path) -> N
     assert observer.seen.reading is not None, "the small tables are whole"
     assert observer.seen.days is None
     assert not looked(observer)
-    observer._not_before = time.monotonic()
+    observer._recount._not_before = time.monotonic()
     assert looked(observer), "later it is tried again"
 
 
