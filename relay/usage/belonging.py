@@ -19,6 +19,7 @@ import fcntl
 import os
 from typing import Final
 
+from relay.usage.folder import FORMER
 from relay.usage.trouble import Trouble
 
 _NOTE: Final = "user.relay-gevent.database"
@@ -105,7 +106,7 @@ def put_aside(file: str) -> str | None:
 
 
 def _kept(file: str) -> str:
-    return file + "-wal.former"
+    return file + FORMER
 
 
 def _has_never_had_one(file: str) -> bool:

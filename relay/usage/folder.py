@@ -17,6 +17,15 @@ from relay.usage.trouble import LOCKED_PATIENCE, Trouble
 BESIDE: Final = ("-wal", "-shm")
 """What SQLite keeps beside a database that is open, by the ends of the names."""
 
+FORMER: Final = "-wal.former"
+"""By which name the relay keeps a -wal that another database has left."""
+
+JOURNAL: Final = "-journal"
+"""What SQLite keeps beside one that is not under WAL, and deletes beside any if it finds something else in it."""
+
+ENDS: Final = (*BESIDE, JOURNAL, FORMER)
+"""The ends of all names that are SQLite's or the relay's beside a database."""
+
 _LOOK_AGAIN: Final = 0.005
 _TRIAL_BYTES: Final = 32768
 """As much as SQLite shares between processes at first."""
@@ -95,7 +104,7 @@ def check_writable(folder: str) -> None:
 
 def check_name(file: str) -> None:
     """Raise Trouble for a name that leaves no room for the names of what SQLite makes beside the file."""
-    if any(_is_too_long(file + end) for end in ("", *BESIDE, "-journal")):
+    if any(_is_too_long(file + end) for end in ("", *BESIDE, JOURNAL)):
         raise Trouble("its name is too long, with what SQLite adds to it; give a shorter one")
 
 

@@ -20,7 +20,7 @@ import stat
 from collections import deque
 from collections.abc import Set as AbstractSet
 
-from relay.usage.folder import BESIDE
+from relay.usage.folder import ENDS
 from relay.usage.record import Record, blur
 from relay.usage.reopen import FollowedFile
 from relay.usage.trouble import LOCKED_PATIENCE, Trouble, UsageError
@@ -59,7 +59,7 @@ def check_log_fd(fd: int, usage_db: str | None = None) -> None:
 def _check_apart(fd: int, usage_db: str) -> None:
     """Raise UsageError where the lines would go into the database, or into what SQLite keeps beside it."""
     status = os.fstat(fd)
-    for beside in ("", *BESIDE):
+    for beside in ("", *ENDS):
         try:
             is_same = os.path.samestat(status, os.stat(os.path.realpath(usage_db) + beside))
         except (OSError, ValueError):

@@ -225,7 +225,7 @@ def test_a_descriptor_that_takes_no_lines_is_told_for_what_it_is(tmp_path: Path,
     assert told.startswith(f"--log-fd {fd}: it is {'a folder; ' if opened == 'folder' else 'open for reading only; '}")
 
 
-@pytest.mark.parametrize("end", ["", "-wal", "-shm"])
+@pytest.mark.parametrize("end", ["", "-wal", "-shm", "-journal", "-wal.former"])
 @pytest.mark.parametrize("flags", [os.O_APPEND, os.O_TRUNC], ids=[">>", ">"])
 def test_lines_that_would_go_into_the_database_are_told_of_by_both_options(
     tmp_path: Path, end: str, flags: int
