@@ -110,7 +110,7 @@ class Relay:
             farewell=self._farewell,
             pairs=self.pairs,
             bounds_met=self._bounds_met,
-            kept=lambda: 0 if self._recorder is None else self._recorder.kept(),
+            kept=lambda: 0 if self._recorder is None else self._recorder.kept_lines(),
             silent=lambda: 0 if self._household is None else self._household.siblings.silent,
             refresh=self._refresh_current,
         )

@@ -49,7 +49,7 @@ WORKER_GAUGES = (
     ("load", "worker_load_ratio", "Part of a processor that the worker's event loop wanted lately."),
     ("handshakes", "worker_handshakes", "Clients that have not said yet what they want."),
     ("held_bytes", "worker_held_bytes", "Bytes that wait in the relay for a receiver that does not take them."),
-    ("kept_records", "worker_kept_records", "Records that could not be written yet."),
+    ("kept_records", "worker_kept_records", "Records that could not be written as JSON lines yet."),
     ("silent_siblings", "worker_silent_siblings", "Other workers that live and do not answer this one."),
 )
 

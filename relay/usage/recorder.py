@@ -35,6 +35,7 @@ class Recorder:
         self._writers = [writer for writer in (database, log) if writer is not None]
         self._queues = [writer.record for writer in self._writers]
         self._database = database
+        self._log = log
         self._unhurried = unhurried
 
     def record(self, record: Record) -> None:
@@ -50,9 +51,13 @@ class Recorder:
         if self._database is not None:
             self._database.request(Request.TICK if tick else Request.REFRESH)
 
-    def kept(self) -> int:
-        """How many records could not be written yet, since a destination is in trouble."""
-        return max([writer.kept for writer in self._writers], default=0)
+    def kept_lines(self) -> int:
+        """How many records have no JSON line yet, since these are in trouble, and have been for longer than a moment.
+
+        Of those that are not in the database nothing can be told in there, until they are; a lock tells of them
+        (`lifeline`).
+        """
+        return 0 if self._log is None else self._log.kept_for_long
 
     def held_back(self) -> list[str]:
         """What is lost if the process ends now, a line for each destination that does not work."""

@@ -20,7 +20,7 @@ from typing import Final, Protocol
 from relay.process.memory import no_thread
 from relay.usage.record import Record
 from relay.usage.sign import Sign
-from relay.usage.trouble import Trouble, UsageError
+from relay.usage.trouble import LOCKED_PATIENCE, Trouble, UsageError
 
 Warn = Callable[[str], None]
 """Writes one line to the relay's log; called on any thread."""
@@ -149,6 +149,11 @@ class Writer:
     def kept(self) -> int:
         """Records that wait since the destination is in trouble, 0 while it is not; read on any thread."""
         return self._taken - self._written if self._outage.reason else 0
+
+    @property
+    def kept_for_long(self) -> int:
+        """The same, and 0 while it has been in trouble for a moment only."""
+        return self.kept if time.monotonic() - self._outage.since >= LOCKED_PATIENCE else 0
 
     def held_back(self) -> str:
         """What is lost if the process ends now, in one line; an empty one while nothing is in the way for long."""
@@ -296,7 +301,8 @@ class _Outage:
         self._name = name
         self._warn = warn
         self._sign = sign
-        self._since = 0.0
+        self.since = 0.0
+        """When it began, in monotonic seconds."""
         self._written = 0
         self._told: set[str] = set()
 
@@ -308,10 +314,10 @@ class _Outage:
     def goes_on(self, trouble: Trouble, written: int, kept: int) -> None:
         now = time.monotonic()
         if not self.reason:
-            self._since = now
+            self.since = now
         self.reason = trouble.line
         self._written += written
-        if trouble.kind not in self._told and now - self._since >= trouble.patience:
+        if trouble.kind not in self._told and now - self.since >= trouble.patience:
             self._told.add(trouble.kind)
             self._warn(f"{self._name}: {trouble.line}; records are kept until it works again ({kept} now)")
         if kept:  # from the first attempt on, however short it may be: nobody can tell beforehand
@@ -321,7 +327,7 @@ class _Outage:
 
     def over(self, written: int) -> None:
         if self._told:
-            seconds = time.monotonic() - self._since
+            seconds = time.monotonic() - self.since
             kept = self._written + written
             self._warn(
                 f"{self._name}: works again after {seconds:.0f} s; the {kept} records kept until now are written"

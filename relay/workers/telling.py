@@ -36,7 +36,7 @@ class Telling:
 
     Args:
         places, reception, matching, farewell, pairs, bounds_met: what there is to tell of.
-        kept: returns how many records could not be written yet.
+        kept: returns how many records have waited for the JSON lines for longer than a moment.
         silent: returns how many siblings live and do not answer.
         refresh: has the database written, on another thread, which asks for `described`.
     """

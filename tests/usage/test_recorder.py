@@ -17,7 +17,7 @@ import pytest
 from relay.usage.record import Current, Record
 from relay.usage.recorder import UsageError
 from relay.usage.sign import Sign
-from relay.usage.trouble import Trouble
+from relay.usage.trouble import LOCKED_PATIENCE, Trouble
 from relay.usage.writer import Request, Writer
 from tests.support.harness import wait_until
 from tests.support.usage_records import (
@@ -165,6 +165,31 @@ def test_what_one_attempt_could_not_write_is_known_to_be_held_back_until_all_is_
     writer.leave(time.monotonic() + 5)
     assert writer.wait() == 0
     assert sign.by == set()
+
+
+def test_what_is_told_in_the_database_of_records_that_wait_is_about_lines_and_not_of_a_moment(
+    tmp_path: Path,
+) -> None:
+    read_end, write_end = os.pipe()
+    warnings: list[str] = []
+    recorder = recorder_of(tmp_path / "db", write_end, warnings)
+    database = f"usage database {tmp_path / 'db'}: "
+    with holding_the_lock(tmp_path / "db"):
+        record_numbers(recorder, 1)
+        wait_until(lambda: any(warning.startswith(database) for warning in warnings), what="the lock is told of")
+        assert recorder.kept_lines() == 0
+    wait_for_rows(tmp_path / "db", 1)
+    os.close(read_end)
+    record_numbers(recorder, 2)
+    wait_until(lambda: any("its reader is gone" in warning for warning in warnings), what="the lines are in trouble")
+    assert recorder._log is not None
+    recorder._log._outage.since = time.monotonic() + 60.0  # however long this test takes
+    assert recorder.kept_lines() == 0
+    recorder._log._outage.since = time.monotonic() - LOCKED_PATIENCE
+    assert recorder.kept_lines() == 1
+    recorder.hurry()
+    recorder.close(0.1)
+    os.close(write_end)
 
 
 def test_recording_only_queues_even_when_both_destinations_are_stuck(tmp_path: Path) -> None:
