@@ -14,12 +14,11 @@ in which all such have come.
 from __future__ import annotations
 
 import fcntl
-import math
 import select
 import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -43,14 +42,23 @@ class Cut(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types
         self.bound = bound
 
 
+MOST_OF_A_SECOND = 0.5
+
+GROWTH = 4
+"""Who may have been short of its worker's part of a rate wants so many times what it has moved: of a part that was far
+too small a few seconds make a fair one, and who would not have moved more leaves the others a fair one, too."""
+
+
 class _Place:
     """A place in the line: the greenlet that waits there, and what was reserved for it when its turn had come."""
 
-    __slots__ = ("granted", "greenlet")
+    __slots__ = ("allowance", "granted", "greenlet", "since")
 
-    def __init__(self, greenlet: Any) -> None:  # noqa: ANN401  # gevent has no types
+    def __init__(self, greenlet: Any, allowance: Allowance) -> None:  # noqa: ANN401  # gevent has no types
         self.greenlet = greenlet
+        self.allowance = allowance
         self.granted = 0
+        self.since = time.monotonic()  # from when on its wait has not been noted
 
 
 class SharedPace:
@@ -62,6 +70,7 @@ class SharedPace:
         self.little = Pace(rate * LITTLE)
         """Of those who go before the line."""
         self._moved: dict[Allowance, float] = {}  # by whom, in this second
+        self._waited: dict[Allowance, float] = {}  # who, and for how many seconds of it
         self._level = rate  # bytes a second that an equal part of the whole rate was
         self._hub = gevent.get_hub()
         self._timer = self._hub.loop.timer(0.0)
@@ -72,10 +81,10 @@ class SharedPace:
         self.little.rate = rate * LITTLE
         self._plan()
 
-    def wait(self, has: Callable[[], int]) -> int:
+    def wait(self, allowance: Allowance, has: Callable[[], int]) -> int:
         """Wait for the calling greenlet's turn in the line; returns how many bytes are reserved for it then. For `has`
         see `Line.join`."""
-        place = _Place(gevent.getcurrent())
+        place = _Place(gevent.getcurrent(), allowance)
         self.line.join(place, has)
         try:
             if len(self.line) == 1:
@@ -86,6 +95,8 @@ class SharedPace:
             self.line.leave(place)
             self.give_back(place.granted)
             raise
+        finally:
+            self._note_wait_of(place)
         return place.granted
 
     def give_back(self, size: int) -> None:
@@ -95,25 +106,50 @@ class SharedPace:
             self._plan()
 
     def note(self, allowance: Allowance, moved: float) -> None:
-        """So many bytes have been moved, and charged here; math.inf for one that wanted more than it could have."""
+        """So many bytes have been moved, and charged here."""
         self._moved[allowance] = self._moved.get(allowance, 0) + moved
+
+    def note_wait(self, allowance: Allowance, seconds: float) -> None:
+        """For so long it has stood in the line."""
+        self._waited[allowance] = self._waited.get(allowance, 0) + seconds
+
+    def _note_wait_of(self, place: _Place) -> None:
+        now = time.monotonic()
+        self.note_wait(place.allowance, now - place.since)
+        place.since = now
 
     def every_second(self, relay_rate: float, share_of: Callable[[int], float]) -> int:
         """Take what is this worker's of a rate that all workers share, until this is called again.
 
-        Who wanted more than it could have wants an equal part of that rate, and so does who has moved as much as one
-        was; who has moved less, only that much of one. So what somebody leaves is the others' (max-min fairness).
-        `share_of` tells, of how many `PARTS` of such a part are wanted here, which share of the whole that is. Returns
-        how many those are.
+        Who has moved as much as an equal part of that rate was, or wants it, wants an equal part; who wants less, only
+        that much of one. So what somebody leaves is the others' (max-min fairness). `share_of` tells, of how many
+        `PARTS` of such a part are wanted here, which share of the whole that is. Returns how many those are.
         """
-        wanted = sum(min(1.0, moved / self._level) for moved in self._moved.values())
+        parts = round(PARTS * sum(min(1.0, wanted / self._level) for wanted in self._wanted()))
         self._moved.clear()
-        parts = max(round(PARTS * wanted), PARTS * len(self.line))
+        self._waited.clear()
         share = share_of(parts)
         self.set_rate(relay_rate * share)
         others = max(parts, PARTS) * (1 / share - 1)
         self._level = relay_rate / max(1.0, (parts + others) / PARTS)
         return parts
+
+    def _wanted(self) -> Iterator[float]:
+        """How many bytes a second each wants to move, as far as what it has done in this second tells.
+
+        That is what it has moved, and what it has if it stands in the line now. To have waited is no want of more: the
+        last few of 5000 bytes wait as long as any others. More than that wants only who has waited for most of the
+        second and has moved about as much as anybody here, since who moves less than others in the same line has less.
+        """
+        has: dict[Allowance, float] = {}
+        for place, size in self.line.ask_all():
+            self._note_wait_of(place)
+            has[place.allowance] = size
+        most = max(self._moved.values(), default=0.0)
+        for allowance in self._moved.keys() | has.keys():
+            moved = self._moved.get(allowance, 0.0)
+            is_short = self._waited.get(allowance, 0.0) > MOST_OF_A_SECOND and moved >= most / 2
+            yield (GROWTH if is_short else 1) * moved + has.get(allowance, 0.0)
 
     def _plan(self) -> None:
         self._timer.close()
@@ -211,8 +247,7 @@ class Allowance:
                 gevent.sleep(self._own.free_in(began))
                 self._has_waited = True
             if self._shared is not None and self._shared.line.holds_back(time.monotonic()):
-                self._shared.note(self, math.inf)
-                self._granted = self._shared.wait(partial(_has, pump))
+                self._granted = self._shared.wait(self, partial(_has, pump))
         finally:
             self._waits_since = None
             self._waited += time.monotonic() - began

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from itertools import islice
+from itertools import chain, islice, repeat
 from typing import Generic, TypeVar
 
 MOMENT = 0.05
@@ -110,6 +110,12 @@ class Line(Generic[Who]):
     def leave(self, who: Who) -> None:
         """`who` waits no more; nothing happens if it does not."""
         self._waiting.pop(who, None)
+
+    def ask_all(self) -> Iterator[tuple[Who, float]]:
+        """All of them, and how many bytes each has to move; after the first `LOOKED_AT`, as many as these on the
+        average."""
+        sizes = [has() for has in islice(self._waiting.values(), LOOKED_AT)]
+        return zip(self._waiting, chain(sizes, repeat(sum(sizes) / max(1, len(sizes)))), strict=False)
 
     def take_due(self, now: float) -> Iterator[tuple[Who, int]]:
         """Those whose turn it is, and how many bytes are reserved for each; unless something goes wrong with that, they

@@ -305,10 +305,12 @@ def test_who_sends_tiny_frames_stands_in_the_line_once_for_what_it_may_read_then
         shared.pace.reserve(200_000, time.monotonic())
         times = 0
 
-        def wait(has: Callable[[], int], wait: Callable[[Callable[[], int]], int] = shared.wait) -> int:
+        stand_in_line = shared.wait
+
+        def wait(allowance: Allowance, has: Callable[[], int]) -> int:
             nonlocal times
             times += 1
-            return wait(has)
+            return stand_in_line(allowance, has)
 
         shared.wait = wait  # type: ignore[method-assign]
         talk.left.send(frame * 4000)  # which is less than a portion
@@ -467,11 +469,17 @@ class Workers:
         self.paces = [SharedPace(rate) for _ in range(number)]
         self.wanted = [0] * number
 
-    def second(self, *moved: dict[Allowance, float]) -> list[float]:
-        """After what has been moved at each in this one; returns the rate that each may move in the next."""
-        for pace, by_whom in zip(self.paces, moved, strict=True):
-            for allowance, size in by_whom.items():
-                pace.note(allowance, size)
+    def second(self, *wanted: dict[Allowance, float], waited: float = 0.0) -> list[float]:
+        """In this one each of these wants to move so many bytes, at each worker, and has equally many at the most; who
+        has them all has stood in the line for `waited` seconds, who has not, all the time. Returns the rate that each
+        worker may move in the next."""
+        for pace, by_whom in zip(self.paces, wanted, strict=True):
+            left = pace.pace.rate
+            for number, (allowance, wants) in enumerate(sorted(by_whom.items(), key=lambda item: item[1])):
+                moves = min(wants, left / (len(by_whom) - number))
+                left -= moves
+                pace.note(allowance, moves)
+                pace.note_wait(allowance, waited if moves == wants else 1.0)
         before = sum(self.wanted)
         news = []
         for pace, own_before in zip(self.paces, self.wanted, strict=True):
@@ -526,15 +534,91 @@ def test_all_who_want_more_have_equal_parts_wherever_they_are() -> None:
     workers.close()
 
 
-def test_who_stands_in_the_line_wants_a_part_though_nothing_of_it_has_moved_yet() -> None:
+def test_many_who_begin_at_a_worker_that_had_little_of_the_rate_have_equal_parts_in_a_few_seconds() -> None:
+    workers = Workers(2, 1e9)
+    old, new = (dict.fromkeys(of(pace, 100), math.inf) for pace in workers.paces)
+    for _ in range(5):
+        workers.second(old, {})
+    for _ in range(5):
+        rates = workers.second(old, new)
+    assert rates == pytest.approx([0.5e9, 0.5e9], rel=0.05)
+    workers.close()
+
+
+@pytest.mark.parametrize("waited", [0.05, 0.45, 0.9])
+@pytest.mark.parametrize(("talkers", "size"), [(100, 5000), (300, 1050), (100, 50_000)])
+def test_who_waits_behind_a_bulk_transfer_and_has_all_it_wants_takes_no_more_than_that_of_a_rate_that_workers_share(
+    talkers: int, size: float, waited: float
+) -> None:
+    """Once, each that had waited for the last few of its bytes took a whole part from the other worker's transfers."""
+    workers = Workers(2, 1e7)
+    first = {of(workers.paces[0], 1)[0]: math.inf, **dict.fromkeys(of(workers.paces[0], talkers), size)}
+    second = dict.fromkeys(of(workers.paces[1], 1), math.inf)
+    for number in range(20):
+        rates = workers.second(first, second, waited=waited)
+        if number > 10:
+            assert rates[1] == pytest.approx((1e7 - talkers * size) / 2, rel=0.1)
+    workers.close()
+
+
+def test_many_who_need_half_of_a_rate_that_workers_share_leave_the_other_half_most_of_the_time() -> None:
+    """There nobody moves more than they; whenever the half is a little short, they are held back."""
+    workers = Workers(2, 1e7)
+    talkers = dict.fromkeys(of(workers.paces[0], 100), 5e4)
+    bulk = dict.fromkeys(of(workers.paces[1], 1), math.inf)
+    rates = [workers.second(talkers, bulk, waited=0.1)[1] for _ in range(50)][10:]
+    assert min(rates) > 1.5e6
+    assert sum(rates) / len(rates) > 3.5e6
+    workers.close()
+
+
+def test_who_stands_in_the_line_wants_what_it_has_though_nothing_of_it_has_moved_yet() -> None:
     shared = SharedPace(1000.0)
     shared.pace.reserve(10_000, time.monotonic())
-    waiting = [gevent.spawn(shared.wait, lambda: 100) for _ in range(5)]
+    waiting = [gevent.spawn(shared.wait, allowance, lambda: 3000) for allowance in of(shared, 5)]
+    waiting += [gevent.spawn(shared.wait, allowance, lambda: 100) for allowance in of(shared, 20)]
     gevent.sleep(0)
-    assert shared.every_second(1000.0, lambda parts: 1.0) == 5 * PARTS
+    assert shared.every_second(1000.0, lambda parts: 1.0) == (5 + 20 / 10) * PARTS
     gevent.killall(waiting)
     assert shared.every_second(1000.0, lambda parts: 1.0) == 0
     shared.close()
+
+
+def test_of_a_wait_over_the_end_of_a_second_the_next_one_has_what_was_in_it() -> None:
+    shared = SharedPace(1000.0)
+    shared.pace.reserve(10_000, time.monotonic())
+    (allowance,) = of(shared, 1)
+    waiting = gevent.spawn(shared.wait, allowance, lambda: 100)
+    gevent.sleep(0.05)
+    before = time.monotonic()
+    shared.every_second(1000.0, lambda parts: 1.0)
+    after = time.monotonic()
+    gevent.sleep(0.01)
+    left = time.monotonic()
+    waiting.kill()
+    assert left - after <= shared._waited[allowance] <= time.monotonic() - before
+    shared.close()
+
+
+@pytest.mark.parametrize("framed", [False, True], ids=["plain", "framed"])
+def test_to_have_waited_behind_a_bulk_transfer_for_a_few_bytes_is_no_want_of_more(framed: bool) -> None:
+    with contextlib.ExitStack() as stack:
+        shared = SharedPace(2_000_000)
+        stack.callback(shared.close)
+        bulk, *few = (Transfer(Limits(relay_pace=shared), framed=framed and n > 0, stack=stack) for n in range(21))
+        to_wait = list(few)
+
+        def all_have_waited(_: int) -> bool:
+            if to_wait and len(shared.line):
+                to_wait[-1].say(6000)
+            gevent.sleep(0.001)
+            if to_wait and to_wait[-1].pair.held_back > 0:
+                to_wait.pop()
+            return not to_wait
+
+        flow(bulk.left, bulk.right, all_have_waited)
+        assert not to_wait
+        assert shared.every_second(2e6, lambda parts: 1.0) < 2 * PARTS
 
 
 def test_a_byte_of_each_of_many_stops_nobody(tmp_path: Path) -> None:

@@ -173,6 +173,15 @@ def test_who_leaves_the_line_takes_nothing_with_it() -> None:
     assert not line.holds_back(1.0)
 
 
+def test_of_a_long_line_the_first_are_asked_what_they_have_and_the_others_taken_to_have_as_much() -> None:
+    line: Line[int] = Line(Pace(1e6))
+    assert not [*line.ask_all()]
+    for who in range(LOOKED_AT + 2):
+        line.join(who, lambda who=who: 1 if who < LOOKED_AT // 2 else 3)  # type: ignore[misc]
+    half = LOOKED_AT // 2
+    assert [*line.ask_all()] == [*enumerate([1] * half + [3] * half + [2] * 2)]
+
+
 def test_as_long_as_somebody_stands_in_the_line_nobody_goes_before_it() -> None:
     line: Line[str] = Line(Pace(1e6))
     assert not line.holds_back(0.0)
