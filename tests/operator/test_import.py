@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import stat
 import subprocess
 import sys
 import threading
@@ -755,3 +756,23 @@ def test_the_printed_import_rounds_as_the_relay_that_is_configured_does() -> Non
     assert command is not None
     assert rounded is not None
     assert command[1].startswith(f"--blur-usage {rounded[1]} /")
+
+
+def test_what_the_printed_import_makes_is_for_the_relay_s_user_and_group_alone(tmp_path: Path) -> None:
+    page = (CHECKOUT / "docs" / "moving.md").read_text()
+    (commands,) = re.findall(r"^       (install -d .*?\n.*?)\n\n", page, re.MULTILINE | re.DOTALL)
+    for printed, here in (
+        ("-o relay-gevent -g relay-gevent ", ""),
+        ("runuser -u relay-gevent -- ", ""),
+        ("/opt/relay-gevent/bin/python ", f"{sys.executable} "),
+        ("/opt/relay-gevent/share/relay-gevent/misc/import-twisted-usage", str(PROGRAM)),
+        ("/var/lib/twisted/", f"{tmp_path}/"),
+        ("/var/lib/relay-gevent/", f"{tmp_path}/"),
+    ):
+        assert printed in commands
+        commands = commands.replace(printed, here)
+    twisted_database(tmp_path / "usage.sqlite", 3)
+    subprocess.run(["/bin/sh", "-e", "-c", f"umask 022\n{commands}"], check=True, timeout=60)
+    ours = tmp_path / "var" / "relay"
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (ours, ours / "usage.sqlite")] == [0o750, 0o640]
+    assert len(usage(ours / "usage.sqlite")) == 3
