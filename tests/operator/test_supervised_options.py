@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,19 @@ def test_an_option_that_is_not_for_the_status_page_is_told_of_with_what_to_do(
         line = log.read_text().splitlines()[0]
         assert line.startswith(f"relay-status: error: RELAY_STATUS_OPTIONS, {word}: ")
         assert line.endswith(remedy)
+
+
+def test_a_path_among_the_options_of_the_status_page_begins_where_other_paths_do() -> None:
+    with supervised(started=False) as service:
+        service.env["RELAY_STATUS_OPTIONS"] = "--usage-db var/relay/other.sqlite"
+        service.start()
+        wait_until(lambda: begins_in(service.home, b"--usage-db\0var/relay/other.sqlite\0"), 20, service.logs())
+
+
+def begins_in(folder: Path, words: bytes) -> bool:
+    """Whether a process that was given these words is in that folder."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if words in (process / "cmdline").read_bytes() and (process / "cwd").samefile(folder):
+                return True
+    return False
