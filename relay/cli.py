@@ -49,6 +49,8 @@ What it records:
   --usage-db PATH              Keep usage in this SQLite file; it is made when missing.
   --log-fd FD                  Write a JSON line for each finished connection to this file descriptor.
   --log-stdout                 The same, to standard output.
+  --log-path PATH              What file the descriptor was opened as. Lines go to a new file of that name once it is
+                               renamed; without this option, only if that is after the start.
   --measure-paths              Count, at the end of each transfer of a megabyte or more, how good its paths were and
                                what limited it, in coarse buckets over all of them: for relay-usage --paths and
                                relay-status. Needs --usage-db.
@@ -184,6 +186,7 @@ def _serve(options: Options) -> None:
             recorder = open_recorder(
                 usage_db=options.usage_db,
                 log_fd=options.log_fd,
+                log_path=options.log_path,
                 blur_seconds=options.blur_usage,
                 current=relay.current,
                 warn=log.tell,
@@ -258,6 +261,7 @@ def read_options(arguments: Sequence[str]) -> Options:
         congestion_control=given["--congestion-control"],
         blur_usage=None if given["--blur-usage"] is None else _whole(given, "--blur-usage", 1),
         log_fd=_log_fd(given),
+        log_path=_log_path(given),
         usage_db=_path(given, "--usage-db"),
         run_dir=_path(given, "--run-dir"),
         grace=_seconds(given, "--grace", 0),
@@ -337,7 +341,7 @@ def _upstream(given: dict[str, Any]) -> str | None:
     split_targets(text)
     if given["--websocket"] is None:
         raise Mistake(f"--upstream {text}: a gateway is for WebSocket clients; give --websocket, too")
-    for option in ("--usage-db", "--log-fd", "--log-stdout", "--measure-paths"):
+    for option in ("--usage-db", "--log-fd", "--log-stdout", "--log-path", "--measure-paths"):
         if given[option]:
             raise Mistake(f"{option}: a gateway records nothing (--upstream); give it to the relay that it leads to")
     return ",".join(target.strip() for target in text.split(","))  # as its siblings write it
@@ -389,6 +393,13 @@ def _log_fd(given: dict[str, Any]) -> int | None:
     if given["--log-stdout"] and log_fd != 1:
         raise Mistake("--log-stdout and --log-fd name two places for the JSON lines; give one of them")
     return log_fd
+
+
+def _log_path(given: dict[str, Any]) -> str | None:
+    path = _path(given, "--log-path")
+    if path is not None and given["--log-fd"] is None and not given["--log-stdout"]:
+        raise Mistake(f"--log-path {path}: it only says what file a descriptor is; give --log-fd, too")
+    return path
 
 
 def _shares_of_fds(given: dict[str, Any]) -> tuple[int, int]:

@@ -22,6 +22,7 @@ class Options:
     congestion_control: str | None = None
     blur_usage: int | None = None
     log_fd: int | None = None
+    log_path: str | None = None
     usage_db: str | None = None
     run_dir: str | None = None
     grace: float = 7.0

@@ -52,7 +52,7 @@ def check_log_fd(options: Options, closed: Collection[int]) -> None:
     if fd in closed:
         raise Mistake(not_open(fd))
     try:
-        check_log_fd(fd, options.usage_db)
+        check_log_fd(fd, options.usage_db, options.log_path)
     except UsageError as error:
         raise Mistake(error) from None
 

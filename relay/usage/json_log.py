@@ -35,8 +35,9 @@ _NO_LINES = {stat.S_IFDIR: "a folder", stat.S_IFBLK: "a disk"}
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
-def check_log_fd(fd: int, usage_db: str | None = None) -> None:
-    """Raise UsageError unless JSON lines can go to `fd`, and are no database at `usage_db`.
+def check_log_fd(fd: int, usage_db: str | None = None, opened_as: str | None = None) -> None:
+    """Raise UsageError unless JSON lines can go to `fd`, and neither that nor `opened_as`, where they may go later,
+    is of a database at `usage_db`.
 
     Best asked before the process opens anything itself: a number that the operator forgot to open may be something of
     the relay's own by then, such as the socket it listens on.
@@ -54,14 +55,23 @@ def check_log_fd(fd: int, usage_db: str | None = None) -> None:
         raise UsageError(f"--log-fd {fd}: it is open for reading only; open it for writing, as in {fd}>>usage.json")
     if usage_db is not None:
         _check_apart(fd, usage_db)
+        if opened_as is not None and os.path.realpath(opened_as) in _files_of(usage_db):
+            raise UsageError(
+                f"--log-path {opened_as}: it is of the database that --usage-db names, {usage_db}; "
+                "give each a file of its own"
+            )
+
+
+def _files_of(usage_db: str) -> list[str]:
+    return [os.path.realpath(usage_db) + beside for beside in ("", *ENDS)]
 
 
 def _check_apart(fd: int, usage_db: str) -> None:
     """Raise UsageError where the lines would go into the database, or into what SQLite keeps beside it."""
     status = os.fstat(fd)
-    for beside in ("", *ENDS):
+    for beside, path in zip(("", *ENDS), _files_of(usage_db), strict=True):
         try:
-            is_same = os.path.samestat(status, os.stat(os.path.realpath(usage_db) + beside))
+            is_same = os.path.samestat(status, os.stat(path))
         except (OSError, ValueError):
             continue  # the shell has made the file of the lines already, so this is none
         if is_same:
@@ -137,15 +147,16 @@ class JsonLog:
         fd: open for writing (`check_log_fd`).
         blur_seconds: as `--blur-usage` has it.
         warn: writes a line to the relay's own log.
+        opened_as: the path that `fd` was opened as, as far as that is known.
     """
 
-    def __init__(self, fd: int, blur_seconds: int | None, warn: Warn) -> None:
+    def __init__(self, fd: int, blur_seconds: int | None, warn: Warn, opened_as: str | None = None) -> None:
         self.name = f"JSON lines on fd {fd}"
         self.option = f"--log-fd {fd}"
         self._fd = fd
         self._blur_seconds = blur_seconds
         self._warn = warn
-        self._file = FollowedFile(fd)
+        self._file = FollowedFile(fd, opened_as)
         _be_no_reader(fd)
         _append(fd)
         self._told_of_rotation = False

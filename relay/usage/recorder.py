@@ -93,6 +93,7 @@ def open_recorder(
     current: Callable[[], Current],
     warn: Warn,
     describe: Callable[[], Description] = Description,
+    log_path: str | None = None,
 ) -> Recorder:
     """Check where usage is to be recorded, start the threads that write it, and sign this process on in the database.
 
@@ -105,6 +106,7 @@ def open_recorder(
         blur_seconds: round times down to a multiple of this, and sizes up; None records both exactly.
         current: returns what this process holds at the moment; called on another thread, so it must only read.
         describe: returns what it tells of itself beside that; called like `current`.
+        log_path: what file `log_fd` was opened as, where it may have been renamed since; None where that is not known.
         warn: writes one line to the relay's log; called on other threads. With `blur_seconds`, at moments that have
             nothing to do with what it is about.
 
@@ -114,7 +116,14 @@ def open_recorder(
     unhurried = None if blur_seconds is None else Unhurried(warn, blur_seconds)
     try:
         return _open(
-            usage_db, log_fd, blur_seconds, current, describe, warn if unhurried is None else unhurried, unhurried
+            usage_db,
+            log_fd,
+            log_path,
+            blur_seconds,
+            current,
+            describe,
+            warn if unhurried is None else unhurried,
+            unhurried,
         )
     except UsageError:
         if unhurried is not None:
@@ -125,6 +134,7 @@ def open_recorder(
 def _open(
     usage_db: str | None,
     log_fd: int | None,
+    log_path: str | None,
     blur_seconds: int | None,
     current: Callable[[], Current],
     describe: Callable[[], Description],
@@ -134,8 +144,8 @@ def _open(
     log = database = None
     sign = Sign()
     if log_fd is not None:
-        check_log_fd(log_fd, usage_db)
-        log = Writer(JsonLog(log_fd, blur_seconds, warn), warn, sign)
+        check_log_fd(log_fd, usage_db, log_path)
+        log = Writer(JsonLog(log_fd, blur_seconds, warn, log_path), warn, sign)
     if usage_db is not None:
         from relay.usage.database import Database  # not before: SQLite takes 1.5 MB
 

@@ -37,11 +37,16 @@ class FollowedFile:
 
     Args:
         fd: the descriptor of the log, open for writing. Its path is asked for once, now.
+        opened_as: the path that it was opened as, where that is known: what the kernel calls it may be another one by
+            now, as when the file was renamed before this program had started.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, opened_as: str | None = None) -> None:
         self.fd = fd
-        self.path = path_of(fd)
+        if opened_as is not None and stat.S_ISREG(os.fstat(fd).st_mode):
+            self.path: str | None = os.path.realpath(opened_as)
+        else:
+            self.path = path_of(fd)
 
     def follow(self) -> bool:
         """Let the descriptor write to the file that the path names, making that file when there is none.

@@ -45,6 +45,7 @@ MAY_DIFFER: Final = {
     "max_waiting_per_token": "is each worker's own",
     "max_per_source": "is compared where it is given, with `bounds_loopback`",
     "max_new_per_source": "as the connections of a source",
+    "log_path": "is each worker's own, as the descriptor is",
     "measure_paths": "counts more, and changes no record",
     "check": "is of no worker that runs",
     "own_interfaces": "is how the interfaces were given, and not which",

@@ -245,6 +245,20 @@ def test_lines_that_would_go_into_the_database_are_told_of_by_both_options(
         os.close(fd)
 
 
+@pytest.mark.parametrize("end", ["", "-wal", "-shm", "-journal", "-wal.former"])
+def test_lines_that_would_go_into_the_database_after_a_rotation_are_told_of_by_both_options(
+    tmp_path: Path, end: str
+) -> None:
+    database = tmp_path / "usage.sqlite"
+    (tmp_path / "by-a-link").symlink_to(database)
+    with (tmp_path / "usage.jsonl").open("ab") as lines:
+        fd = lines.fileno()
+        options = ("--log-fd", str(fd), "--log-path", f"{database}{end}", "--usage-db", str(tmp_path / "by-a-link"))
+        told = checked(run("--check", *options, pass_fds=(fd,)))
+        assert told == checked(run(*LOCAL, *options, pass_fds=(fd,)))
+    assert told.startswith(f"--log-path {database}{end}: it is of the database that --usage-db names, ")
+
+
 def test_a_standard_descriptor_that_is_closed_is_told_of(tmp_path: Path) -> None:
     shut = ["/bin/sh", "-c", 'exec "$0" "$@" >&-']
     assert "it is not open" in checked(run("--check", "--log-stdout", inside=shut))

@@ -170,6 +170,11 @@ def test_two_places_for_the_json_lines_are_a_mistake() -> None:
     assert "--log-stdout" in complaint("--log-stdout", "--log-fd", "2")
 
 
+def test_what_file_a_descriptor_is_without_a_descriptor_is_a_mistake() -> None:
+    assert complaint("--log-path", "usage.jsonl").startswith("--log-path usage.jsonl: ")
+    assert read_options(["--log-path", "usage.jsonl", "--log-stdout"]).log_path == "usage.jsonl"
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

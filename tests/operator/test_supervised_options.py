@@ -17,6 +17,7 @@ from tests.support.supervised import supervised
         ("--grace 5 --blur-usage 60", "--blur-usage", "RELAY_BLUR_USAGE"),
         ("-w4002", "-w4002", "RELAY_WEBSOCKET"),
         ("--log-stdout", "--log-stdout", "RELAY_USAGE_LOG"),
+        ("--log-path=x", "--log-path=x", "RELAY_USAGE_LOG"),
         ("--health 4003", "--health", "RELAY_HEALTH"),
         ("--check", "--check", "end at once"),
         ("--chec", "--chec", "end at once"),
@@ -53,6 +54,7 @@ def test_the_blur_and_the_port_for_health_checks_are_changed_without_the_file(bl
         (words,) = [[word.decode() for word in line.split(b"\0")] for line in told]
         assert ("--blur-usage" in words) == (blur != "no")
         assert blur == "no" or words[words.index("--blur-usage") + 1] == blur
+        assert words[words.index("--log-path") + 1].endswith("/var/relay/usage.jsonl")
         with connect(health) as check:
             check.sendall(b"GET / HTTP/1.0\r\n\r\n")
             assert read_exactly(check, 12) == b"HTTP/1.1 200"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from relay.usage.reopen import FollowedFile, path_of
-from tests.support.harness import Relay, connect, handshake, new_side, new_token
+from tests.support.harness import CHECKOUT, Relay, connect, handshake, new_side, new_token, running, wait_until
 
 
 @pytest.fixture
@@ -40,6 +42,34 @@ def test_after_a_rename_a_new_file_is_made_and_the_same_descriptor_writes_to_it(
     assert (tmp_path / "usage.1").read_text() == "first\n"
     assert (tmp_path / "usage.jsonl").read_text() == "second\n"
     assert stat.S_IMODE((tmp_path / "usage.jsonl").stat().st_mode) == 0o640
+
+
+def test_a_file_that_was_renamed_before_it_was_asked_for_its_path_is_made_anew_where_it_was(
+    log: FollowedFile, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to("usage.jsonl")
+    (tmp_path / "usage.jsonl").rename(tmp_path / "usage.1")
+    for name in ("usage.jsonl", "link"):
+        late = FollowedFile(log.fd, str(tmp_path / name))
+        assert late.follow() == (name == "usage.jsonl")
+        os.write(late.fd, b"second\n")
+    assert (tmp_path / "usage.1").read_text() == "first\n"
+    assert (tmp_path / "usage.jsonl").read_text() == "second\nsecond\n"
+
+
+def test_a_file_that_was_deleted_before_that_is_made_anew_as_well(log: FollowedFile, tmp_path: Path) -> None:
+    (tmp_path / "usage.jsonl").unlink()
+    assert FollowedFile(log.fd, str(tmp_path / "usage.jsonl")).follow()
+    os.write(log.fd, b"second\n")
+    assert (tmp_path / "usage.jsonl").read_text() == "second\n"
+
+
+def test_what_is_no_file_goes_nowhere_whatever_it_was_opened_as(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    assert not FollowedFile(writing, str(tmp_path / "usage.jsonl")).follow()
+    os.close(reading)
+    os.close(writing)
+    assert os.listdir(tmp_path) == []
 
 
 def test_two_workers_agree_on_the_new_file(log: FollowedFile, tmp_path: Path) -> None:
@@ -103,6 +133,24 @@ def test_a_fifo_put_in_its_place_does_not_hold_anybody_up(log: FollowedFile, tmp
     os.mkfifo(tmp_path / "usage.jsonl")
     with pytest.raises(OSError, match="No such device"):
         log.follow()
+
+
+@pytest.mark.parametrize("meanwhile", ["mv usage.jsonl usage-1.jsonl", "rm usage.jsonl"])
+def test_a_relay_whose_file_is_renamed_while_it_starts_writes_to_where_it_was(tmp_path: Path, meanwhile: str) -> None:
+    options = "--port 0 --interface 127.0.0.1 --log-fd 3 --log-path usage.jsonl"
+    script = f'exec 3>>usage.jsonl; {meanwhile}; exec "$0" -m relay {options}'
+    log, lines = tmp_path / "log", tmp_path / "usage.jsonl"
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+
+    def port() -> int:
+        found = re.search(r"listening on \S+ port (\d+)", log.read_text())
+        return int(found[1]) if found else 0
+
+    with running(["/bin/sh", "-c", script, sys.executable], log, env=environment, cwd=tmp_path):
+        with connect(wait_until(port, 20, "its port")) as client:
+            client.sendall(handshake(new_token(), new_side()))
+        wait_until(lambda: lines.exists() and lines.read_text().count("\n") == 1, 20, "the line")
+    assert not (tmp_path / "usage-1.jsonl").exists() or (tmp_path / "usage-1.jsonl").read_text() == ""
 
 
 def test_the_relay_goes_on_in_a_new_file_after_a_rotation(relay: Relay) -> None:
