@@ -8,6 +8,7 @@ visitors do, reaches the relay; and it has something to say whatever has become 
 `source`     reads a database, a few rows at a time, and never a whole table
 `rates`      pure: what is remembered of the readings, and the rates that follow
 `history`    connections by day: the one thing that needs all rows, counted in the background, in slices
+`recount`    pure: when they are counted again, so that the days are right and cost little
 `observer`   the thread that does so for one database
 `health`     pure: is all well, in words
 `view`       pure: all that is shown, of one moment
