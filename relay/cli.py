@@ -212,6 +212,7 @@ def _serve(options: Options) -> None:
             relay.close()
         finally:
             recorder.close(RECORDS_SECONDS)
+    ending.is_over()
     log.tell("stopped")
 
 

@@ -342,9 +342,9 @@ class Relay:
             self._eviction.close,
             self._stop_greenlets,
             self._close_household,
-            self._cut_pairs_off,
             self._matching.cut_off,
             self._reception.cut_off,
+            self._cut_pairs_off,  # not before: it takes a while, and nobody is left now who could become one meanwhile
             self._farewell.close_all,
             self._telling.close,
             self.pairs.close,

@@ -107,3 +107,10 @@ class Ending:
         for number in BY_SOMEBODY:
             with contextlib.suppress(OSError):
                 signal.signal(number, lambda number, frame: self.by_somebody())
+
+    def is_over(self) -> None:
+        """Everything is done. Python would give these signals their own meaning again before it is gone, and whoever
+        sends one once more be told that it was killed."""
+        for number in BY_SOMEBODY:
+            with contextlib.suppress(OSError):
+                signal.signal(number, signal.SIG_IGN)

@@ -3,8 +3,8 @@
 - Who has room is asked again each second, and gets what fits; the rest is served meanwhile.
 - From the moment at which somebody found no room, or nobody was there, `--grace` runs. A sibling that may soon be ready
   stops that clock when it has taken everything; one that was there before does not.
-- When the time is over, nothing more is handed on, and what is under way arrives or comes back. Then what is still here
-  is cut off and recorded, by whoever has this.
+- When the time is over, nothing more is handed on, and what is under way has time to arrive. Then what is still here is
+  cut off and recorded, by whoever has this; and so is what has not arrived, however this ends (`Siblings.close`).
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from relay.clients.matching import Matching
 from relay.clients.places import Places
 from relay.clients.reception import Reception
 from relay.clients.speech import Ending
+from relay.process.one_by_one import do_it, one_by_one
 from relay.transfer.pair import Pair
 from relay.transfer.pairs import Pairs
 from relay.transfer.slices import in_slices
@@ -117,12 +118,13 @@ class Household:
 
     def close(self) -> None:
         """End all links."""
-        self._looks_after_door.stop()
+        steps = (self._looks_after_door.stop, self._stop_greenlets, self.siblings.close, self._handing_on.close)
+        one_by_one(steps, do_it, "in leaving the siblings")
+
+    def _stop_greenlets(self) -> None:
         for greenlet in (self._looking, self._sharing):
             if greenlet is not None:
                 gevent.kill(greenlet)
-        self.siblings.close()
-        self._handing_on.close()
 
     # Handing on
 

@@ -6,7 +6,8 @@ Handing on never leaves a connection without an owner, nor with two:
   the link ends before that;
 - the receiver confirms first and acts then;
 - a worker that was stopped (SIGSTOP, a suspended machine) may find old parcels when it wakes. So a parcel is good for
-  `PARCEL_GOOD_SECONDS` only, and the sender takes it back when it is older than `PARCEL_LOST_SECONDS`, which is more.
+  `PARCEL_GOOD_SECONDS` only, and the sender takes it back when it is older than `PARCEL_LOST_SECONDS`, which is more;
+- a sender that ends a link first sees to it that nothing can be confirmed over it any more, and reads what has been.
 
 What becomes of a client that was handed here, or comes back, is decided `AtHome`.
 """
@@ -31,13 +32,17 @@ from relay.transfer.slices import in_slices
 from relay.transfer.state import PairState
 from relay.workers.estate import Estate
 from relay.workers.language import (
+    CONFIRMED,
     REFUSED,
     Envelope,
     HandedClient,
+    Misunderstood,
+    decode_answer,
     decode_clients,
     decode_envelope,
     decode_pair,
     encode_answer,
+    kind_of,
 )
 from relay.workers.link import CONNECTIONS_OF_A_PAIR, Link, Parcel
 
@@ -199,6 +204,17 @@ class Parcels:
             self._receiver.take_back_pair(somebody)
         else:
             self._receiver.take_back(somebody)
+
+    def end(self, link: Link) -> None:
+        """We are about to end this link: what is under way over it, and the sibling has not taken, is ours again,
+        soon."""
+        one_by_one(link.hear_out(), lambda packet: self._heard_last(link, packet), "in ending a link")
+        self.have_back(link.take_back_unsent() + link.take_back())
+
+    def _heard_last(self, link: Link, packet: bytes) -> None:
+        if kind_of(packet) == CONFIRMED:  # what it has handed on stays its own, since we have not confirmed it
+            with contextlib.suppress(Misunderstood):  # of one that does not speak like a worker
+                self.confirmed(link, decode_answer(packet))
 
     def close(self) -> None:
         """Have at once what was to come back."""

@@ -20,6 +20,7 @@ from relay import __version__
 from relay.mistakes import Mistake
 from relay.process import log
 from relay.process.discreet import discreet
+from relay.process.one_by_one import do_it, one_by_one
 from relay.transfer.pace import PARTS
 from relay.workers.estate import Estate, Listeners
 from relay.workers.gathering import Gathering
@@ -60,6 +61,10 @@ having been stopped ourselves we must not take everybody else for dead."""
 
 SETTLE_SECONDS = 0.02
 """How often to look whether nothing is under way any more."""
+
+MOMENT_SECONDS = 0.1
+"""How long what is under way may take to arrive when this worker ends at once: it takes a few milliseconds, unless the
+sibling does not run."""
 
 
 class AtHome(Receiver, Protocol):
@@ -161,24 +166,34 @@ class Siblings:
         """Whether, after `leave`, everybody who still answers has said farewell, and everything is in other hands."""
         return not any(link.busy or not (link.said_farewell or link.silent) for link in self._greeted())
 
-    def settle(self) -> None:
-        """Hand nothing on any more. What is under way arrives, or is ours again, within `PARCEL_LOST_SECONDS`."""
+    def settle(self, seconds: float = PARCEL_LOST_SECONDS) -> None:
+        """Hand nothing on any more, and give what is under way so many seconds to arrive. What has not by then `close`
+        has back."""
         self._settling = True
-        self._change()
-        until = time.monotonic() + PARCEL_LOST_SECONDS
-        while any(link.unconfirmed for link in self.links) and time.monotonic() < until:
+        self._live.clear()
+        until = time.monotonic() + seconds
+        while any(link.under_way for link in self.links) and time.monotonic() < until:
             gevent.sleep(SETTLE_SECONDS)
-        self._parcels.have_back([parcel for link in self.links for parcel in link.take_back()])
 
     def close(self) -> None:
-        """End all links and leave the directory."""
-        self._gathering.close()
-        for link in list(self.links):
+        """End all links and leave the directory, whyever this worker ends. Then nothing is under way any more: it has
+        arrived, or is ours again."""
+        steps = (self._gathering.close, self._settle_soon, self._end_links, self._parcels.close)
+        one_by_one(steps, do_it, "in leaving the siblings")
+
+    def _settle_soon(self) -> None:
+        self.settle(MOMENT_SECONDS)
+
+    def _end_links(self) -> None:
+        one_by_one([*self.links], self._end, "in ending a link")
+
+    def _end(self, link: Link) -> None:
+        self.links.discard(link)
+        try:
+            self._parcels.end(link)
             self._tell_what_was_handed_on(link)
+        finally:
             link.close()
-        self.links.clear()
-        self._live.clear()
-        self._parcels.close()
 
     def _tell_what_was_handed_on(self, link: Link) -> None:
         if self.leaving and link.handed_something:
@@ -272,6 +287,7 @@ class Siblings:
         except Misunderstood as error:
             self._warn("process %d in %s does not speak like a worker: %s", link.pid, self._run_dir.path, error)
             close_all(fds)
+            self._parcels.end(link)  # it lives, and may have confirmed something
             self.lost(link)
 
     def _heard_greeting(self, link: Link, greeting: Greeting, fds: list[int]) -> None:

@@ -256,6 +256,26 @@ def test_an_alarm_that_was_set_for_it_ends_it_in_good_order(relay_factory: Start
     assert [record["mood"] for record in relay.records()] == ["happy"]
 
 
+IMPATIENT = """
+import os, signal, sys, relay.cli
+class Impatient:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=getattr(signal, sys.argv[1])):
+        kill(pid, number)
+impatient = Impatient()
+sys.argv[:5] = sys.argv[4:5]
+relay.cli.main()
+"""
+"""To be run, with the name of a signal, before the command of a relay: it is sent once more when Python has given all
+signals their own meaning again, and forgets what the program had."""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_one_that_comes_when_all_is_done_does_not_make_it_look_killed(name: str, relay_factory: Start) -> None:
+    relay = relay_factory(inside=[sys.executable, "-c", IMPATIENT, name])
+    relay.process.send_signal(signal.Signals[name])
+    assert relay.wait(10) == 0
+
+
 # As platforms end it.
 
 DOCKER_SECONDS = 10.0

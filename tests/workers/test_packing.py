@@ -20,7 +20,15 @@ from relay.transfer.pump import COPY_BYTES
 from relay.transfer.rest import Rest
 from relay.transfer.turns import Turns
 from relay.workers.estate import Estate
-from relay.workers.language import LARGEST_PACKET, Envelope, decode_clients
+from relay.workers.language import (
+    CONFIRMED,
+    LARGEST_PACKET,
+    READY,
+    Envelope,
+    decode_clients,
+    decode_envelope,
+    encode_answer,
+)
 from relay.workers.link import CLIENTS_AT_A_TIME, Link, Parcel
 from relay.workers.parcels import Parcels
 from tests.support.bare_pair import new_pair
@@ -203,3 +211,58 @@ def test_a_client_that_cannot_be_packed_and_a_lack_of_memory_cost_no_other_its_w
 def no_memory(*arguments: object) -> bytes:
     """There is none."""
     raise MemoryError
+
+
+class Home:
+    """A worker that notes who is taken over by somebody else, and who comes back."""
+
+    def __init__(self) -> None:
+        self.gone: list[Client] = []
+        self.back: list[Client] = []
+
+    def handed_on(self, client: Client) -> None:
+        """A sibling has it."""
+        self.gone.append(client)
+
+    def take_back(self, client: Client) -> None:
+        """It is ours again."""
+        self.back.append(client)
+
+
+def test_a_link_that_is_ended_gives_back_all_that_was_not_confirmed_and_nothing_can_be_any_more(
+    clients: list[Client], link_and_sibling: tuple[Link, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, sibling = link_and_sibling
+    home = Home()
+    parcels = Parcels(home, Estate())  # type: ignore[arg-type]  # nothing else is asked of it
+    monkeypatch.setattr(link._owner, "envelope", parcels.envelope)
+    unsent, taken, unread = clients[:3]
+    for client in (taken, unread):
+        link.hand_alone(client)
+    link.hand_client(unsent)
+    packet, fds, _, _ = socket.recv_fds(sibling, LARGEST_PACKET, 10)
+    for fd in fds:
+        os.close(fd)
+    sibling.send(encode_answer(CONFIRMED, decode_envelope(packet).serial))
+    before = open_files()
+    socket.send_fds(sibling, [READY], [sibling.fileno()])  # what else it says, be it with sockets, is of no account
+
+    parcels.end(link)
+    assert home.gone == [taken], "confirmed, and not read until now"
+    parcels.close()
+    assert home.back == [unsent, unread]
+    assert link.under_way == 0
+    assert open_files() == before
+    with pytest.raises(BrokenPipeError):
+        sibling.send(encode_answer(CONFIRMED, 2))
+
+
+def test_what_a_worker_has_confirmed_before_it_ended_is_read_though_something_lay_unread_there(
+    link_and_sibling: tuple[Link, socket.socket],
+) -> None:
+    link, sibling = link_and_sibling
+    assert link.confirm(1)
+    sibling.send(READY)
+    Parcels(Home(), Estate()).end(link)  # type: ignore[arg-type]  # as above
+    link.close()
+    assert sibling.recv(LARGEST_PACKET) == encode_answer(CONFIRMED, 1), "and not ECONNRESET"
