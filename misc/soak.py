@@ -354,7 +354,7 @@ class Soak:
             if not one.over:
                 continue
             self.hostile.remove(one)
-            if self._was_killed(one.began, now):
+            if not one.is_sure or self._was_killed(one.began, now):
                 self.doubtful_records += one.records
                 self.doubtful_pairs += one.pairs
             else:

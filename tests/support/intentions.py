@@ -17,6 +17,9 @@ from tests.support.harness import handshake, new_side, new_token
 from tests.support.model_clients import REQUEST
 
 GARBAGE = random.Random(6).randbytes(1 << 16)
+READ_WITHIN = 3.0
+"""Seconds in which what somebody says is read, on a busy machine."""
+
 TINY_FRAMES = 500
 """So many frames of one byte are said at a time."""
 
@@ -25,7 +28,8 @@ class Hostile:
     """One or several connections of one intention; `step` is called often, until `over`.
 
     `records` are how many connections it has made that have to be on record, `pairs` how many of its transfers. Who
-    ends without a byte is on none: it comes from an address of this machine, as health checks do.
+    ends without a byte is on none: it comes from an address of this machine, as health checks do. And `is_sure` is
+    False of one that has reset its connections so soon that a busy relay may not have read a byte of them.
     """
 
     def __init__(self, port: int, source: str) -> None:
@@ -33,6 +37,7 @@ class Hostile:
         self.source = source
         self.began = time.monotonic()
         self.over = False
+        self.is_sure = True
         self.records = 0
         self.pairs = 0
         self.socks: list[socket.socket] = []
@@ -59,6 +64,7 @@ class Hostile:
 
     def hang_up(self, *, reset: bool = False) -> None:
         """Close everything."""
+        self.is_sure = not reset or self.age > READ_WITHIN
         for sock in self.socks:
             if reset:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -85,7 +85,8 @@ def assert_one_row_each(workers: Workers, transfers: list[Transfer]) -> None:
         lasted = max(transfer.left.closed_at, transfer.right.closed_at) - transfer.left.called
         assert -0.05 <= row["started"] - transfer.left.called_at <= 3
         assert row["waiting_time"] == pytest.approx(transfer.right.called - transfer.left.called, abs=3)
-        assert row["total_time"] == pytest.approx(lasted, abs=3)
+        # On a busy machine this crowd may be seconds late in noticing that a transfer is over.
+        assert lasted * 0.7 - 3 <= row["total_time"] <= lasted + 3
     assert len(workers.wait_for_records(len(transfers))) == len(transfers)
 
 
