@@ -318,6 +318,7 @@ class Relay:
             self._departure.end_at_once()
             return
         self._stopping = True
+        one_by_one([self.pairs.arrears.close], do_it, "in leaving to the kernel what is owed")
         for line in [] if self._recorder is None else self._recorder.held_back():
             log.tell("%s", line)  # at once: an orderly end is no client's doing
         assert self._door is not None
@@ -346,6 +347,7 @@ class Relay:
             self._reception.cut_off,
             self._cut_pairs_off,  # not before: it takes a while, and nobody is left now who could become one meanwhile
             self._farewell.close_all,
+            self.pairs.arrears.close,
             self._telling.close,
             self.pairs.close,
         )
@@ -428,6 +430,7 @@ class Relay:
             self._reception.see_off,
             self._pings.ping,
             self.pairs.cut_idle,
+            self.pairs.arrears.collect,
         ):
             see_to_all(partial(see_to, now), "with one of those whose time has come")
 

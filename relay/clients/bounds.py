@@ -51,6 +51,7 @@ class Bound(enum.Enum):
     )
     UPSTREAM = "--upstream: turned away clients, since no address of it could be reached"
     LINGERING = "--max-connections: left no time to read why to those who were sent away, for new connections"
+    ARREARS = "--max-connections: reset who took nothing of what was left of a transfer, for new connections"
     CROWDED = "--max-connections: turned away new connections from addresses that had more than the others"
     OWN_ADDRESS = (
         "--max-per-source: took a client that came from this container's own address; where all do, as through "

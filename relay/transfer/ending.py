@@ -8,6 +8,8 @@ A pair is over
   acknowledged nothing of it for `DEAD_SECONDS`, whatever it says meanwhile;
 - at once when either side is reset before that, or turns out to be dead.
 
+What is on its way then is what `arrears` see to.
+
 A side that does not read stops its partner, and nothing else: that may last as long as it likes, as long as its host
 still answers and its partner is there.
 """
@@ -61,13 +63,14 @@ def patience(pumps: Pumps, stood: float) -> float | None:
     Where what is looked for may come at any moment, or never, since somebody does not read, it is the later the longer
     the pair has `stood` there already: thousands of pairs that stand still cost next to nothing, however they do it.
     """
-    if any(pump.waits == OVER or pump.discards for pump in pumps):
+    there, back = pumps
+    if OVER in (there.waits, back.waits) or there.discards or back.discards:
         if is_one_gone(pumps):
             soon = GONE_CHECK_SECONDS
         else:
             soon = HALF_CLOSED_SECONDS / 4 if is_half_closed(pumps) and owes(pumps) else HALF_CLOSED_SECONDS
         return max(soon, min(stood / 2, 2 * until_dead_check()))
-    if any(pump.waits == ROOM or _unacknowledged(pump.sink) for pump in pumps):
+    if any(pump.waits == ROOM or unacknowledged(pump.sink) for pump in pumps):
         return until_dead_check()
     return None  # keepalive finds out
 
@@ -82,9 +85,9 @@ def standing(pumps: Pumps) -> Standing | None:
     moved = there.moved + back.moved
     if is_half_closed(pumps) and not owes(pumps):
         return moved, 0, HALF_CLOSED_SECONDS  # it is the other's to say something
-    on_its_way = sum(pump.untaken + _unacknowledged(pump.sink) for pump in pumps)
-    has_gone = any(pump.discards or (pump.waits == OVER and _is_closed(pump.source)) for pump in pumps)
-    return moved, on_its_way, DEAD_SECONDS if has_gone else math.inf
+    on_its_way = sum(pump.untaken + unacknowledged(pump.sink) for pump in pumps)
+    has_one_gone = any(pump.discards or (pump.waits == OVER and has_gone(pump.source)) for pump in pumps)
+    return moved, on_its_way, DEAD_SECONDS if has_one_gone else math.inf
 
 
 def until_dead_check() -> float:
@@ -119,7 +122,7 @@ def is_half_closed(pumps: Pumps) -> bool:
 
 def owes(pumps: Pumps) -> bool:
     """Whether the end of a stream that is over, or something before it, is still on its way."""
-    return any(pump.waits == OVER and _unacknowledged(pump.sink) for pump in pumps)
+    return any(pump.waits == OVER and unacknowledged(pump.sink) for pump in pumps)
 
 
 def look_for_the_dead(pumps: Pumps) -> None:
@@ -128,9 +131,9 @@ def look_for_the_dead(pumps: Pumps) -> None:
     Raises OSError when there is one.
     """
     for pump in pumps:
-        if pump.waits == ROOM:
+        if pump.waits == ROOM and not pump.has_ended:
             raise_error_of(pump.source)
-        if _unacknowledged(pump.sink) and _silence(pump.sink) > DEAD_SECONDS:
+        if unacknowledged(pump.sink) and _silence(pump.sink) > DEAD_SECONDS:
             raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
 
 
@@ -144,7 +147,7 @@ def raise_error_of(sock: socket.socket) -> None:
         raise OSError(error, os.strerror(error))
 
 
-def _is_closed(sock: socket.socket) -> bool:
+def has_gone(sock: socket.socket) -> bool:
     """Whether the peer of `sock`, which has ended its stream, has gone altogether, as far as the kernel knows: by a
     reset, or by what keepalive has come to. Source: tcp(7), TCP_INFO."""
     try:
@@ -164,11 +167,12 @@ def _silence(sock: socket.socket) -> float:
     return float(milliseconds) / 1000
 
 
-def _unacknowledged(sock: socket.socket) -> int:
-    """Bytes that were written to `sock` and have not arrived, an end of stream being one; 0 where the kernel does not
-    tell. Source: tcp(7), SIOCOUTQ."""
+def unacknowledged(sock: socket.socket) -> int:
+    """Bytes that were written to `sock` and have not arrived and still may, an end of stream being one; 0 where the
+    kernel does not tell. Source: tcp(7), SIOCOUTQ."""
     try:
         answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
     except OSError:
         return 0
-    return int.from_bytes(answer, sys.byteorder)
+    size = int.from_bytes(answer, sys.byteorder)
+    return 0 if size and has_gone(sock) else size  # the kernel tells of a reset one what it had before

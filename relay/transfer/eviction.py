@@ -4,14 +4,14 @@ What waits, and what is paired, may do so for hours without a byte; so whoever t
 everybody out for as long. Instead, when all are taken and somebody stands at the door, each newcomer is let in, and
 somebody is ended for it:
 
-- first of all those who have been sent away, and only linger so that this arrives (`farewell`): at once, whosesoever,
-  and for anybody;
+- first of all those who have been sent away, and only linger so that this arrives (`farewell`), and those who take
+  nothing of what is left of a transfer that is over (`arrears`): at once, whosesoever, and for anybody;
 - then of the sources that have the most. They are told apart by how many times `FEW` they have, to a factor of two. The
   networks of one site have it together. Within the site those of them that have about the same number are a crowd, and
   of these the one that has the most together comes first (see `sites`), as it was at the last look;
-- of those, whoever has been idle longest, and for `IDLE_SECONDS` at the least. A transfer is idle as long as it has
-  moved no more than `LITTLE_BYTES`: otherwise a byte now and then would keep a place. Who moves more is never ended,
-  nor who would, and waits for a rate of the operator's most of the time;
+- of those, whoever has been idle longest, and for `IDLE_SECONDS` at the least. A transfer is idle as long as no more
+  than `LITTLE_BYTES` of it have arrived: otherwise a byte now and then would keep a place. Who moves more is never
+  ended, nor who would, and waits for a rate of the operator's most of the time;
 - but a source that has many (see `MANY_OF`) is one of a few that have it all. What it has need only have been idle for
   `BRIEF_SECONDS`: otherwise it would keep its places by coming back every few seconds;
 - and a newcomer is turned away when only smaller sources than its own have anybody idle, or others of the same size. So
@@ -140,9 +140,10 @@ class Eviction:
         who are here already and as good as named."""
         now = time.monotonic()
         waiting = self._reception.unnamed_within(BRIEF_SECONDS, now)
-        if waiting >= self._farewell.lingering + len(self._found) or self._is_room_elsewhere():
+        over = self._farewell.lingering + self._pairs.arrears.still
+        if waiting >= over + len(self._found) or self._is_room_elsewhere():
             return False
-        if self._farewell.lingering:
+        if over:
             return True
         return now < self._found_at + GOOD_SECONDS and self._first(self._found) is not None
 
@@ -252,7 +253,7 @@ class Eviction:
 
     def _idle_for(self, pair: Pair, now: float) -> float:
         """For how many seconds it has moved little, as far as that is known."""
-        moved, held_back = pair.moved, pair.held_back
+        moved, held_back = pair.acknowledged, pair.held_back
         past = self._pasts.get(pair) or (moved, held_back, now - pair.idle_for(now))
         # Whoever begins after long to wait for a rate need not do so for as long again.
         would_move_more = held_back - past[1] > MOST_OF_TIME * min(now - past[2], IDLE_SECONDS) and moved > past[0]
@@ -264,11 +265,9 @@ class Eviction:
     # Giving way
 
     def _make_room(self, source: bytes | None) -> bool:
-        if self._farewell.lingering:
-            # One for each place that the newcomer takes.
-            for _ in range(min(self._farewell.lingering, self._places.per_newcomer)):
-                self._places.bounds_met.note(Bound.LINGERING)
-                self._farewell.cut_short()
+        if self._farewell.lingering or self._pairs.arrears.still:
+            for _ in range(self._places.per_newcomer):  # one for each place that the newcomer takes
+                self._cut_short()
             return True
         found = self._found
         first = self._first(found)
@@ -284,6 +283,15 @@ class Eviction:
         self._has_served = True
         self._end(first[-1])
         return True
+
+    def _cut_short(self) -> None:
+        """End at once one that is over and on record already, if there is one."""
+        if self._farewell.lingering:
+            self._places.bounds_met.note(Bound.LINGERING)
+            self._farewell.cut_short()
+        elif self._pairs.arrears.still:
+            self._places.bounds_met.note(Bound.ARREARS)
+            self._pairs.arrears.cut_short()
 
     def _first(self, found: list[Idler]) -> tuple[int, float, Client | Pair] | None:
         """Whoever of these is to give way first, its rank, and how long it has been idle by now; it is left there."""

@@ -134,7 +134,7 @@ class FramedPump:
             self.waits = TURN
             raise
         except BrokenPipeError:
-            self._begin_to_discard()
+            self.begin_to_discard()
 
     def _take(self, most: int) -> int:
         """Take up to `most` bytes off the wire and pass their payload on; returns how many, 0 at the end of the stream.
@@ -253,7 +253,13 @@ class FramedPump:
             if not self._rest:
                 self._keep(memoryview(self._control))
                 self._control = b""
-            taken = self.sink.send(self._rest)
+            try:
+                taken = self.sink.send(self._rest)
+            except ConnectionResetError:
+                # The kernel knows of no end of stream before that, but there was one if it has said Close.
+                if self.other is not None and self.other.has_ended:
+                    raise BrokenPipeError from None
+                raise
             self._keep(what_is_left(self._rest, taken))
             if not self.frames_out:
                 self._count(taken)
@@ -323,7 +329,12 @@ class FramedPump:
                 other.say(words)
             other.discards = True
 
-    def _begin_to_discard(self) -> None:
+    @property
+    def has_ended(self) -> bool:
+        """As `Pump.has_ended`; what has come of its stream may rest here still."""
+        return self._ends or self.waits == OVER
+
+    def begin_to_discard(self) -> None:
         """See `Pump`: the sink has ended its own stream and then gone. What is unread is still to be looked at, or the
         reader would take what follows for something else."""
         self._throw_away(self._owed)

@@ -175,6 +175,12 @@ class Pair:
         there, back = self.pumps
         return there.moved + back.moved
 
+    @property
+    def acknowledged(self) -> int:
+        """Bytes that have arrived, both directions, as far as the kernel tells. Of a slow receiver that is not what was
+        moved: it takes steadily what was written to its socket long ago, megabytes at once."""
+        return self.moved - sum(ending.unacknowledged(pump.sink) for pump in self.pumps)
+
     def start(self) -> None:
         """Begin to pump, or go on: at rest, until there is much to move."""
         there, back = self.pumps
@@ -207,9 +213,9 @@ class Pair:
             greenlet.kill(Detached, block=False)
 
     def idle_for(self, now: float) -> float:
-        """For how many seconds nothing has moved, as far as that is known: since the last time but one that somebody
+        """For how many seconds nothing has arrived, as far as that is known: since the last time but one that somebody
         asked. `now` is in monotonic seconds."""
-        moved = self.moved
+        moved = self.acknowledged
         if moved != self._moved_then or not self._idle_since:
             self._moved_then, self._idle_since = moved, now
         return now - self._idle_since
@@ -281,11 +287,11 @@ class Pair:
         # Whatever goes wrong here, it is over and on record.
         try:
             self.rest.forget(self)
-            if self.on_ending is not None:
-                self.on_ending(self)
             for pump in self.pumps:
                 if not isinstance(pump, Pump):
                     pump.take_leave()
+            if self.on_ending is not None:
+                self.on_ending(self)
         finally:
             try:
                 self.close()
@@ -327,7 +333,10 @@ class Pair:
         self._spoke = spoke
         try:
             if not events & (EPOLLIN | EPOLLOUT):
-                ending.raise_error_of(out_of.source)
+                if not out_of.has_ended:
+                    ending.raise_error_of(out_of.source)
+                elif into.waits != OVER and ending.has_gone(out_of.source):
+                    into.begin_to_discard()
             if into.waits == ROOM:
                 much = into.sip()
             if out_of.waits == INPUT:

@@ -15,6 +15,7 @@ from relay.clients.places import Places
 from relay.options import Options
 from relay.process import log
 from relay.process.one_by_one import one_by_one
+from relay.transfer.arrears import Arrears
 from relay.transfer.limits import Limits, SharedPace
 from relay.transfer.pair import Pair, Readers
 from relay.transfer.path import LEAST_BYTES, PathCounts, look_at
@@ -28,6 +29,9 @@ from relay.usage.record import Record, blur_size
 PAIRS_AT_A_TIME = 1024
 """How many of the pairs that are to move to another process let go in one iteration of the event loop. All their
 greenlets run in it: with thousands it would take tenths of a second."""
+
+_MAKES_ROOM = (Bound.PLACES, Bound.IDLE)
+"""Who is cut by one of these has taken nothing for long."""
 
 LOOKS = 3
 """How often they are told to let go, at the most: one may fall quiet in the same iteration, and begin anew."""
@@ -54,6 +58,8 @@ class Pairs:
         self._record = record
         self._pings = pings
         self._pairs: set[Pair] = set()
+        self.arrears = Arrears(places)
+        """What those that are over still owe."""
         self._pipes = PipePool(most=options.most_pipes)
         self._relay_pace = None if options.relay_rate is None else SharedPace(options.relay_rate)
         self._limits = self._limits_of_pairs()
@@ -184,8 +190,7 @@ class Pairs:
         """Let `pair` pump, or go on, unless it is about to move house; if something goes wrong, it is over."""
         self._pairs.add(pair)
         try:
-            if self.paths is not None:
-                pair.on_ending = self._measure
+            pair.on_ending = self._ending
             if pair.speaks_websocket:
                 pair.be_pinged(self._pings)
             if not self.moves_on():
@@ -309,6 +314,16 @@ class Pairs:
                 self._places.bounds_met.note(pair.cut_by)
         finally:
             self._places.give_back(*pair.sources)
+
+    def _ending(self, pair: Pair) -> None:
+        """`pair` is over, and its sockets are about to be closed."""
+        if self.paths is not None:
+            self._measure(pair)
+        for sock, source in zip((pair.first, pair.second), pair.sources, strict=True):
+            if pair.cut_by in _MAKES_ROOM:
+                self.arrears.refuse(sock)
+            else:
+                self.arrears.take_over(sock, source)
 
     def _measure(self, pair: Pair) -> None:
         """Count how good the paths of a pair were that is about to end."""

@@ -148,7 +148,7 @@ class Pump:
             self.waits = TURN
             raise
         except BrokenPipeError:
-            self._begin_to_discard()
+            self.begin_to_discard()
         finally:
             if self._pipe is not None and (self._rest or not self.held):
                 self._pipes.give_back(self._pipe)
@@ -176,7 +176,7 @@ class Pump:
         except BlockingIOError:
             self.waits = ROOM if self.held else INPUT
         except BrokenPipeError:
-            self._begin_to_discard()
+            self.begin_to_discard()
         return False
 
     def _move(self, most: int) -> None:
@@ -298,7 +298,13 @@ class Pump:
         self._pipes.give_back(self._pipe)
         self._pipe = None
 
-    def _begin_to_discard(self) -> None:
+    @property
+    def has_ended(self) -> bool:
+        """Whether the source has ended its stream, so that nothing more is to be expected of it."""
+        return self.waits == OVER
+
+    def begin_to_discard(self) -> None:
+        """The sink has gone, whose own stream is over: see `discards`."""
         # The kernel says EPIPE, and not ECONNRESET, of a reset that follows the peer's end of stream: tcp_reset()
         # in net/ipv4/tcp_input.c.
         self._throw_away(self.held)
