@@ -27,7 +27,7 @@ from relay.transfer.limits import Allowance, Cut, LimitedPump, Limits, has_come
 from relay.transfer.pipes import PipePool
 from relay.transfer.pump import INPUT, OVER, ROOM, TURN, Pump
 from relay.transfer.rest import Rest
-from relay.transfer.state import PairState
+from relay.transfer.state import PairState, Past
 from relay.transfer.turns import PROMPT_FOR, HeldBack, NoMemory, Turns
 
 if TYPE_CHECKING:
@@ -242,7 +242,10 @@ class Pair:
             b"" if pump.reader is None else pump.reader.state.encode() for pump in self.pumps
         )
         times = (self.started, self.arrived, self.waiting_time)
-        state = PairState(*times, there, back, first_frames, second_frames, *self.sources)
+        charged = () if self._allowance is None else (self._allowance.wasted, self._allowance.framing)
+        self.idle_for(time.monotonic())  # nobody may have asked yet
+        past = Past(self._moved_then, self._idle_since, *charged)
+        state = PairState(*times, there, back, first_frames, second_frames, *self.sources, past)
         return state, [self.first.fileno(), self.second.fileno(), *there_fds, *back_fds]
 
     def unpack(self, state: PairState, fds: Sequence[int]) -> None:
@@ -250,6 +253,9 @@ class Pair:
         there, back = self.pumps
         there.unpack(state.there, fds[: state.there.fds])
         back.unpack(state.back, fds[state.there.fds :])
+        self._moved_then, self._idle_since = state.past.moved, state.past.idle_since
+        if self._allowance is not None:
+            self._allowance.wasted, self._allowance.framing = state.past.wasted, state.past.framing
 
     @property
     def held_back(self) -> float:

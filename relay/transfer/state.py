@@ -29,6 +29,18 @@ class PumpState:
 
 
 @dataclass(frozen=True, slots=True)
+class Past:
+    """What some bounds ask of a pair besides: how much it had `moved` when it became idle, as far as is known, and when
+    that was (monotonic seconds; 0 if nobody has asked); what was `wasted`, and what was `framing`, as its allowance has
+    it."""
+
+    moved: int = 0
+    idle_since: float = 0.0
+    wasted: int = 0
+    framing: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class PairState:
     """A pair in mid-transfer, but for its sockets and pipes; the times are those of `relay.transfer.pair.Pair`.
 
@@ -46,6 +58,7 @@ class PairState:
     second_frames: bytes = b""
     first_source: bytes | None = None
     second_source: bytes | None = None
+    past: Past = Past()
 
     @property
     def fds(self) -> int:

@@ -31,7 +31,7 @@ from typing import Any, Protocol
 
 from relay.process.dataclass import asdict, dataclass, field
 from relay.transfer.pace import PARTS
-from relay.transfer.state import PairState, PumpState
+from relay.transfer.state import PairState, Past, PumpState
 
 LANGUAGE = 6
 """Raised whenever a message of before would be misunderstood."""
@@ -63,11 +63,15 @@ _CLIENT = struct.Struct("!dddBBBBBHB")
 _STILL_HERE = struct.Struct("!cIfII")  # kind, equal parts, load, room, places
 _PARTS = struct.Struct("!I")
 """Behind that: the same in `PARTS` of them, which workers of before neither say nor read."""
+_READS_PAST = b"\1"
+"""Behind that, from whoever reads a `_PAST`."""
 _TURN = struct.Struct("!cI")  # kind, how many had no room
 _PAIR = struct.Struct("!dddBBBB")
 """Started, arrived, waiting time; lengths of where the frames of each side are, and of the source of each."""
 _PUMP = struct.Struct("!QI??IBII??")
 """Moved, held, over, splices, length of what rests in it, file descriptors beside it; unread, owed, ends, discards."""
+_PAST = struct.Struct("!qdqq")
+"""At the end of a pair, for whoever reads it: how much had moved, idle since when, wasted, framing."""
 
 
 class Misunderstood(Exception):
@@ -162,19 +166,21 @@ def kind_of(packet: bytes) -> bytes:
 @dataclass(frozen=True, slots=True)
 class Standing:
     """How a worker is: how many sixteenths of an equal part of --relay-rate its transfers want, its load (see `load`),
-    for how many more connections that siblings hand on it has room, and for how many newcomers it has places."""
+    for how many more connections that siblings hand on it has room, and for how many newcomers it has places; and
+    whether it reads the `Past` of a pair, as workers of before do not."""
 
     parts: int
     load: float
     room: int
     places: int
+    reads_past: bool = True
 
 
 def encode_still_here(standing: Standing) -> bytes:
     """A ``.`` from a worker that is like this."""
     whole = -(-standing.parts // PARTS)
     common = _STILL_HERE.pack(STILL_HERE, whole, standing.load, standing.room, standing.places)
-    return common + _PARTS.pack(standing.parts)
+    return common + _PARTS.pack(standing.parts) + (_READS_PAST if standing.reads_past else b"")
 
 
 def decode_still_here(packet: bytes) -> Standing:
@@ -183,7 +189,8 @@ def decode_still_here(packet: bytes) -> Standing:
     parts = whole * PARTS
     if len(packet) > _STILL_HERE.size:
         (parts,) = _unpack(_PARTS, packet, _STILL_HERE.size)
-    return Standing(int(parts), float(load), int(room), int(places))
+    reads_past = len(packet) > _STILL_HERE.size + _PARTS.size
+    return Standing(int(parts), float(load), int(room), int(places), reads_past)
 
 
 def encode_turn(passed_by: int) -> bytes:
@@ -260,9 +267,9 @@ def _split(packet: bytes, at: int, sizes: Sequence[int]) -> tuple[list[bytes], i
     return things, at
 
 
-def encode_pair(envelope: Envelope, pair: PairState) -> bytes:
-    """A ``P``. Beside it go the sockets of both sides, then what each pump holds, if that is much: inlet and outlet of
-    a pipe, or a file."""
+def encode_pair(envelope: Envelope, pair: PairState, *, with_past: bool = True) -> bytes:
+    """A ``P``, with the pair's `Past` if whoever gets it reads that. Beside it go the sockets of both sides, then what
+    each pump holds, if that is much: inlet and outlet of a pipe, or a file."""
     things = (pair.first_frames, pair.second_frames, pair.first_source or b"", pair.second_source or b"")
     return b"".join(
         (
@@ -272,8 +279,13 @@ def encode_pair(envelope: Envelope, pair: PairState) -> bytes:
             *things,
             pair.there.rest,
             pair.back.rest,
+            _encode_past(pair.past) if with_past else b"",
         )
     )
+
+
+def _encode_past(past: Past) -> bytes:
+    return _PAST.pack(past.moved, past.idle_since, past.wasted, past.framing)
 
 
 def _encode_pump(pump: PumpState) -> bytes:
@@ -306,12 +318,15 @@ def decode_pair(packet: bytes) -> PairState:
         if length != (0 if fds else held) or (fds and not held):
             raise Misunderstood("a pair that holds more, or less, than it brings")
         pumps.append(PumpState(moved, held, over, splices, rest, fds, *of_frames))
-    if rest_at != len(packet):
+    past = Past()
+    if rest_at + _PAST.size == len(packet):
+        past = Past(*_unpack(_PAST, packet, rest_at))
+    elif rest_at != len(packet):
         raise Misunderstood("a pair of the wrong length")
     first_source, second_source = (source or None for source in sources)
     there, back = pumps
     return PairState(
-        started, arrived, waiting_time, there, back, first_frames, second_frames, first_source, second_source
+        started, arrived, waiting_time, there, back, first_frames, second_frames, first_source, second_source, past
     )
 
 

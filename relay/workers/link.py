@@ -106,8 +106,9 @@ class Link:
     """The connection to one sibling.
 
     It is known by its `greeting`, None until it has come. `ready` is whether it accepts connections, `leaving` whether
-    it is about to end, `silent` whether it has stopped answering; `parts`, `load` and `places` are what it last said of
-    itself, and `room` is that less what was handed there since; `refused_at` is when it last refused something.
+    it is about to end, `silent` whether it has stopped answering; `parts`, `load`, `places` and `reads_past`
+    are what it last said of itself, and `room` is that less what was handed there since; `refused_at` is when it last
+    refused something.
     """
 
     def __init__(self, owner: Correspondent, sock: socket.socket, pid: int, *, opened_by_sibling: bool) -> None:
@@ -125,6 +126,7 @@ class Link:
         """How many connections we have handed to it that it has not confirmed."""
         self._most_under_way = MOST_UNDER_WAY
         self.parts = 0
+        self.reads_past = False
         self.load = FULL_LOAD
         self.room = 0
         self.places = 0
@@ -269,7 +271,7 @@ class Link:
         envelope = self._owner.envelope()
         try:
             with contextlib.ExitStack() as files:
-                packet, fds = _packed(envelope, parcel, files)
+                packet, fds = _packed(envelope, parcel, files, with_past=self.reads_past)
                 self._sock.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
         except MemoryError:
             raise
@@ -405,12 +407,14 @@ def _size_of(client: Client) -> int:
         return 0  # when it is to be packed, it is seen that it cannot be
 
 
-def _packed(envelope: Envelope, parcel: Parcel, files: contextlib.ExitStack) -> tuple[bytes, list[int]]:
+def _packed(
+    envelope: Envelope, parcel: Parcel, files: contextlib.ExitStack, *, with_past: bool
+) -> tuple[bytes, list[int]]:
     """A parcel as a packet, and the file descriptors beside it, of which `files` closes what was opened for it."""
     if parcel.pair is None:
         return encode_clients(envelope, parcel.clients), [client.sock.fileno() for client in parcel.clients]
     state, fds = parcel.pair.pack(files)
-    return encode_pair(envelope, state), fds
+    return encode_pair(envelope, state, with_past=with_past), fds
 
 
 def readiest(links: Iterable[Link], connections: int) -> Link | None:

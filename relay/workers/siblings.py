@@ -359,6 +359,7 @@ class Siblings:
             standing = decode_still_here(packet)
             link.parts, link.load = standing.parts, standing.load
             link.room, link.places = standing.room, standing.places
+            link.reads_past = standing.reads_past
         elif kind == MATCHED:
             self._at_home.matched_elsewhere(decode_matched(packet))
         elif kind == TURN_AT_THE_DOOR:

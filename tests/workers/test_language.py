@@ -11,7 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from relay.transfer.state import PairState, PumpState
+from relay.process.dataclass import replace
+from relay.transfer.state import PairState, Past, PumpState
 from relay.workers.language import (
     CLIENTS_PER_PACKET,
     CONFIRMED,
@@ -104,6 +105,7 @@ pairs = st.builds(
     back=pumps,
     first_frames=st.binary(max_size=143),
     second_frames=st.binary(max_size=143),
+    past=st.builds(Past, moved=counts, idle_since=seconds, wasted=counts, framing=counts),
 )
 greetings = st.builds(
     Greeting,
@@ -229,10 +231,18 @@ def test_a_pair_that_is_cut_short_or_goes_on_too_long_is_misunderstood(
     envelope: Envelope, pair: PairState, choice: st.DataObject
 ) -> None:
     packet = encode_pair(envelope, pair)
-    cut = choice.draw(st.integers(0, len(packet) - 1))
+    as_before = len(encode_pair(envelope, pair, with_past=False))
+    cut = choice.draw(st.integers(0, len(packet) - 1).filter(lambda cut: cut != as_before))
     for wrong in (packet[:cut], packet + b"x"):
         with pytest.raises(Misunderstood):
             decode_pair(wrong)
+
+
+@given(envelopes, pairs)
+def test_workers_of_before_say_and_are_told_nothing_of_a_pair_s_past(envelope: Envelope, pair: PairState) -> None:
+    assert decode_pair(encode_pair(envelope, pair, with_past=False)) == replace(pair, past=Past())
+    assert decode_still_here(encode_still_here(Standing(16, 0.5, 10, 20))).reads_past
+    assert not decode_still_here(struct.pack("!cIfIII", b".", 1, 0.5, 10, 20, 16)).reads_past
 
 
 @given(envelopes, pairs, st.data())
@@ -272,6 +282,6 @@ def test_a_worker_of_before_and_one_of_now_mean_the_same_by_a_part_of_a_rate() -
     assert wanted == 4
     _, wanted, *_ = before.unpack_from(encode_still_here(Standing(1, 0.5, 10, 20)))
     assert wanted == 1
-    assert decode_still_here(before.pack(b".", 4, 0.5, 10, 20)) == Standing(4 * 16, 0.5, 10, 20)
+    assert decode_still_here(before.pack(b".", 4, 0.5, 10, 20)) == Standing(4 * 16, 0.5, 10, 20, reads_past=False)
     with pytest.raises(Misunderstood):
         decode_still_here(before.pack(b".", 4, 0.5, 10, 20) + b"x")

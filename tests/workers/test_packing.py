@@ -15,6 +15,7 @@ import pytest
 from relay.clients.client import Client
 from relay.clients.frames import FrameReader
 from relay.clients.speech import Plain
+from relay.transfer.limits import Limits
 from relay.transfer.pair import Pair, Readers
 from relay.transfer.pump import COPY_BYTES
 from relay.transfer.rest import Rest
@@ -266,3 +267,20 @@ def test_what_a_worker_has_confirmed_before_it_ended_is_read_though_something_la
     Parcels(Home(), Estate()).end(link)  # type: ignore[arg-type]  # as above
     link.close()
     assert sibling.recv(LARGEST_PACKET) == encode_answer(CONFIRMED, 1), "and not ECONNRESET"
+
+
+@pytest.mark.parametrize("limits", [None, Limits(pair_bytes=1000)], ids=["no limits", "limits"])
+def test_what_counts_for_a_transfer_s_bounds_moves_house_with_it(limits: Limits | None) -> None:
+    with contextlib.ExitStack() as stack:
+        turns = Turns()
+        sides = [[stack.enter_context(end) for end in socket.socketpair()] for _ in range(2)]
+        here, there = (new_pair(first, second, turns, Rest(turns), limits=limits) for first, second in sides)
+        long_ago = time.monotonic() - 1000.0
+        here.idle_for(long_ago)
+        if here._allowance is not None:
+            here._allowance.wasted, here._allowance.framing = 300, 400
+        state, _ = here.pack(stack)
+        there.unpack(state, [])
+        assert there.idle_for(long_ago + 1000.0) == pytest.approx(1000.0)
+        if there._allowance is not None:
+            assert (there._allowance.wasted, there._allowance.framing) == (300, 400)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
+import select
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import pytest
 
 from tests.support.crowd import Crowd, Transfer
 from tests.support.current import wait_for_current
-from tests.support.harness import CHECKOUT, Workers, handshake, new_side, new_token, wait_until
+from tests.support.harness import CHECKOUT, Workers, handshake, met, new_side, new_token, wait_until
 from tests.support.web import web_options, web_port
 
 GONE_WITHIN = 5.0
@@ -142,6 +143,19 @@ def test_three_rounds_of_restarts_harm_no_transfer_and_no_client_that_waits(
         # The service has not stopped once: what it counts since its start goes on through all restarts.
         (since,) = workers.rows("since_reboot")
         assert tuple(since) == (sum(transfer.moved for transfer in everybody), len(everybody), len(everybody), 0, 0)
+
+
+def test_a_transfer_that_is_idle_is_ended_however_often_workers_are_restarted(tmp_path: Path) -> None:
+    with Workers(tmp_path, "--idle-timeout", "3", count=2) as workers:
+        left, right = met(workers.port)
+        with left, right:
+            for _ in range(10):
+                restart_each(workers, rounds=1, pause=lambda: time.sleep(1.0))  # in which it looks who is idle
+                if any(select.select([left, right], [], [], 0)):
+                    break
+            else:
+                pytest.fail("it is still there")
+            assert left.recv(1) == right.recv(1) == b""
 
 
 COPYING = "import os; del os.splice  # as where the kernel refuses to splice\n"
