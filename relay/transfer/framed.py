@@ -120,12 +120,13 @@ class FramedPump:
                 if left <= 0:
                     self.waits = TURN
                     return
-                got = self._take(left)
+                asked = left
+                got = self._take(asked)
                 if not got:
                     self._end()
                     continue
                 left = 0 if self._unread else left - got  # more frames than are for one turn
-                if got < COPY_BYTES // 4 and not self._unread and not self._rest and not self._ends:
+                if got < min(COPY_BYTES // 4, asked) and not self._unread and not self._rest and not self._ends:
                     self.waits = INPUT
                     return
         except BlockingIOError:

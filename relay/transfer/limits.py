@@ -26,7 +26,7 @@ import gevent
 
 from relay.clients.bounds import Bound
 from relay.process.dataclass import dataclass
-from relay.transfer.ending import Pumps
+from relay.transfer.ending import Pumps, raise_error_of
 from relay.transfer.pace import LITTLE, LITTLE_BYTES, MOMENT, PARTS, Line, Pace
 from relay.transfer.pump import COPY_BYTES, Pump
 from relay.transfer.turns import HeldBack, Turns
@@ -229,28 +229,35 @@ class Allowance:
     def take_turns(self, pump: Pump | FramedPump, turns: Turns) -> None:
         """Wait until no rate holds `pump` back, and let it queue for its `turns`; in its pair's greenlet.
 
-        Raises as a turn does.
+        Raises as a turn does; and where it had to wait, what has become of its source meanwhile: reading would tell
+        only when all has been read that came before.
         """
-        if not (pump.untaken or pump.unread):  # which was charged when it was read
-            self._wait(pump)
+        # What rests was charged when it was read.
+        has_waited = not (pump.untaken or pump.unread) and self._wait(pump)
         try:
+            if has_waited and not pump.has_ended:
+                raise_error_of(pump.source)
             turns.wait(pump)
         finally:
             if self._granted and self._shared is not None:  # it has had no turn
                 granted, self._granted = self._granted, 0
                 self._shared.give_back(granted)
 
-    def _wait(self, pump: Pump | FramedPump) -> None:
+    def _wait(self, pump: Pump | FramedPump) -> bool:
+        """Wait for as long as a rate holds `pump` back; returns whether one did."""
+        held_back = False
         self._waits_since = began = time.monotonic()
         try:
             if self._own is not None and self._own.holds_back(began):
                 gevent.sleep(self._own.free_in(began))
-                self._has_waited = True
+                self._has_waited = held_back = True
             if self._shared is not None and self._shared.line.holds_back(time.monotonic()):
                 self._granted = self._shared.wait(self, partial(_has, pump))
+                held_back = True
         finally:
             self._waits_since = None
             self._waited += time.monotonic() - began
+        return held_back
 
     def turn(self, pump: Pump | FramedPump, move: Callable[[int], None], most: int) -> None:
         """Have `pump` `move` up to `most` bytes, as far as the limits allow that now.

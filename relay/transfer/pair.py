@@ -179,7 +179,7 @@ class Pair:
     def acknowledged(self) -> int:
         """Bytes that have arrived, both directions, as far as the kernel tells. Of a slow receiver that is not what was
         moved: it takes steadily what was written to its socket long ago, megabytes at once."""
-        return self.moved - sum(ending.unacknowledged(pump.sink) for pump in self.pumps)
+        return sum(pump.taken - pump.untaken - ending.unacknowledged(pump.sink) for pump in self.pumps)
 
     def start(self) -> None:
         """Begin to pump, or go on: at rest, until there is much to move."""

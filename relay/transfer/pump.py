@@ -188,13 +188,14 @@ class Pump:
                 self.waits = TURN
                 return
             else:
-                got = self._fill(left, first=left == most)
+                asked = left
+                got = self._fill(asked, first=asked == most)
                 if got == 0:
                     self._end()
                     return
                 left = 0 if self._turns.busy() else left - got
                 self._drain()
-                if got < FEW_BYTES and not self.held:
+                if got < FEW_BYTES and got < asked and not self.held:
                     self.waits = INPUT
                     return
 

@@ -27,7 +27,7 @@ from relay.transfer.rest import Rest
 from relay.transfer.turns import LARGEST_TURN, Moving, Turns
 from tests.support.bare_pair import new_pair
 from tests.support.client_frames import BINARY, CLOSE, PING, PONG, Sent
-from tests.support.harness import Relay, met
+from tests.support.harness import Relay, met, reset
 
 LARGE = 10**12
 
@@ -397,6 +397,34 @@ def test_who_is_held_back_lets_go_at_once_and_leaves_no_place_in_the_line(
     bulk.pair.start()
     shared.set_rate(1e9)
     assert bulk.heard(60_000) == 60_000
+    shared.close()
+
+
+@pytest.mark.parametrize("limit", ["--pair-rate", "--relay-rate"])
+def test_a_reset_is_noticed_though_a_rate_holds_back_what_came_before_it(tmp_path: Path, limit: str) -> None:
+    with Relay(tmp_path, limit, "10000", recording=True) as relay:
+        sender, receiver = met(relay.port)
+        with receiver:
+            sender.sendall(bytes(100_000))  # for ten seconds
+            time.sleep(0.5)
+            reset(sender)
+            (record,) = relay.wait_for_records(1, 8)
+            assert record["total_bytes"] < 80_000
+
+
+def test_who_takes_all_that_a_small_portion_allows_is_not_taken_for_one_that_has_no_more(
+    transfer: Callable[[Limits], Transfer],
+) -> None:
+    """It rested after each, and its bytes went before the line, as if they were a few that somebody waits for."""
+    shared = SharedPace(100_000)
+    bulk = transfer(Limits(relay_pace=shared))
+    bulk.say(60_000)
+    assert bulk.heard(30_000) >= 30_000
+    before = len(bulk.turns.queued)
+    assert bulk.heard(20_000) >= 20_000
+    assert len(bulk.turns.queued) > before
+    assert bulk.pair.greenlet is not None
+    assert shared.little.free_in(time.monotonic()) == 0
     shared.close()
 
 
