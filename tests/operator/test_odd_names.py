@@ -122,7 +122,9 @@ def test_a_rolling_restart_tells_no_answer_from_no_worker(tmp_path: Path, answer
     control = tmp_path / "supervisorctl"
     control.write_text(f"#!/bin/sh\n{answer}\n")
     control.chmod(0o755)
-    ended = run(ROLLING_RESTART, tmp_path / "supervisord.conf", PATH=f"{tmp_path}:/usr/bin:/bin")
+    conf = tmp_path / "supervisord.conf"
+    conf.touch()
+    ended = run(ROLLING_RESTART, conf, PATH=f"{tmp_path}:/usr/bin:/bin")
     assert ended.returncode == 1
     assert says in ended.stderr
     assert ended.stderr.startswith("rolling-restart: ")
