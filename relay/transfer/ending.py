@@ -53,6 +53,7 @@ DEAD_CHECKS = 15
 """How often, in that time, a pair of which a side is owed bytes looks whether that side is dead: keepalive does not,
 being silent while anything is unacknowledged, and TCP itself tries for a quarter of an hour (tcp_retries2)."""
 
+_NOTHING = bytes(4)  # an int of the kernel's
 _TCP_CLOSE = 7  # tcpi_state, in include/net/tcp_states.h
 _TCP_INFO_LAST_ACK_RECV = 56  # offset of tcpi_last_ack_recv, milliseconds, in struct tcp_info of linux/tcp.h
 
@@ -171,8 +172,9 @@ def unacknowledged(sock: socket.socket) -> int:
     """Bytes that were written to `sock` and have not arrived and still may, an end of stream being one; 0 where the
     kernel does not tell. Source: tcp(7), SIOCOUTQ."""
     try:
-        answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
+        answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, _NOTHING)
     except OSError:
         return 0
-    size = int.from_bytes(answer, sys.byteorder)
-    return 0 if size and has_gone(sock) else size  # the kernel tells of a reset one what it had before
+    if answer == _NOTHING or has_gone(sock):  # the kernel tells of a reset one what it had before
+        return 0
+    return int.from_bytes(answer, sys.byteorder)

@@ -319,11 +319,13 @@ class Pairs:
         """`pair` is over, and its sockets are about to be closed."""
         if self.paths is not None:
             self._measure(pair)
-        for sock, source in zip((pair.first, pair.second), pair.sources, strict=True):
-            if pair.cut_by in _MAKES_ROOM:
-                self.arrears.refuse(sock)
-            else:
-                self.arrears.take_over(sock, source)
+        if pair.cut_by in _MAKES_ROOM:
+            self.arrears.refuse(pair.first)
+            self.arrears.refuse(pair.second)
+        else:
+            first, second = pair.sources
+            self.arrears.take_over(pair.first, first)
+            self.arrears.take_over(pair.second, second)
 
     def _measure(self, pair: Pair) -> None:
         """Count how good the paths of a pair were that is about to end."""
