@@ -25,6 +25,10 @@ from relay.transfer.ending import unacknowledged
 ARREARS_SECONDS = 60.0
 """For how long somebody may take nothing of what it is owed; who reads slowly has as long as it likes."""
 
+SMALL_BYTES = 4 << 10
+"""So much is left to the kernel, for as long: as a rule it is an end of stream that is under way. Otherwise who makes
+one transfer after the other would have no place left for the next one."""
+
 STILL_SECONDS = 5.0
 
 FIRST_LOOK_SECONDS = 1.0
@@ -76,7 +80,7 @@ class Arrears:
         owed = unacknowledged(sock)
         if not owed:
             return
-        if self._is_closed:
+        if owed <= SMALL_BYTES or self._is_closed:
             _bound(sock)
             return
         with contextlib.suppress(OSError):  # as closing it would

@@ -106,6 +106,26 @@ def is_let_in(port: int) -> bool:
             return False
 
 
+@pytest.mark.parametrize("web", [False, True], ids=["tcp", "websocket"])
+def test_who_makes_one_transfer_after_the_other_has_a_place_for_each(tmp_path: Path, web: bool) -> None:
+    with Relay(tmp_path, "--max-per-source", str(MOST), *web_options(), recording=True) as relay:
+        for _ in range(30):
+            token = new_token()
+            with receiver_from(relay.port, contextlib.ExitStack()) as receiver:
+                receiver.sendall(handshake(token, new_side()))
+                if web:
+                    sender = dial_raw(web_port(relay))
+                    sender.sendall(Sent(BINARY, handshake(token, new_side())).wire)
+                else:
+                    sender = receiver_from(relay.port, contextlib.ExitStack())
+                    sender.sendall(handshake(token, new_side()))
+                with sender:
+                    assert read_exactly(receiver, 3) == b"ok\n"
+                    sender.sendall(Sent(BINARY, b"x" * 20).wire + Sent(CLOSE).wire if web else b"x" * 20)
+                    assert read_exactly(receiver, 20) == b"x" * 20
+        assert len(relay.wait_for_records(30)) == 30
+
+
 def test_who_takes_nothing_of_it_for_long_is_reset(tmp_path: Path, stack: contextlib.ExitStack) -> None:
     inside = shortened(transfer__arrears__ARREARS_SECONDS=2)
     with Relay(tmp_path, recording=True, inside=inside) as relay:
