@@ -159,10 +159,10 @@ UNPACKABLE = f"""
 from relay.workers import link
 
 def refusing(encode, is_unfit):
-    def encode_or_refuse(envelope, what):
+    def encode_or_refuse(envelope, what, **how):
         if is_unfit(what):
             raise OSError({errno.EMSGSIZE}, "Message too long")
-        return encode(envelope, what)
+        return encode(envelope, what, **how)
     return encode_or_refuse
 
 link.encode_pair = refusing(link.encode_pair, lambda pair: pair.there.moved + pair.back.moved == {MARK})
