@@ -224,6 +224,9 @@ class FramedPump:
             taken = self.sink.sendmsg(out)
         except BlockingIOError:
             taken = 0
+        except BrokenPipeError:
+            self._throw_away(size)
+            raise
         wire = sum(map(len, out)) if self.frames_out else size
         if taken == wire:
             self._count(size)

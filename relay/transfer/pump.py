@@ -230,7 +230,11 @@ class Pump:
         if self.discards:
             self._throw_away(got)
         elif got:
-            self._write_out(_buffer[:got])
+            try:
+                self._write_out(_buffer[:got])
+            except BrokenPipeError:
+                self._throw_away(got)
+                raise
         return got
 
     def _throw_away(self, size: int) -> None:

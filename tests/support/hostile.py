@@ -30,6 +30,17 @@ def dial(port: int, source: str = ATTACKER, host: str = "127.0.0.1") -> socket.s
     return connect(port, host, source=source)
 
 
+def narrow(port: int, source: str = ATTACKER, host: str = "127.0.0.1") -> socket.socket:
+    """A connection from that address that takes next to nothing as long as it is not read, so that what is sent to it
+    soon rests in the relay."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2304)
+    sock.settimeout(15)
+    sock.bind((source, 0))
+    sock.connect((host, port))
+    return sock
+
+
 def answer(sock: socket.socket, seconds: float = 10) -> bytes:
     """Everything the relay says until it ends the connection, in whichever way."""
     sock.settimeout(seconds)

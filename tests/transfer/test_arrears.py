@@ -26,7 +26,7 @@ from tests.support.harness import (
     shortened,
     wait_until,
 )
-from tests.support.hostile import ATTACKER
+from tests.support.hostile import narrow
 from tests.support.kernel_view import relays_end, unacknowledged
 from tests.support.web import dial_raw, web_options, web_port
 
@@ -41,20 +41,10 @@ def stack() -> Iterator[contextlib.ExitStack]:
         yield stack
 
 
-def receiver_from(port: int, stack: contextlib.ExitStack, source: str = ATTACKER) -> socket.socket:
-    """A connection that takes next to nothing as long as it is not read."""
-    sock = stack.enter_context(socket.socket())
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2304)
-    sock.bind((source, 0))
-    sock.settimeout(15)
-    sock.connect(("127.0.0.1", port))
-    return sock
-
-
 def ended(port: int, stack: contextlib.ExitStack, how: str = "both") -> socket.socket:
     """A receiver that has read nothing of a transfer that is over: since both sides have ended their streams, or since
     its partner was reset."""
-    receiver = receiver_from(port, stack)
+    receiver = stack.enter_context(narrow(port))
     with connect(port) as sender:
         shake_hands(sender, receiver)
         sender.sendall(bytes(OWED_BYTES))
@@ -76,7 +66,7 @@ def test_it_is_on_record_at_once_and_counts_for_its_source_until_it_has_arrived(
     with Relay(tmp_path, "--max-per-source", str(MOST), recording=True) as relay:
         receivers = [ended(relay.port, stack, how) for _ in range(MOST)]
         assert len(relay.wait_for_records(MOST)) == MOST
-        with receiver_from(relay.port, stack) as refused:
+        with narrow(relay.port) as refused:
             assert not refused.recv(1), "it has all that its source may have"
         taken = [len(all_of(receiver)) for receiver in receivers]
         assert all(size >= OWED_BYTES for size in taken) if how == "both" else all(taken)
@@ -95,7 +85,7 @@ def all_of(sock: socket.socket) -> bytes:
 def is_let_in(port: int) -> bool:
     """Whether a newcomer of that source is, and may wait."""
     with contextlib.ExitStack() as stack:
-        newcomer = receiver_from(port, stack)
+        newcomer = stack.enter_context(narrow(port))
         newcomer.sendall(handshake(new_token(), new_side()))
         newcomer.settimeout(0.3)
         try:
@@ -111,13 +101,13 @@ def test_who_makes_one_transfer_after_the_other_has_a_place_for_each(tmp_path: P
     with Relay(tmp_path, "--max-per-source", str(MOST), *web_options(), recording=True) as relay:
         for _ in range(30):
             token = new_token()
-            with receiver_from(relay.port, contextlib.ExitStack()) as receiver:
+            with narrow(relay.port) as receiver:
                 receiver.sendall(handshake(token, new_side()))
                 if web:
                     sender = dial_raw(web_port(relay))
                     sender.sendall(Sent(BINARY, handshake(token, new_side())).wire)
                 else:
-                    sender = receiver_from(relay.port, contextlib.ExitStack())
+                    sender = narrow(relay.port)
                     sender.sendall(handshake(token, new_side()))
                 with sender:
                     assert read_exactly(receiver, 3) == b"ok\n"
@@ -139,7 +129,7 @@ def test_when_all_places_are_taken_it_gives_way(tmp_path: Path, stack: contextli
     options = ("--max-connections", "8", "--max-per-source", "8")
     with Relay(tmp_path, *options, recording=True) as relay:
         receivers = [ended(relay.port, stack) for _ in range(8)]
-        newcomers = [receiver_from(relay.port, stack, "127.2.0.1") for _ in range(2)]
+        newcomers = [stack.enter_context(narrow(relay.port, "127.2.0.1")) for _ in range(2)]
         shake_hands(*newcomers)
         errors = [receiver.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) for receiver in receivers]
         assert 0 < sum(map(bool, errors)) <= 4
@@ -163,7 +153,7 @@ def test_what_a_websocket_client_has_said_before_its_close_arrives_though_it_is_
 ) -> None:
     with Relay(tmp_path, *web_options(), recording=True) as relay:
         token = new_token()
-        receiver = receiver_from(relay.port, stack)
+        receiver = stack.enter_context(narrow(relay.port))
         sender = stack.enter_context(dial_raw(web_port(relay)))
         sender.sendall(Sent(BINARY, handshake(token, new_side())).wire)
         receiver.sendall(handshake(token, new_side()))
@@ -183,7 +173,7 @@ def test_a_slow_receiver_is_not_idle_though_all_was_written_to_it_long_ago(stack
     door = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
 
     def connected() -> tuple[socket.socket, socket.socket]:
-        outer = receiver_from(door.getsockname()[1], stack)
+        outer = stack.enter_context(narrow(door.getsockname()[1]))
         inner = stack.enter_context(door.accept()[0])
         inner.setblocking(False)
         return outer, inner

@@ -31,7 +31,7 @@ from tests.support.harness import (
     read_exactly,
     wait_until,
 )
-from tests.support.hostile import NOISE, dial, honest_transfer, is_open
+from tests.support.hostile import NOISE, dial, honest_transfer, is_open, narrow
 
 MOST = 760
 NOFILE = 400
@@ -76,7 +76,7 @@ def stall(service: Service, host: str, source: str, stack: contextlib.ExitStack,
     sides = []
     for _ in range(pairs):
         token = new_token()
-        pair = [stack.enter_context(_narrow(service.port, host, source)) for _ in range(2)]
+        pair = [stack.enter_context(narrow(service.port, source, host)) for _ in range(2)]
         try:
             for sock in pair:
                 sock.sendall(handshake(token, new_side()))
@@ -97,16 +97,6 @@ def stall(service: Service, host: str, source: str, stack: contextlib.ExitStack,
                 sock.send(NOISE)
                 calm_since = time.monotonic()
     return len(sides)
-
-
-def _narrow(port: int, host: str, source: str) -> socket.socket:
-    """A connection that takes little without being read, so that what is sent soon rests in the relay."""
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-    sock.settimeout(10)
-    sock.bind((source, 0))
-    sock.connect((host, port))
-    return sock
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from tests.support.harness import (
     shortened,
     wait_until,
 )
+from tests.support.hostile import narrow
 from tests.support.kernel_view import relays_end, unacknowledged
 from tests.support.web import dial_raw, web_options, web_port
 
@@ -45,19 +46,10 @@ def relay(tmp_path: Path) -> Iterator[Relay]:
         yield relay
 
 
-def receiver_of(relay: Relay, stack: contextlib.ExitStack) -> socket.socket:
-    """A connection that takes next to nothing as long as it is not read."""
-    sock = stack.enter_context(socket.socket())
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2304)
-    sock.settimeout(SOON)
-    sock.connect(("127.0.0.1", relay.port))
-    return sock
-
-
 def left_alone(relay: Relay, how: str, stack: contextlib.ExitStack) -> socket.socket:
     """A client that is owed `UNREAD_BYTES`, and whose partner has gone: over TCP, with a reset behind the end of its
     stream, or over WebSocket with a Close."""
-    receiver = receiver_of(relay, stack)
+    receiver = stack.enter_context(narrow(relay.port))
     if how == "tcp":
         sender = stack.enter_context(connect(relay.port))
         shake_hands(sender, receiver)

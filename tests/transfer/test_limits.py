@@ -283,6 +283,19 @@ def test_what_is_thrown_away_is_charged(transfer: Callable[[Limits], Transfer], 
     shared.close()
 
 
+def test_what_was_read_when_its_receiver_had_just_gone_is_charged(transfer: Callable[[Limits], Transfer]) -> None:
+    talk = transfer(Limits(pair_bytes=LARGE))
+    allowance = talk.pair._allowance
+    assert allowance is not None
+    talk.pair.second.shutdown(socket.SHUT_WR)  # so writing to it is refused as it is then
+    talk.say(1000)
+    until = time.monotonic() + 10
+    while not talk.pair.pumps[0].discards:
+        assert time.monotonic() < until
+        gevent.sleep(0.001)
+    assert (allowance.wasted, talk.pair.moved) == (1000, 0)
+
+
 @pytest.mark.parametrize("nothing", [Sent(PING).wire, Sent(PONG, b"x" * 125).wire, Sent(BINARY).wire])
 def test_frames_without_payload_are_charged_as_well(nothing: bytes) -> None:
     with contextlib.ExitStack() as stack:
