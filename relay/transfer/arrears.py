@@ -92,9 +92,13 @@ class Arrears:
         self._deadlines.set(debt, now + FIRST_LOOK_SECONDS)
 
     def refuse(self, sock: socket.socket) -> None:
-        """`sock` is about to be closed, and its peer has waited for long enough: it is owed nothing any more."""
-        if unacknowledged(sock):
+        """`sock` is about to be closed, and its peer was waited for long enough: it is owed nothing any more, but for a
+        few bytes that are only under way."""
+        owed = unacknowledged(sock)
+        if owed > SMALL_BYTES:
             _have_reset(sock)
+        elif owed:
+            _bound(sock)
 
     def collect(self, now: float) -> Iterator[None]:
         """Look at those whose time has come, one with each step; `now` in monotonic seconds."""

@@ -173,7 +173,7 @@ def unacknowledged(sock: socket.socket) -> int:
     kernel does not tell. Source: tcp(7), SIOCOUTQ."""
     try:
         answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, _NOTHING)
-    except OSError:
+    except (OSError, ValueError):  # refused, or closed
         return 0
     if answer == _NOTHING or has_gone(sock):  # the kernel tells of a reset one what it had before
         return 0

@@ -219,6 +219,8 @@ class Eviction:
         pasts: dict[Pair, Past] = {}  # anew each time: of those that are over, nothing is kept
         everybody: Iterator[Client | Pair] = chain(self._reception, self._matching, self._pairs)
         for number, who in enumerate(in_slices(everybody)):
+            if not self._is_here(who):  # any more
+                continue
             rank, idle = self._standing_of(who, time.monotonic())
             if isinstance(who, Pair):
                 pasts[who] = self._pasts[who]

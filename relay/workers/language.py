@@ -57,6 +57,8 @@ LARGEST_PACKET = 192 << 10
 """Bytes; the two remainders of a pair that copies, and some more. The kernel's default send buffer takes it."""
 
 _ENVELOPE = struct.Struct("!cQd")  # kind, serial number, when it was sent
+OFFERS_CLAIM = 1 << 63
+"""In a serial number: the last file descriptor beside this parcel is a claim (see `claim`)."""
 _ANSWER = struct.Struct("!cQ")  # kind, serial number
 _CLIENT = struct.Struct("!dddBBBBBHB")
 """Started, arrived, asked, hops, recorded; lengths of source, token, side, speech, what it has sent."""
@@ -65,6 +67,8 @@ _PARTS = struct.Struct("!I")
 """Behind that: the same in `PARTS` of them, which workers of before neither say nor read."""
 _READS_PAST = b"\1"
 """Behind that, from whoever reads a `_PAST`."""
+_MAKES_CLAIMS = b"\1"
+"""Behind that, from whoever makes the claims that go with parcels."""
 _TURN = struct.Struct("!cI")  # kind, how many had no room
 _PAIR = struct.Struct("!dddBBBB")
 """Started, arrived, waiting time; lengths of where the frames of each side are, and of the source of each."""
@@ -157,6 +161,11 @@ class Envelope:
     serial: int
     sent: float
 
+    @property
+    def offers_claim(self) -> bool:
+        """Whether a claim goes with it."""
+        return bool(self.serial & OFFERS_CLAIM)
+
 
 def kind_of(packet: bytes) -> bytes:
     """The first byte of a packet, which tells what it is; empty for an empty packet."""
@@ -167,20 +176,22 @@ def kind_of(packet: bytes) -> bytes:
 class Standing:
     """How a worker is: how many sixteenths of an equal part of --relay-rate its transfers want, its load (see `load`),
     for how many more connections that siblings hand on it has room, and for how many newcomers it has places; and
-    whether it reads the `Past` of a pair, as workers of before do not."""
+    whether it reads the `Past` of a pair, and makes the claims that go with parcels, as workers of before do not."""
 
     parts: int
     load: float
     room: int
     places: int
     reads_past: bool = True
+    makes_claims: bool = True
 
 
 def encode_still_here(standing: Standing) -> bytes:
     """A ``.`` from a worker that is like this."""
     whole = -(-standing.parts // PARTS)
     common = _STILL_HERE.pack(STILL_HERE, whole, standing.load, standing.room, standing.places)
-    return common + _PARTS.pack(standing.parts) + (_READS_PAST if standing.reads_past else b"")
+    more = (_READS_PAST if standing.reads_past else b"") + (_MAKES_CLAIMS if standing.makes_claims else b"")
+    return common + _PARTS.pack(standing.parts) + more
 
 
 def decode_still_here(packet: bytes) -> Standing:
@@ -189,8 +200,8 @@ def decode_still_here(packet: bytes) -> Standing:
     parts = whole * PARTS
     if len(packet) > _STILL_HERE.size:
         (parts,) = _unpack(_PARTS, packet, _STILL_HERE.size)
-    reads_past = len(packet) > _STILL_HERE.size + _PARTS.size
-    return Standing(int(parts), float(load), int(room), int(places), reads_past)
+    more = len(packet) - _STILL_HERE.size - _PARTS.size
+    return Standing(int(parts), float(load), int(room), int(places), reads_past=more > 0, makes_claims=more > 1)
 
 
 def encode_turn(passed_by: int) -> bytes:

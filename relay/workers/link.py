@@ -12,6 +12,7 @@ import contextlib
 import errno
 import math
 import mmap
+import os
 import socket
 import time
 from collections import deque
@@ -23,11 +24,13 @@ import gevent
 from relay.clients.client import Client
 from relay.process.dataclass import dataclass
 from relay.transfer.pair import Pair
+from relay.workers import claim
 from relay.workers.language import (
     CLIENT_BYTES,
     CLIENTS_PER_PACKET,
     CONFIRMED,
     LARGEST_PACKET,
+    OFFERS_CLAIM,
     Envelope,
     Greeting,
     encode_answer,
@@ -95,6 +98,30 @@ class Parcel:
     clients: list[Client]
     pair: Pair | None = None
     sent: float = 0.0  # monotonic seconds
+    claim: int | None = None
+
+    def offer_claim(self, envelope: Envelope) -> list[int]:
+        """The claim that goes with it, if there can be one, as `envelope` says then."""
+        if self.claim is None:
+            try:
+                self.claim = claim.offer()
+            except OSError:
+                return []
+        envelope.serial |= OFFERS_CLAIM
+        return [self.claim]
+
+    def take_back(self) -> bool:
+        """Whether it is ours again, and the sibling cannot take it any more; False if it has: then its word of that is
+        on its way, or was never sent. One without a claim is taken to be ours."""
+        is_ours = self.claim is None or claim.make(self.claim)
+        self.drop_claim()
+        return is_ours
+
+    def drop_claim(self) -> None:
+        """It is decided whose it is."""
+        if self.claim is not None:
+            os.close(self.claim)
+            self.claim = None
 
     @property
     def connections(self) -> int:
@@ -106,9 +133,9 @@ class Link:
     """The connection to one sibling.
 
     It is known by its `greeting`, None until it has come. `ready` is whether it accepts connections, `leaving` whether
-    it is about to end, `silent` whether it has stopped answering; `parts`, `load`, `places` and `reads_past`
-    are what it last said of itself, and `room` is that less what was handed there since; `refused_at` is when it last
-    refused something.
+    it is about to end, `silent` whether it has stopped answering; `parts`, `load`, `places`, `reads_past` and
+    `makes_claims` are what it last said of itself, and `room` is that less what was handed there since; `refused_at` is
+    when it last refused something.
     """
 
     def __init__(self, owner: Correspondent, sock: socket.socket, pid: int, *, opened_by_sibling: bool) -> None:
@@ -127,6 +154,7 @@ class Link:
         self._most_under_way = MOST_UNDER_WAY
         self.parts = 0
         self.reads_past = False
+        self.makes_claims = False
         self.load = FULL_LOAD
         self.room = 0
         self.places = 0
@@ -271,7 +299,7 @@ class Link:
         envelope = self._owner.envelope()
         try:
             with contextlib.ExitStack() as files:
-                packet, fds = _packed(envelope, parcel, files, with_past=self.reads_past)
+                packet, fds = _packed(envelope, parcel, files, with_past=self.reads_past, with_claim=self.makes_claims)
                 self._sock.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
         except MemoryError:
             raise
@@ -279,6 +307,7 @@ class Link:
             if isinstance(error, OSError) and (error.errno not in _LASTING or self.closed):
                 raise
             self.under_way -= parcel.connections
+            parcel.drop_claim()
             self._owner.is_unfit(self, parcel, error)
             return
         parcel.sent = envelope.sent
@@ -314,7 +343,7 @@ class Link:
     def read(self) -> bool:
         """Take in a packet that has come; when there are more, the event loop calls again. False if there was none."""
         try:
-            size, ancillary, _, _ = self._sock.recvmsg_into([_buffer], _ANCILLARY_BYTES)
+            size, ancillary = self._receive()
         except BlockingIOError:
             return False
         except OSError:
@@ -325,6 +354,14 @@ class Link:
         self.seconds_unheard = 0
         self._owner.heard(self, bytes(_view[:size]), _fds_in(ancillary))
         return True
+
+    def _receive(self) -> tuple[int, list[tuple[int, int, bytes]]]:
+        """Receive a packet into `_buffer`; returns its size, and what came beside it."""
+        for _ in range(2):
+            with contextlib.suppress(ConnectionResetError):  # it has died with something unread: that is told once, and
+                size, ancillary, _, _ = self._sock.recvmsg_into([_buffer], _ANCILLARY_BYTES)  # before what it had said
+                return size, ancillary
+        return 0, []
 
     def has_spoken(self) -> bool:
         """Whether something has come that we have not read yet."""
@@ -343,6 +380,8 @@ class Link:
         packets = []
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RD)
+            with contextlib.suppress(ConnectionResetError):  # see `_receive`
+                self._sock.recv(1, socket.MSG_PEEK)
             while size := self._sock.recv_into(_view):  # sockets that are beside it the kernel closes
                 packets.append(bytes(_view[:size]))
         return packets
@@ -352,6 +391,7 @@ class Link:
         parcel = self.unconfirmed.pop(serial, None)
         if parcel is not None:
             self.under_way -= parcel.connections
+            parcel.drop_claim()
         return parcel
 
     def confirm(self, serial: int) -> bool:
@@ -376,19 +416,26 @@ class Link:
         """Everything that was to be handed on and has not left yet; it is ours again."""
         parcels = [message for message in self._outbox if isinstance(message, Parcel)]
         self._outbox = deque(message for message in self._outbox if not isinstance(message, Parcel))
+        for parcel in parcels:
+            parcel.drop_claim()
         if self._next_clients:
             parcels.append(Parcel(self._next_clients))
             self._next_clients = []
         self.under_way -= sum(parcel.connections for parcel in parcels)
         return parcels
 
-    def take_back(self, older_than: float = 0.0) -> list[Parcel]:
-        """Everything that was sent more than `older_than` seconds ago and is not confirmed; it is ours again."""
+    def take_back(self, older_than: float = 0.0) -> tuple[list[Parcel], list[Parcel]]:
+        """Of everything that was sent more than `older_than` seconds ago and is not confirmed, what is ours again, and
+        what the sibling has taken all the same."""
         before = time.monotonic() - older_than
         late = [serial for serial, parcel in self.unconfirmed.items() if parcel.sent <= before]
         parcels = [self.unconfirmed.pop(serial) for serial in late]
         self.under_way -= sum(parcel.connections for parcel in parcels)
-        return parcels
+        ours: list[Parcel] = []
+        taken: list[Parcel] = []
+        for parcel in parcels:
+            (ours if parcel.take_back() else taken).append(parcel)
+        return ours, taken
 
     def close(self) -> None:
         """End the link."""
@@ -408,13 +455,16 @@ def _size_of(client: Client) -> int:
 
 
 def _packed(
-    envelope: Envelope, parcel: Parcel, files: contextlib.ExitStack, *, with_past: bool
+    envelope: Envelope, parcel: Parcel, files: contextlib.ExitStack, *, with_past: bool, with_claim: bool
 ) -> tuple[bytes, list[int]]:
     """A parcel as a packet, and the file descriptors beside it, of which `files` closes what was opened for it."""
     if parcel.pair is None:
-        return encode_clients(envelope, parcel.clients), [client.sock.fileno() for client in parcel.clients]
+        fds = [client.sock.fileno() for client in parcel.clients]
+        offered = parcel.offer_claim(envelope) if with_claim else []
+        return encode_clients(envelope, parcel.clients), fds + offered
     state, fds = parcel.pair.pack(files)
-    return encode_pair(envelope, state, with_past=with_past), fds
+    offered = parcel.offer_claim(envelope) if with_claim else []
+    return encode_pair(envelope, state, with_past=with_past), fds + offered
 
 
 def readiest(links: Iterable[Link], connections: int) -> Link | None:

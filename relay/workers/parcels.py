@@ -7,7 +7,10 @@ Handing on never leaves a connection without an owner, nor with two:
 - the receiver confirms first and acts then;
 - a worker that was stopped (SIGSTOP, a suspended machine) may find old parcels when it wakes. So a parcel is good for
   `PARCEL_GOOD_SECONDS` only, and the sender takes it back when it is older than `PARCEL_LOST_SECONDS`, which is more;
-- a sender that ends a link first sees to it that nothing can be confirmed over it any more, and reads what has been.
+- it may be stopped at any moment, also when it has just found a parcel good. So a `claim` goes with each, which only
+  one of both can make: who finds that the other one has made it leaves the parcel to that one, whatever either says;
+- where there can be no claim, or the other worker knows of none, a sender that ends a link first sees to it that
+  nothing can be confirmed over it any more, and reads what has been.
 
 What becomes of a client that was handed here, or comes back, is decided `AtHome`.
 """
@@ -30,6 +33,7 @@ from relay.process.one_by_one import one_by_one
 from relay.transfer.pair import Pair
 from relay.transfer.slices import in_slices
 from relay.transfer.state import PairState
+from relay.workers import claim
 from relay.workers.estate import Estate
 from relay.workers.language import (
     CONFIRMED,
@@ -107,8 +111,10 @@ class Parcels:
         """An ``H`` has come; raises Misunderstood."""
         envelope = decode_envelope(packet)
         clients = decode_clients(packet)
-        with sockets_of(fds, len(clients)) as socks:
-            if not self._accepts(link, envelope, len(clients), complete=len(clients) == len(socks) and not fds):
+        came = len(fds)
+        with _claim_beside(envelope, fds) as offered, sockets_of(fds, len(clients)) as socks:
+            complete = came == len(clients) + envelope.offers_claim and len(socks) == len(clients)
+            if not self._accepts(link, envelope, offered, len(clients), complete=complete):
                 close_all(fds)
                 if _is_good(envelope):
                     self._receiver.send_partners([handed.token for handed in clients if handed.token], link)
@@ -125,9 +131,9 @@ class Parcels:
         envelope = decode_envelope(packet)
         state = decode_pair(packet)
         came = len(fds)
-        with sockets_of(fds, CONNECTIONS_OF_A_PAIR) as sides:
-            complete = came == state.fds and len(sides) == CONNECTIONS_OF_A_PAIR
-            if not self._accepts(link, envelope, CONNECTIONS_OF_A_PAIR, complete=complete):
+        with _claim_beside(envelope, fds) as offered, sockets_of(fds, CONNECTIONS_OF_A_PAIR) as sides:
+            complete = came == state.fds + envelope.offers_claim and len(sides) == CONNECTIONS_OF_A_PAIR
+            if not self._accepts(link, envelope, offered, CONNECTIONS_OF_A_PAIR, complete=complete):
                 close_all(fds)
                 return
             try:
@@ -137,11 +143,19 @@ class Parcels:
                 raise
             sides.clear()
 
-    def _accepts(self, link: Link, envelope: Envelope, connections: int, *, complete: bool) -> bool:
-        """Confirm or refuse a parcel. Once it is confirmed it is ours, and the sender closes its copies."""
+    def _accepts(
+        self, link: Link, envelope: Envelope, offered: int | None, connections: int, *, complete: bool
+    ) -> bool:
+        """Confirm or refuse a parcel, with which this claim was `offered`. Once it is confirmed it is ours, and the
+        sender closes its copies."""
         # To confirm later than now would be too late: the sender might take it back meanwhile. To refuse never is.
-        if complete and _is_good(envelope) and self._receiver.has_room(connections) and link.confirm(envelope.serial):
-            return True
+        if complete and _is_good(envelope) and self._receiver.has_room(connections):
+            if offered is None and link.confirm(envelope.serial):
+                return True
+            if offered is not None and claim.make(offered):
+                if not link.confirm(envelope.serial):
+                    link.say(encode_answer(CONFIRMED, envelope.serial))
+                return True
         link.say(encode_answer(REFUSED, envelope.serial))  # too old, or there was no room for all that came
         return False
 
@@ -152,6 +166,9 @@ class Parcels:
             return
         if time.monotonic() - parcel.sent < PARCEL_GOOD_SECONDS / 4:
             link.be_less_gentle()
+        self._handed_on(link, parcel)
+
+    def _handed_on(self, link: Link, parcel: Parcel) -> None:
         if parcel.pair is not None:
             link.handed_pairs += 1
             self._receiver.handed_on_pair(parcel.pair)
@@ -209,7 +226,15 @@ class Parcels:
         """We are about to end this link: what is under way over it, and the sibling has not taken, is ours again,
         soon."""
         one_by_one(link.hear_out(), lambda packet: self._heard_last(link, packet), "in ending a link")
-        self.have_back(link.take_back_unsent() + link.take_back())
+        self.take_back(link)
+
+    def take_back(self, link: Link, older_than: float = 0.0) -> None:
+        """What is under way over this link since more than so many seconds, and the sibling has not taken, is ours
+        again, soon; and what has not left yet."""
+        unsent = link.take_back_unsent()
+        ours, taken = link.take_back(older_than)
+        self.have_back(unsent + ours)
+        one_by_one(taken, lambda parcel: self._handed_on(link, parcel), "with what a sibling has taken")
 
     def _heard_last(self, link: Link, packet: bytes) -> None:
         if kind_of(packet) == CONFIRMED:  # what it has handed on stays its own, since we have not confirmed it
@@ -233,6 +258,18 @@ def _client_from(handed: HandedClient, sock: socket.socket) -> Client:
     client.source, client.recorded = handed.source, Recorded(handed.recorded)
     client.speech = unpack(handed.packed_speech)
     return client
+
+
+@contextlib.contextmanager
+def _claim_beside(envelope: Envelope, fds: list[int]) -> Iterator[int | None]:
+    """The claim that came with a parcel, the last of these file descriptors, which is taken out of `fds`, and closed in
+    the end; None if it came without."""
+    offered = fds.pop() if envelope.offers_claim and fds else None
+    try:
+        yield offered
+    finally:
+        if offered is not None:
+            os.close(offered)
 
 
 @contextlib.contextmanager

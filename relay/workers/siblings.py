@@ -359,7 +359,7 @@ class Siblings:
             standing = decode_still_here(packet)
             link.parts, link.load = standing.parts, standing.load
             link.room, link.places = standing.room, standing.places
-            link.reads_past = standing.reads_past
+            link.reads_past, link.makes_claims = standing.reads_past, standing.makes_claims
         elif kind == MATCHED:
             self._at_home.matched_elsewhere(decode_matched(packet))
         elif kind == TURN_AT_THE_DOOR:
@@ -372,13 +372,12 @@ class Siblings:
         if link.closed:
             return
         self.links.discard(link)
-        parcels = link.take_back_unsent() + link.take_back()
+        self._parcels.take_back(link)
         link.close()
         if link.ready:
             log.tell("worker %d has left" if link.leaving else "worker %d has died", link.pid)
         self._tell_what_was_handed_on(link)
         self._change()
-        self._parcels.have_back(parcels)
         self._at_home.sibling_gone()
 
     def is_unfit(self, link: Link, parcel: Parcel, error: Exception) -> None:
@@ -423,7 +422,7 @@ class Siblings:
             link.silent = True
             log.tell("worker %d does not answer; its siblings do without it until it does", link.pid)
             self._change()
-        self._parcels.have_back(link.take_back_unsent() + link.take_back(older_than=PARCEL_LOST_SECONDS))
+        self._parcels.take_back(link, older_than=PARCEL_LOST_SECONDS)
 
     def _warn(self, text: str, *values: object) -> None:
         """Log a warning, but each only once."""

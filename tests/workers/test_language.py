@@ -282,6 +282,8 @@ def test_a_worker_of_before_and_one_of_now_mean_the_same_by_a_part_of_a_rate() -
     assert wanted == 4
     _, wanted, *_ = before.unpack_from(encode_still_here(Standing(1, 0.5, 10, 20)))
     assert wanted == 1
-    assert decode_still_here(before.pack(b".", 4, 0.5, 10, 20)) == Standing(4 * 16, 0.5, 10, 20, reads_past=False)
+    assert decode_still_here(before.pack(b".", 4, 0.5, 10, 20)) == Standing(
+        4 * 16, 0.5, 10, 20, reads_past=False, makes_claims=False
+    )
     with pytest.raises(Misunderstood):
         decode_still_here(before.pack(b".", 4, 0.5, 10, 20) + b"x")
