@@ -144,12 +144,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.check:
             check(options, closed)
             return
-        check_log_fd(options, closed)
+        doubt = check_log_fd(options, closed)
         check_ports(options)
         own_log = _log_to_stderr()
         try:
-            if complaint:
-                log.tell(complaint)
+            for line in filter(None, (complaint, doubt)):
+                log.tell(line)
             _serve(options)
         finally:
             own_log.finish(LOG_SECONDS)

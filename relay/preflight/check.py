@@ -8,17 +8,20 @@ from relay.clients.congestion import check_congestion_control
 from relay.mistakes import Mistake
 from relay.options import Options
 from relay.preflight.ports import check_ports
+from relay.process import log
 from relay.process.addresses import check_interface
 
 
 def check(options: Options, closed: Collection[int] = ()) -> None:
-    """Raise Mistake for what a start with these options would end with.
+    """Raise Mistake for what a start with these options would end with, and tell what it would doubt.
 
     Args:
         options: understood, and right by themselves.
         closed: the standard descriptors that this process was started without.
     """
-    check_log_fd(options, closed)
+    doubt = check_log_fd(options, closed)
+    if doubt is not None:
+        log.tell(doubt)
     check_ports(options)
     if options.run_dir is not None:
         from relay.workers.estate import Estate  # not before: see `relay.server`
@@ -38,15 +41,17 @@ def check(options: Options, closed: Collection[int] = ()) -> None:
         Upstream(options.upstream)
 
 
-def check_log_fd(options: Options, closed: Collection[int]) -> None:
-    """Raise Mistake unless JSON lines can go to where they are to go.
+def check_log_fd(options: Options, closed: Collection[int]) -> str | None:
+    """Raise Mistake unless JSON lines can go to where they are to go. Returns a line for the log where that may be
+    another place than the operator means.
 
     Best asked before anything is opened: soon a number that is not open may be something of the relay's own.
     """
     fd = options.log_fd
     if fd is None:
-        return
-    from relay.usage.json_log import check_log_fd, not_open  # not before: not every relay has such lines
+        return None
+    # Not before: not every relay has such lines.
+    from relay.usage.json_log import check_log_fd, not_open, renamed_or_mistaken
     from relay.usage.trouble import UsageError
 
     if fd in closed:
@@ -55,6 +60,7 @@ def check_log_fd(options: Options, closed: Collection[int]) -> None:
         check_log_fd(fd, options.usage_db, options.log_path)
     except UsageError as error:
         raise Mistake(error) from None
+    return None if options.log_path is None else renamed_or_mistaken(fd, options.log_path)
 
 
 def _check_database(path: str) -> None:

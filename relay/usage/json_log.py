@@ -22,7 +22,7 @@ from collections.abc import Set as AbstractSet
 
 from relay.usage.folder import ENDS
 from relay.usage.record import Record, blur
-from relay.usage.reopen import FollowedFile
+from relay.usage.reopen import FollowedFile, hindrance, other_name
 from relay.usage.trouble import LOCKED_PATIENCE, Trouble, UsageError
 from relay.usage.writer import Request, Warn
 
@@ -36,8 +36,8 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_log_fd(fd: int, usage_db: str | None = None, opened_as: str | None = None) -> None:
-    """Raise UsageError unless JSON lines can go to `fd`, and neither that nor `opened_as`, where they may go later,
-    is of a database at `usage_db`.
+    """Raise UsageError unless JSON lines can go to `fd`, and, once that is renamed, to `opened_as`; or where either is
+    of a database at `usage_db`.
 
     Best asked before the process opens anything itself: a number that the operator forgot to open may be something of
     the relay's own by then, such as the socket it listens on.
@@ -60,6 +60,22 @@ def check_log_fd(fd: int, usage_db: str | None = None, opened_as: str | None = N
                 f"--log-path {opened_as}: it is of the database that --usage-db names, {usage_db}; "
                 "give each a file of its own"
             )
+    if opened_as is not None and kind == stat.S_IFREG:
+        reason = hindrance(opened_as)
+        if reason is not None:
+            raise UsageError(f"--log-path {opened_as}: {reason}; name the file that --log-fd {fd} was opened as")
+
+
+def renamed_or_mistaken(fd: int, opened_as: str) -> str | None:
+    """What to tell the operator where `fd` writes to a file of another path than `opened_as`. That is right when the
+    file was renamed a moment ago, and otherwise takes the lines to where nobody looks for them."""
+    path = other_name(fd, opened_as)
+    if path is None:
+        return None
+    return (
+        f"--log-path {opened_as}: the lines go there, and not to {path}, which fd {fd} is open for; "
+        "if that was not renamed just now, name the file that the shell opens"
+    )
 
 
 def _files_of(usage_db: str) -> list[str]:

@@ -32,6 +32,31 @@ def path_of(fd: int) -> str | None:
     return path if os.path.samestat(status, named) else None
 
 
+def hindrance(opened_as: str) -> str | None:
+    """Why no file of this path could ever be made or written to; None where it could, whatever is there now."""
+    path = os.path.realpath(opened_as)
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        folder = os.path.dirname(path)
+        return None if os.path.isdir(folder) else f"there is no folder {folder}"
+    except OSError as error:
+        return f"it cannot be looked at ({error.strerror})"
+    if stat.S_ISREG(mode):
+        return None
+    return "it is a folder" if stat.S_ISDIR(mode) else "it is no file"
+
+
+def other_name(fd: int, opened_as: str) -> str | None:
+    """The path of the file that `fd` writes to, when that is none that `opened_as` names: it was renamed, or never
+    opened as that."""
+    path = path_of(fd)
+    try:
+        return None if path is None or os.path.samefile(path, opened_as) else path
+    except OSError:
+        return path  # nothing is there
+
+
 class FollowedFile:
     """A descriptor that goes where its path goes.
 

@@ -259,6 +259,34 @@ def test_lines_that_would_go_into_the_database_after_a_rotation_are_told_of_by_b
     assert told.startswith(f"--log-path {database}{end}: it is of the database that --usage-db names, ")
 
 
+def test_a_log_path_that_no_file_can_have_is_told_of(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with (tmp_path / "usage.jsonl").open("ab") as lines:
+        fd = lines.fileno()
+        for path, reason in (
+            (tmp_path, "it is a folder"),
+            (tmp_path / "fifo", "it is no file"),
+            (tmp_path / "none" / "usage.jsonl", f"there is no folder {tmp_path / 'none'}"),
+            (tmp_path / "usage.jsonl" / "usage.jsonl", "it cannot be looked at (Not a directory)"),
+        ):
+            options = ("--log-fd", str(fd), "--log-path", str(path))
+            told = checked(run("--check", *options, pass_fds=(fd,)))
+            assert told == checked(run(*LOCAL, *options, pass_fds=(fd,)))
+            assert told == f"--log-path {path}: {reason}; name the file that --log-fd {fd} was opened as"
+
+
+def test_a_log_path_of_another_file_than_the_descriptors_is_told_of(tmp_path: Path) -> None:
+    with (tmp_path / "usage.jsonl").open("ab") as lines:
+        fd = lines.fileno()
+        for name, is_told in (("other.jsonl", True), ("usage.jsonl", False)):
+            path = tmp_path / name
+            done = run("--check", "--log-fd", str(fd), "--log-path", str(path), pass_fds=(fd,))
+            assert done.returncode == 0
+            told = f"--log-path {path}: the lines go there, and not to {tmp_path / 'usage.jsonl'}, which fd {fd} is "
+            assert (told in done.stderr) == is_told
+            assert done.stderr.count("\n") == is_told
+
+
 def test_a_standard_descriptor_that_is_closed_is_told_of(tmp_path: Path) -> None:
     shut = ["/bin/sh", "-c", 'exec "$0" "$@" >&-']
     assert "it is not open" in checked(run("--check", "--log-stdout", inside=shut))

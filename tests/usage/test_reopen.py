@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from relay.usage.reopen import FollowedFile, path_of
+from relay.usage.reopen import FollowedFile, other_name, path_of
 from tests.support.harness import CHECKOUT, Relay, connect, handshake, new_side, new_token, running, wait_until
 
 
@@ -62,6 +62,20 @@ def test_a_file_that_was_deleted_before_that_is_made_anew_as_well(log: FollowedF
     assert FollowedFile(log.fd, str(tmp_path / "usage.jsonl")).follow()
     os.write(log.fd, b"second\n")
     assert (tmp_path / "usage.jsonl").read_text() == "second\n"
+
+
+def test_a_path_that_the_descriptor_was_not_opened_as_is_told_from_links_to_it_and_from_a_file_that_is_gone(
+    log: FollowedFile, tmp_path: Path
+) -> None:
+    path = tmp_path / "usage.jsonl"
+    (tmp_path / "link").symlink_to("usage.jsonl")
+    (tmp_path / "other.jsonl").touch()
+    assert other_name(log.fd, str(path)) is None
+    assert other_name(log.fd, str(tmp_path / "link")) is None
+    for other in ("other.jsonl", "none.jsonl"):
+        assert other_name(log.fd, str(tmp_path / other)) == str(path)
+    path.unlink()
+    assert other_name(log.fd, str(path)) is None
 
 
 def test_what_is_no_file_goes_nowhere_whatever_it_was_opened_as(tmp_path: Path) -> None:
