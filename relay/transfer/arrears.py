@@ -4,50 +4,58 @@ Closing a socket leaves them to the kernel: up to megabytes, which it keeps for 
 may never read. No process has that socket then, and no bound of ours counts it: one source would have as much of the
 kernel's memory as it liked, a transfer after the other, until honest connections had none. So a side that has not taken
 all keeps its socket and a place of its source until it has, or has taken nothing for `ARREARS_SECONDS`; then it is
-reset. The transfer is over and on record all the same. When all places are taken, those who have taken nothing for
-`STILL_SECONDS` give way.
+reset. The transfer is over and on record all the same. When all places are taken, those give way who are idle, as
+`lumps` has it: as with transfers, a byte now and then keeps no place.
+
+Such a side may still say something, which nobody hears: its stream is left unread, and read away before the socket is
+closed, since the kernel answers what is unread then, and whatever comes to a stream that was shut down, with a reset.
 """
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import socket
 import struct
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from relay.clients.deadlines import Deadlines
 from relay.clients.places import Places
 from relay.process.one_by_one import one_by_one
 from relay.transfer.ending import unacknowledged
+from relay.transfer.lumps import IDLE_SECONDS, LITTLE_BYTES, paid_until
 
-ARREARS_SECONDS = 60.0
+ARREARS_SECONDS = 300.0
 """For how long somebody may take nothing of what it is owed; who reads slowly has as long as it likes."""
 
 SMALL_BYTES = 4 << 10
-"""So much is left to the kernel, for as long: as a rule it is an end of stream that is under way. Otherwise who makes
+SMALL_SECONDS = 60.0
+"""So much is left to the kernel, for so long: as a rule it is an end of stream that is under way. Otherwise who makes
 one transfer after the other would have no place left for the next one."""
-
-STILL_SECONDS = 5.0
 
 FIRST_LOOK_SECONDS = 1.0
 """How soon to look whether all has arrived: as a rule it was only under way. Later looks are ever more seldom."""
 
 _RESET = struct.pack("ii", 1, 0)
 
+_MOST_READ_AWAY = 16
+_scrap = mmap.mmap(-1, 1 << 20, mmap.MAP_PRIVATE)  # takes no memory, since nothing is written to it
+
 
 class _Debt:
     """One side that is owed something."""
 
-    __slots__ = ("due", "owed", "since", "sock", "source")
+    __slots__ = ("due", "noted", "owed", "paid_until", "since", "sock", "source")
 
-    def __init__(self, sock: socket.socket, source: bytes | None, owed: int, now: float) -> None:
+    def __init__(self, sock: socket.socket, source: bytes | None, owed: int, now: float, paid_until: float) -> None:
         self.sock = sock
         self.source = source
-        self.owed = owed
+        self.owed = self.noted = owed
         self.since = now
         """Since when it has taken nothing, as far as that is known; monotonic seconds."""
+        self.paid_until = max(now, paid_until)
         self.due = 0
 
 
@@ -74,19 +82,20 @@ class Arrears:
         """How many of them would give way."""
         return len(self._still)
 
-    def take_over(self, sock: socket.socket, source: bytes | None) -> None:
+    def take_over(self, sock: socket.socket, source: bytes | None, paid_by: Callable[[float], float]) -> None:
         """`sock`, of a transfer that is over, is about to be closed, and is closed here if its peer has not taken all;
-        `source` is where that is from. It is detached then, and hears the end of the stream."""
+        `source` is whom that counts for. It is detached then, and hears the end of the stream. `paid_by` tells until
+        when what has arrived has paid, as is known now (see `lumps`)."""
         owed = unacknowledged(sock)
         if not owed:
             return
         if owed <= SMALL_BYTES or self._is_closed:
-            _bound(sock)
+            _leave_to_the_kernel(sock, SMALL_SECONDS if owed <= SMALL_BYTES else ARREARS_SECONDS)
             return
         with contextlib.suppress(OSError):  # as closing it would
-            sock.shutdown(socket.SHUT_RDWR)
+            sock.shutdown(socket.SHUT_WR)
         now = time.monotonic()
-        debt = _Debt(socket.socket(fileno=sock.detach()), source, owed, now)
+        debt = _Debt(socket.socket(fileno=sock.detach()), source, owed, now, paid_by(now))
         self._places.take(source)
         self._debts.add(debt)
         self._deadlines.set(debt, now + FIRST_LOOK_SECONDS)
@@ -98,7 +107,7 @@ class Arrears:
         if owed > SMALL_BYTES:
             _have_reset(sock)
         elif owed:
-            _bound(sock)
+            _leave_to_the_kernel(sock, SMALL_SECONDS)
 
     def collect(self, now: float) -> Iterator[None]:
         """Look at those whose time has come, one with each step; `now` in monotonic seconds."""
@@ -114,15 +123,19 @@ class Arrears:
             return
         if owed < debt.owed:
             debt.owed, debt.since = owed, now
+        if debt.noted - owed > LITTLE_BYTES:
+            debt.paid_until = paid_until(debt.paid_until, debt.noted - owed, now)
+            debt.noted = owed
+        unpaid, stood = now - debt.paid_until, now - debt.since
+        if unpaid < IDLE_SECONDS:
             self._still.pop(debt, None)
-        stood = now - debt.since
-        if stood >= STILL_SECONDS and debt not in self._still:
+        elif debt not in self._still:
             self._still[debt] = None
             self._places.look_again()
         if stood >= ARREARS_SECONDS:
             self._reset(debt)
         else:
-            self._deadlines.set(debt, now + max(FIRST_LOOK_SECONDS, min(stood / 2, ARREARS_SECONDS - stood)))
+            self._deadlines.set(debt, now + max(FIRST_LOOK_SECONDS, min(abs(unpaid) / 2, ARREARS_SECONDS - stood)))
 
     def cut_short(self) -> None:
         """Let go of one that would give way; there is one."""
@@ -131,10 +144,10 @@ class Arrears:
     def close(self) -> None:
         """Leave all of them to the kernel, those who are still to come as well, for as long as they could be here."""
         self._is_closed = True
-        one_by_one([*self._debts], self._leave_to_the_kernel, "in leaving to the kernel what somebody is owed")
+        one_by_one([*self._debts], self._leave, "in leaving to the kernel what somebody is owed")
 
-    def _leave_to_the_kernel(self, debt: _Debt) -> None:
-        _bound(debt.sock)
+    def _leave(self, debt: _Debt) -> None:
+        _leave_to_the_kernel(debt.sock, ARREARS_SECONDS)
         self._close(debt)
 
     def _reset(self, debt: _Debt) -> None:
@@ -146,6 +159,7 @@ class Arrears:
         self._still.pop(debt, None)
         self._deadlines.clear(debt)
         try:
+            _read_away(debt.sock)
             debt.sock.close()
         finally:
             self._places.give_back(debt.source)
@@ -157,7 +171,18 @@ def _have_reset(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 
 
-def _bound(sock: socket.socket) -> None:
-    """Have the kernel wait no longer either, when `sock` is closed. Source: tcp(7), TCP_USER_TIMEOUT, milliseconds."""
+def _leave_to_the_kernel(sock: socket.socket, seconds: float) -> None:
+    """Have the kernel see to it, but for no longer than that, when `sock` is closed, as it is about to be. Source:
+    tcp(7), TCP_USER_TIMEOUT, milliseconds."""
     with contextlib.suppress(OSError):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(ARREARS_SECONDS * 1000))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+    _read_away(sock)
+
+
+def _read_away(sock: socket.socket) -> None:
+    """Read what `sock` has to say that nobody hears, if that is not too much, without copying it. Source: tcp(7),
+    MSG_TRUNC."""
+    with contextlib.suppress(OSError):
+        for _ in range(_MOST_READ_AWAY):
+            if sock.recv_into(_scrap, 0, socket.MSG_DONTWAIT | socket.MSG_TRUNC) < len(_scrap):
+                return

@@ -49,18 +49,15 @@ from relay.clients.matching import Matching
 from relay.clients.places import Places
 from relay.clients.reception import Reception
 from relay.clients.sources import site_of
+from relay.transfer.lumps import IDLE_SECONDS, LITTLE_BYTES
 from relay.transfer.pair import Pair
 from relay.transfer.pairs import Pairs
 from relay.transfer.slices import in_slices
 
-IDLE_SECONDS = 5.0
 BRIEF_SECONDS = 1.0
 
 MANY_OF = 64
 """A source has many when it has more than a few connections and such a part of all places."""
-
-LITTLE_BYTES = 4 << 10
-"""Both directions together; less than a thousand bytes a second, while others stand at the door."""
 
 MOST_OF_TIME = 0.5
 """Who has waited for a rate for more than such a part of the time wants to move more than little. A rate that holds
@@ -255,14 +252,18 @@ class Eviction:
 
     def _idle_for(self, pair: Pair, now: float) -> float:
         """For how many seconds it has moved little, as far as that is known."""
-        moved, held_back = pair.acknowledged, pair.held_back
-        past = self._pasts.get(pair) or (moved, held_back, now - pair.idle_for(now))
+        idle = pair.idle_for(now)
+        moved, held_back = pair.asked_moved, pair.held_back
+        past = self._pasts.get(pair) or (moved, held_back, now - idle)
         # Whoever begins after long to wait for a rate need not do so for as long again.
         would_move_more = held_back - past[1] > MOST_OF_TIME * min(now - past[2], IDLE_SECONDS) and moved > past[0]
         if would_move_more or moved - past[0] > LITTLE_BYTES:
             past = moved, held_back, now
         self._pasts[pair] = past
-        return now - past[-1]
+        since = past[-1]
+        if since < pair.paid_until and pair.owed:
+            since = pair.paid_until
+        return now - since
 
     # Giving way
 

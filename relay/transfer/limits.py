@@ -34,6 +34,7 @@ from relay.transfer.turns import HeldBack, Turns
 if TYPE_CHECKING:
     from relay.transfer.framed import FramedPump
 
+
 class Cut(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types
     """Ends a pair that has met a bound of the operator's."""
 

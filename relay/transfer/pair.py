@@ -21,7 +21,7 @@ import gevent
 from gevent.select import poll
 
 from relay.clients.bounds import Bound
-from relay.transfer import ending
+from relay.transfer import ending, lumps
 from relay.transfer.ending import Pumps
 from relay.transfer.limits import Allowance, Cut, LimitedPump, Limits, has_come
 from relay.transfer.pipes import PipePool
@@ -70,10 +70,11 @@ class Pair:
     __slots__ = (
         "_allowance",
         "_idle_since",
-        "_moved_then",
         "_spoke",
         "_standing",
+        "_was_owed",
         "arrived",
+        "asked_moved",
         "counted",
         "cut_by",
         "due",
@@ -81,12 +82,14 @@ class Pair:
         "greenlet",
         "on_ending",
         "on_over",
+        "paid_until",
         "pumps",
         "rest",
         "second",
         "sources",
         "started",
         "stays",
+        "stood_too_long",
         "turns",
         "waiting_time",
         "watched",
@@ -125,7 +128,13 @@ class Pair:
         self.sources = sources
         self.cut_by: Bound | None = None
         self.stays = False
-        self._moved_then = 0
+        self.stood_too_long = False
+        """Whether it ends since it has stood where it was for as long as it may."""
+        self.asked_moved = 0
+        """Bytes that had arrived when `idle_for` was last asked."""
+        self.paid_until = 0.0
+        """From when on, as was known then, a pair is idle that is owed something; see `lumps`."""
+        self._was_owed = False
         self.counted = 0
         self._idle_since = 0.0
         if limits is None:
@@ -176,10 +185,9 @@ class Pair:
         return there.moved + back.moved
 
     @property
-    def acknowledged(self) -> int:
-        """Bytes that have arrived, both directions, as far as the kernel tells. Of a slow receiver that is not what was
-        moved: it takes steadily what was written to its socket long ago, megabytes at once."""
-        return sum(pump.taken - pump.untaken - ending.unacknowledged(pump.sink) for pump in self.pumps)
+    def owed(self) -> int:
+        """Bytes that are on their way to either side and have not arrived, as far as the kernel tells."""
+        return sum(pump.untaken + ending.unacknowledged(pump.sink) for pump in self.pumps)
 
     def start(self) -> None:
         """Begin to pump, or go on: at rest, until there is much to move."""
@@ -214,11 +222,23 @@ class Pair:
 
     def idle_for(self, now: float) -> float:
         """For how many seconds nothing has arrived, as far as that is known: since the last time but one that somebody
-        asked. `now` is in monotonic seconds."""
-        moved = self.acknowledged
-        if moved != self._moved_then or not self._idle_since:
-            self._moved_then, self._idle_since = moved, now
+        asked. `now` is in monotonic seconds.
+
+        What was moved is no measure: a slow receiver takes steadily what was written to its socket long ago, megabytes
+        at once."""
+        owed = self.owed
+        moved = sum(pump.taken for pump in self.pumps) - owed
+        if moved != self.asked_moved or not self._idle_since:
+            if self._was_owed:  # or else it may all be in a buffer by now, and nobody reads that
+                self.paid_until = lumps.paid_until(self.paid_until, moved - self.asked_moved, now)
+            self.asked_moved, self._idle_since = moved, now
+        self._was_owed = owed > 0
         return now - self._idle_since
+
+    def paid_by(self, now: float) -> float:
+        """`paid_until`, as is known now."""
+        self.idle_for(now)
+        return self.paid_until
 
     def cut(self, bound: Bound) -> None:
         """End the pair, which has met a bound of the operator's."""
@@ -244,7 +264,7 @@ class Pair:
         times = (self.started, self.arrived, self.waiting_time)
         charged = () if self._allowance is None else (self._allowance.wasted, self._allowance.framing)
         self.idle_for(time.monotonic())  # nobody may have asked yet
-        past = Past(self._moved_then, self._idle_since, *charged)
+        past = Past(self.asked_moved, self._idle_since, *charged)
         state = PairState(*times, there, back, first_frames, second_frames, *self.sources, past)
         return state, [self.first.fileno(), self.second.fileno(), *there_fds, *back_fds]
 
@@ -253,7 +273,8 @@ class Pair:
         there, back = self.pumps
         there.unpack(state.there, fds[: state.there.fds])
         back.unpack(state.back, fds[state.there.fds :])
-        self._moved_then, self._idle_since = state.past.moved, state.past.idle_since
+        self.asked_moved, self._idle_since = state.past.moved, state.past.idle_since
+        self.paid_until = self._idle_since + lumps.MOST_SECONDS  # how much it was then is not known here
         if self._allowance is not None:
             self._allowance.wasted, self._allowance.framing = state.past.wasted, state.past.framing
 
@@ -392,7 +413,8 @@ class Pair:
             return False
         if self._standing is None or self._standing[0] != standing:
             self._standing = standing, now
-        return now - self._standing[1] >= standing[-1]
+        self.stood_too_long = now - self._standing[1] >= standing[-1]
+        return self.stood_too_long
 
     def look_around(self, now: float) -> None:
         """Nothing may have happened for a while: end what is over or dead, by the clock."""

@@ -319,13 +319,15 @@ class Pairs:
         """`pair` is over, and its sockets are about to be closed."""
         if self.paths is not None:
             self._measure(pair)
-        if pair.cut_by in _MAKES_ROOM:
+        if pair.cut_by in _MAKES_ROOM or pair.stood_too_long:
             self.arrears.refuse(pair.first)
             self.arrears.refuse(pair.second)
         else:
             first, second = pair.sources
-            self.arrears.take_over(pair.first, first)
-            self.arrears.take_over(pair.second, second)
+            if self._options.upstream is not None:
+                second = first  # whose connection upstream it is
+            self.arrears.take_over(pair.first, first, pair.paid_by)
+            self.arrears.take_over(pair.second, second, pair.paid_by)
 
     def _measure(self, pair: Pair) -> None:
         """Count how good the paths of a pair were that is about to end."""

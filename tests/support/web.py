@@ -45,16 +45,24 @@ def dial_web(port: int, path: str = "/") -> Iterator[ClientConnection]:
         yield one
 
 
-def dial_raw(port: int) -> socket.socket:
-    """A WebSocket client whose frames the test makes itself."""
-    raw = dial(port)
-    raw.sendall(
-        b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-    )
-    head = b""
-    while not head.endswith(b"\r\n\r\n"):
-        head += raw.recv(1)
+def dial_raw(port: int, source: str | None = None) -> socket.socket:
+    """A WebSocket client whose frames the test makes itself; `source` is its own address.
+
+    Raises:
+        AssertionError: it was turned away; or ConnectionError.
+    """
+    with contextlib.ExitStack() as stack:
+        raw = stack.enter_context(dial(port, source=source))
+        raw.sendall(
+            b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            byte = raw.recv(1)
+            assert byte, "turned away"
+            head += byte
+        stack.pop_all()
     return raw
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from relay.transfer.lumps import IDLE_SECONDS, LITTLE_BYTES, MOST_SECONDS, paid_until
 from relay.transfer.rest import Rest
 from relay.transfer.turns import Turns
 from tests.support.bare_pair import new_pair
@@ -17,6 +19,7 @@ from tests.support.client_frames import BINARY, CLOSE, Sent
 from tests.support.harness import (
     Relay,
     connect,
+    fill_the_way,
     handshake,
     new_side,
     new_token,
@@ -26,7 +29,7 @@ from tests.support.harness import (
     shortened,
     wait_until,
 )
-from tests.support.hostile import narrow
+from tests.support.hostile import ATTACKER, beside, narrow
 from tests.support.kernel_view import relays_end, unacknowledged
 from tests.support.web import dial_raw, web_options, web_port
 
@@ -41,14 +44,19 @@ def stack() -> Iterator[contextlib.ExitStack]:
         yield stack
 
 
-def ended(port: int, stack: contextlib.ExitStack, how: str = "both") -> socket.socket:
+def ended(
+    port: int, stack: contextlib.ExitStack, how: str = "both", says: int = 0, source: str = ATTACKER
+) -> socket.socket:
     """A receiver that has read nothing of a transfer that is over: since both sides have ended their streams, or since
-    its partner was reset."""
-    receiver = stack.enter_context(narrow(port))
+    its partner was reset. Its partner has not read what it `says`, so many bytes."""
+    receiver = stack.enter_context(narrow(port, source))
     with connect(port) as sender:
         shake_hands(sender, receiver)
         sender.sendall(bytes(OWED_BYTES))
         wait_until(lambda: unacknowledged(sender) == 0, what="all of it is the relay's")
+        if says:
+            fill_the_way(receiver, most=says)
+            receiver.settimeout(15)
         time.sleep(0.2)  # and on its way
         if how == "both":
             sender.shutdown(socket.SHUT_WR)
@@ -137,6 +145,94 @@ def test_when_all_places_are_taken_it_gives_way(tmp_path: Path, stack: contextli
         assert "reset who took nothing of what was left of a transfer" in relay.log_text()
 
 
+def test_who_takes_a_few_bytes_of_it_now_and_then_gives_way_too(tmp_path: Path, stack: contextlib.ExitStack) -> None:
+    """As a transfer does: four sources with a quarter of all places each once kept everybody out like that."""
+    with Relay(tmp_path, "--max-connections", "9", "--max-per-source", "4", recording=True) as relay:
+        receivers: list[socket.socket] = []
+        with beside(lambda over: take_a_few(receivers, over)):
+            for number in range(8):
+                receivers.append(ended(relay.port, stack, source=f"127.1.0.{number % 4 + 1}"))
+            newcomers = [stack.enter_context(narrow(relay.port, "127.2.0.1")) for _ in range(2)]
+            for newcomer in newcomers:
+                newcomer.settimeout(30)
+            shake_hands(*newcomers)
+
+
+def take_a_few(receivers: list[socket.socket], over: threading.Event) -> None:
+    """Have these read before they might be idle, but less than a transfer has to move to keep its places."""
+    while not over.wait(3.0):
+        for receiver in [*receivers]:
+            receiver.setblocking(False)
+            with contextlib.suppress(OSError):  # it has given way
+                receiver.recv(4000)
+
+
+@pytest.mark.parametrize("stops", [False, True], ids=["", "stopped"])
+@pytest.mark.parametrize("says", [1, 20_000_000], ids=["a byte", "much"])
+def test_who_goes_on_talking_gets_it_all_the_same(
+    tmp_path: Path, stack: contextlib.ExitStack, says: int, stops: bool
+) -> None:
+    """The kernel answers what comes to a stream that was shut down, and what is unread when it is closed, with a reset,
+    and forgets what was under way."""
+    with Relay(tmp_path, "--grace", "0", recording=True) as relay:
+        receiver = ended(relay.port, stack, "reset", says if stops else 0)
+        relay.wait_for_records(1)
+        if stops:
+            assert relay.stop() == 0
+        else:
+            fill_the_way(receiver, most=says)
+            receiver.settimeout(15)
+            time.sleep(0.5)
+        assert len(all_of(receiver)) == OWED_BYTES
+
+
+def test_a_client_that_has_all_and_meets_a_bound_hears_so_without_a_reset(
+    tmp_path: Path, stack: contextlib.ExitStack
+) -> None:
+    with Relay(tmp_path, "--idle-timeout", "1", *web_options(), recording=True) as relay:
+        token = new_token()
+        page = stack.enter_context(dial_raw(web_port(relay)))
+        partner = stack.enter_context(connect(relay.port))
+        page.sendall(Sent(BINARY, handshake(token, new_side())).wire)
+        partner.sendall(handshake(token, new_side()))
+        assert read_exactly(page, 5) == b"\x82\x03ok\n"
+        assert read_exactly(partner, 3) == b"ok\n"
+        for _ in range(20):  # so that its kernel waits for its answer before it acknowledges anything
+            partner.sendall(b"?")
+            assert read_exactly(page, 3) == b"\x82\x01?"
+            page.sendall(Sent(BINARY, b"!").wire)
+            assert read_exactly(partner, 1) == b"!"
+        relay.wait_for_records(1)
+        time.sleep(0.2)  # a reset would be here by then
+        assert page.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+        assert page.recv(10) == b"\x88\x02\x03\xe8"
+
+
+def test_at_a_gateway_what_is_owed_upstream_counts_for_the_client_whose_it_was(
+    tmp_path: Path, stack: contextlib.ExitStack
+) -> None:
+    with Relay(tmp_path, recording=True) as relay:
+        (tmp_path / "gateway").mkdir()
+        options = ("--upstream", f"127.0.0.1:{relay.port}", "--max-per-source", str(MOST), *web_options())
+        gateway = stack.enter_context(Relay(tmp_path / "gateway", *options))
+        frame = Sent(BINARY, bytes(1 << 16)).wire
+        for _ in range(MOST):
+            token = new_token()
+            receiver = stack.enter_context(narrow(relay.port))
+            receiver.sendall(handshake(token, new_side()))
+            with dial_raw(web_port(gateway), source=ATTACKER) as page:
+                page.sendall(Sent(BINARY, handshake(token, new_side())).wire)
+                assert read_exactly(page, 5) == b"\x82\x03ok\n"
+                page.settimeout(0.3)
+                with contextlib.suppress(TimeoutError):
+                    while True:
+                        page.sendall(frame)
+                reset(page)
+        with pytest.raises((ConnectionError, AssertionError)):
+            dial_raw(web_port(gateway), source=ATTACKER)
+        dial_raw(web_port(gateway), source="127.2.0.1").close()
+
+
 def test_a_relay_that_is_stopped_does_not_wait_for_it_and_still_delivers_it(
     tmp_path: Path, stack: contextlib.ExitStack
 ) -> None:
@@ -167,6 +263,38 @@ def test_what_a_websocket_client_has_said_before_its_close_arrives_though_it_is_
         assert all_of(receiver) == said
 
 
+def test_what_comes_in_lumps_pays_for_the_time_in_between() -> None:
+    assert paid_until(0.0, LITTLE_BYTES, 1000.0) == 0.0, "a little pays for nothing"
+    least_rate = LITTLE_BYTES / IDLE_SECONDS
+    for lump in (5_000, 20_000, 40_000):
+        paid = paid_until(0.0, lump, 1000.0)
+        assert paid + IDLE_SECONDS == pytest.approx(1000.0 + lump / least_rate)
+        assert paid_until(paid, lump, 1000.0) > paid
+    assert paid_until(0.0, 10**9, 1000.0) == 1000.0 + MOST_SECONDS
+
+
+def test_a_receiver_that_takes_lumps_is_idle_when_these_have_paid_for_no_more(stack: contextlib.ExitStack) -> None:
+    turns = Turns()
+    rest = Rest(turns)
+    ends = [socket.socketpair() for _ in range(2)]
+    (sender, first), (receiver, second) = [[stack.enter_context(end) for end in pair] for pair in ends]
+    pair = new_pair(first, second, turns, rest)
+    pair.pumps[0]._keep(memoryview(bytes(300_000)))
+    assert pair.idle_for(1000.0) == 0
+    assert pair.paid_until == 0, "it may have gone into a buffer that nobody reads"
+    for now in (1060.0, 1120.0):
+        pair.pumps[0].moved += 100_000
+        pair.idle_for(now)
+        assert pair.paid_until == now + MOST_SECONDS
+    assert pair.idle_for(1130.0) == 10
+    assert pair.paid_by(1130.0) == 1120.0 + MOST_SECONDS
+    assert pair.owed == 300_000
+    sender.close()
+    receiver.close()
+    pair.close()
+    rest.close()
+
+
 def test_a_slow_receiver_is_not_idle_though_all_was_written_to_it_long_ago(stack: contextlib.ExitStack) -> None:
     turns = Turns()
     rest = Rest(turns)
@@ -191,10 +319,10 @@ def test_a_slow_receiver_is_not_idle_though_all_was_written_to_it_long_ago(stack
     assert pair.idle_for(1000.0) == 0
     assert pair.idle_for(1010.0) == 10
     for seconds in range(3):
-        before = pair.acknowledged
+        before = pair.owed
         read_exactly(receiver, 20_000)
         until = time.monotonic() + 15
-        while pair.acknowledged == before and time.monotonic() < until:
+        while pair.owed == before and time.monotonic() < until:
             time.sleep(0.01)
         assert pair.idle_for(1020.0 + seconds) == 0
     assert pair.moved == 100_000

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from relay.transfer.eviction import IDLE_SECONDS
+from relay.transfer.lumps import IDLE_SECONDS
 from tests.support.harness import (
     SHAPES,
     Relay,
@@ -26,6 +26,7 @@ from tests.support.harness import (
     new_side,
     new_token,
     read_exactly,
+    shortened,
     wait_until,
 )
 from tests.support.hostile import answer, beside, dial, honest_transfer, is_open
@@ -231,6 +232,23 @@ def test_who_moves_something_never_gives_way(relay_factory: Callable[..., Relay]
     assert relay.records() == []
     assert relay.rows("current")[0]["waiting"] == 0, "so the newcomer is still in the listen queue"
     assert "let new connections wait" in relay.log_text()
+
+
+def test_transfers_that_end_while_all_are_looked_through_do_no_harm(
+    relay_factory: Callable[..., Relay], stack: contextlib.ExitStack
+) -> None:
+    inside = shortened(transfer__slices__SLICE_SECONDS=0, transfer__slices__REST_SECONDS=0.05)
+    relay = relay_factory(*FREE, "--max-connections", "40", "--max-per-source", "40", recording=True, inside=inside)
+    pairs = [met(relay.port, f"127.1.0.{number + 1}", stack=stack) for number in range(20)]
+    waiting = [stack.enter_context(dial(relay.port, "127.9.0.1")) for _ in range(40)]
+    for first, second in pairs[::2]:  # each look takes a second
+        time.sleep(0.4)
+        first.close()
+        second.close()
+    for sock in waiting[:2]:
+        sock.close()
+    assert relay.stop() == 0
+    assert "Traceback" not in relay.log_text()
 
 
 def test_who_waits_for_a_rate_of_the_operators_never_gives_way(
