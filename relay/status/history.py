@@ -2,7 +2,8 @@
 thousand rows at a time, each in a short transaction; and seldom, since what comes later is known from `all_time`.
 
 What a count finds and what `all_time` says may differ by the connections that ended meanwhile: these are of the day on
-which that is seen. A later count puts those right that had started on another one.
+which that is seen. A later count puts those right that had started on another one. Some of them the count has met,
+since rows are in no order: so many as are counted beyond those of `all_time` that had a row when it began.
 """
 
 from __future__ import annotations
@@ -49,16 +50,22 @@ class History:
     Attributes:
         days: what was counted, and what has been seen to end since. Never changed, but replaced as a whole.
         of: the `all_time` that goes with these days: what a later one has more than this has ended since.
+        met: so many of those that are not in `of` are in the days all the same, as they ended during the count; until
+            it is over.
     """
 
     days: dict[Day, Sums] = field(default_factory=dict)
     of: Sums = NOTHING
+    met: int = 0
 
     def counted_with(self, all_time: Sums) -> None:
-        """Note `all_time` as it is after the count. If it has fewer connections than were counted, it never knew of
-        some rows, which are still there: then it is this `all_time` that later ones are compared with."""
+        """Note `all_time` as it is after the count. If it has fewer connections than before, somebody has changed it:
+        then it is this `all_time` that later ones are compared with."""
         if all_time.connections < self.of.connections:
             self.of = all_time
+        elif self.met:
+            self.of = plus(self.of, _part(_minus(all_time, self.of), self.met))
+        self.met = 0
 
     def note(self, all_time: Sums, today: Day) -> None:
         """Put what has ended since on the day that it is now, when `all_time` is this."""
@@ -93,6 +100,7 @@ def count(steps: Iterator[None], pause: Callable[[float], bool]) -> bool:
 def counting(read: Reader, all_time: Sums, into: History) -> Iterator[None]:
     """Count all rows, some with each step; when it is over, `into` is the history. `all_time` is of the beginning."""
     first, last = read(_extent)
+    without_row = read(connections_without_row)
     days: dict[Day, Sums] = {}
     if first is not None and last is not None:
         begin = first - 1
@@ -102,8 +110,12 @@ def counting(read: Reader, all_time: Sums, into: History) -> Iterator[None]:
     latest = sorted(days)[-MOST_DAYS:]
     counted = _total(days)
     into.days = {day: days[day] for day in latest}
-    # Fewer than `all_time` says only where somebody has deleted rows: those are of no day, and not of today.
-    into.of = all_time if counted.connections < all_time.connections else counted
+    if without_row == 0:
+        into.of = counted
+        return
+    # Rows that somebody has deleted are of no day, and not of today; nor are those that `all_time` never knew of.
+    into.of = all_time
+    into.met = max(0, counted.connections + without_row - all_time.connections)
 
 
 def _extent(connection: sqlite3.Connection) -> tuple[int | None, int | None]:
@@ -156,6 +168,21 @@ def _minus(one: Sums, other: Sums) -> Sums:
         max(0, one.lonely - other.lonely),
         max(0, one.errory - other.errory),
     )
+
+
+def _part(of: Sums, connections: int) -> Sums:
+    """So many of the connections of a sum, with what is theirs of the rest as if all were alike."""
+    connections = min(connections, of.connections)
+    if connections == 0:
+        return NOTHING
+
+    def share(number: int) -> int:
+        return number * connections // of.connections
+
+    happy = share(of.happy)
+    lonely = share(of.happy + of.lonely) - happy
+    errory = share(of.happy + of.lonely + of.errory) - happy - lonely  # so that the moods add up, whatever is rounded
+    return Sums(connections, share(of.bytes), happy, lonely, errory)
 
 
 def _total(days: dict[Day, Sums]) -> Sums:

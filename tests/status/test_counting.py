@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import sqlite3
 import time
 from pathlib import Path
 
 import pytest
 
-from relay.status import recount
-from relay.status.history import today
+from relay.report.tally import Sums
+from relay.status import history, recount
+from relay.status.history import History, counting, today
 from relay.status.observer import Observer
 from relay.status.source import Source
 from relay.usage.schema import open_database
@@ -59,6 +61,38 @@ def test_rows_that_all_time_does_not_know_of_are_counted_once(path: Path) -> Non
     write(path, "UPDATE all_time SET connections = connections + 1, bytes = bytes + ?, mood_happy = 1", (1000,))
     assert not looked(observer)
     assert connections_of_today(observer) == 1, "what ends since then is known without counting"
+
+
+@pytest.mark.parametrize("without_row", [0, 3, 5000, -3, -5000])
+def test_what_ends_during_a_count_is_counted_once_however_many_rows_were_deleted_or_added(
+    path: Path, without_row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "ROWS", 100)
+    draw = random.Random(7)
+
+    def end(connection: sqlite3.Connection, count: int, started: float) -> None:
+        rows = [(draw.getrandbits(62), started) for _ in range(count)]
+        connection.executemany("INSERT INTO usage (rowid, started, bytes, result) VALUES (?, ?, 1000, 'happy')", rows)
+        connection.execute("UPDATE all_time SET connections = connections + ?", (count,))
+
+    def all_time(connection: sqlite3.Connection) -> Sums:
+        (connections,) = connection.execute("SELECT connections FROM all_time").fetchone()
+        return Sums(connections, 1000 * connections, connections, 0, 0)
+
+    now = time.time()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as relay:
+        end(relay, 6000, now - 3 * 86_400)
+        relay.execute("UPDATE all_time SET connections = connections + ?", (without_row,))
+        into, ended = History(), 0
+        for _ in counting(lambda question: question(relay), all_time(relay), into):
+            end(relay, 5, now)
+            ended += 5
+        counted = into.days[today(now)].connections
+        assert 0 < counted < ended, "the count has met some"
+        into.counted_with(all_time(relay))
+        for _ in range(2):
+            into.note(all_time(relay), today(now))
+            assert into.days[today(now)] == Sums(ended, 1000 * ended, ended, 0, 0)
 
 
 def test_another_file_is_counted_and_so_is_one_whose_sums_went_back(path: Path) -> None:
