@@ -89,8 +89,8 @@ class Pair:
         "sources",
         "started",
         "stays",
-        "stood_too_long",
         "turns",
+        "waited_in_vain",
         "waiting_time",
         "watched",
     )
@@ -128,8 +128,8 @@ class Pair:
         self.sources = sources
         self.cut_by: Bound | None = None
         self.stays = False
-        self.stood_too_long = False
-        """Whether it ends since it has stood where it was for as long as it may."""
+        self.waited_in_vain = False
+        """Whether it ends since a side has not taken what is on its way for as long as that is waited for."""
         self.asked_moved = 0
         """Bytes that had arrived when `idle_for` was last asked."""
         self.paid_until = 0.0
@@ -413,8 +413,10 @@ class Pair:
             return False
         if self._standing is None or self._standing[0] != standing:
             self._standing = standing, now
-        self.stood_too_long = now - self._standing[1] >= standing[-1]
-        return self.stood_too_long
+        _, on_its_way, seconds = standing
+        is_too_long = now - self._standing[1] >= seconds
+        self.waited_in_vain = is_too_long and on_its_way > 0
+        return is_too_long
 
     def look_around(self, now: float) -> None:
         """Nothing may have happened for a while: end what is over or dead, by the clock."""

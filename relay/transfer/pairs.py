@@ -319,7 +319,7 @@ class Pairs:
         """`pair` is over, and its sockets are about to be closed."""
         if self.paths is not None:
             self._measure(pair)
-        if pair.cut_by in _MAKES_ROOM or pair.stood_too_long:
+        if pair.cut_by in _MAKES_ROOM or pair.waited_in_vain:
             self.arrears.refuse(pair.first)
             self.arrears.refuse(pair.second)
         else:

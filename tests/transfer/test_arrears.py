@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,7 @@ from tests.support.harness import (
     wait_until,
 )
 from tests.support.hostile import ATTACKER, beside, narrow
-from tests.support.kernel_view import relays_end, unacknowledged
+from tests.support.kernel_view import relays_end, unacknowledged, unread
 from tests.support.web import dial_raw, web_options, web_port
 
 OWED_BYTES = 200_000
@@ -45,18 +45,20 @@ def stack() -> Iterator[contextlib.ExitStack]:
 
 
 def ended(
-    port: int, stack: contextlib.ExitStack, how: str = "both", says: int = 0, source: str = ATTACKER
+    port: int,
+    stack: contextlib.ExitStack,
+    how: str = "both",
+    source: str = ATTACKER,
+    before: Callable[[socket.socket], None] = lambda receiver: None,
 ) -> socket.socket:
     """A receiver that has read nothing of a transfer that is over: since both sides have ended their streams, or since
-    its partner was reset. Its partner has not read what it `says`, so many bytes."""
+    its partner was reset, which has read nothing either of what that has said `before`."""
     receiver = stack.enter_context(narrow(port, source))
     with connect(port) as sender:
         shake_hands(sender, receiver)
         sender.sendall(bytes(OWED_BYTES))
         wait_until(lambda: unacknowledged(sender) == 0, what="all of it is the relay's")
-        if says:
-            fill_the_way(receiver, most=says)
-            receiver.settimeout(15)
+        before(receiver)
         time.sleep(0.2)  # and on its way
         if how == "both":
             sender.shutdown(socket.SHUT_WR)
@@ -150,8 +152,8 @@ def test_who_takes_a_few_bytes_of_it_now_and_then_gives_way_too(tmp_path: Path, 
     with Relay(tmp_path, "--max-connections", "9", "--max-per-source", "4", recording=True) as relay:
         receivers: list[socket.socket] = []
         with beside(lambda over: take_a_few(receivers, over)):
-            for number in range(8):
-                receivers.append(ended(relay.port, stack, source=f"127.1.0.{number % 4 + 1}"))
+            sources = [f"127.1.0.{number % 4 + 1}" for number in range(8)]
+            receivers.extend(ended(relay.port, stack, source=source) for source in sources)  # one after the other
             newcomers = [stack.enter_context(narrow(relay.port, "127.2.0.1")) for _ in range(2)]
             for newcomer in newcomers:
                 newcomer.settimeout(30)
@@ -167,22 +169,48 @@ def take_a_few(receivers: list[socket.socket], over: threading.Event) -> None:
                 receiver.recv(4000)
 
 
-@pytest.mark.parametrize("stops", [False, True], ids=["", "stopped"])
 @pytest.mark.parametrize("says", [1, 20_000_000], ids=["a byte", "much"])
-def test_who_goes_on_talking_gets_it_all_the_same(
-    tmp_path: Path, stack: contextlib.ExitStack, says: int, stops: bool
-) -> None:
-    """The kernel answers what comes to a stream that was shut down, and what is unread when it is closed, with a reset,
-    and forgets what was under way."""
-    with Relay(tmp_path, "--grace", "0", recording=True) as relay:
-        receiver = ended(relay.port, stack, "reset", says if stops else 0)
+def test_who_goes_on_talking_gets_it_all_the_same(tmp_path: Path, stack: contextlib.ExitStack, says: int) -> None:
+    """The kernel answers what comes to a stream that was shut down with a reset, and forgets what was under way."""
+    with Relay(tmp_path, recording=True) as relay:
+        receiver = ended(relay.port, stack, "reset")
         relay.wait_for_records(1)
-        if stops:
-            assert relay.stop() == 0
-        else:
-            fill_the_way(receiver, most=says)
-            receiver.settimeout(15)
-            time.sleep(0.5)
+        fill_the_way(receiver, most=says)
+        receiver.settimeout(15)
+        time.sleep(0.5)
+        assert len(all_of(receiver)) == OWED_BYTES
+
+
+def test_when_the_relay_ends_who_has_said_what_nobody_read_gets_it_too(
+    tmp_path: Path, stack: contextlib.ExitStack
+) -> None:
+    """The kernel answers what is unread when it is closed with a reset, too."""
+    with Relay(tmp_path, "--grace", "0", recording=True) as relay:
+
+        def say_what_rests(receiver: socket.socket) -> None:
+            with relays_end(relay.pids, receiver) as end:
+                while not unread(end):
+                    receiver.sendall(bytes(16_384))
+                    wait_until(lambda: unacknowledged(receiver) == 0, what="it is the relay's")
+                    time.sleep(0.005)
+
+        receiver = ended(relay.port, stack, "reset", before=say_what_rests)
+        relay.wait_for_records(1)
+        assert relay.stop() == 0
+        assert len(all_of(receiver)) == OWED_BYTES
+
+
+def test_who_ends_its_stream_and_reads_later_gets_all_though_its_partner_falls_silent(
+    tmp_path: Path, stack: contextlib.ExitStack
+) -> None:
+    inside = shortened(transfer__ending__HALF_CLOSED_SECONDS=1)
+    with Relay(tmp_path, recording=True, inside=inside) as relay:
+        receiver = stack.enter_context(narrow(relay.port))
+        sender = stack.enter_context(connect(relay.port))
+        shake_hands(sender, receiver)
+        sender.sendall(bytes(OWED_BYTES))
+        receiver.shutdown(socket.SHUT_WR)
+        relay.wait_for_records(1)
         assert len(all_of(receiver)) == OWED_BYTES
 
 
