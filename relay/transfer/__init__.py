@@ -13,7 +13,7 @@ In this order:
             pure: how fast bytes may move at a rate
 `path`      how good the paths of a transfer were, and what limited it, for --measure-paths
 `slices`    long work in the event loop, a little at a time
-`arrears`   what those that are over still owe
+`arrears`   what those that are over still owe; `lumps`, pure: who is idle that is owed something
 `eviction`  who gives way when there is no place for newcomers
 `state`     pure: what a pair packs of itself to move to another process
 ==========  ===========================================================================================

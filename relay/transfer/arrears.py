@@ -58,6 +58,16 @@ class _Debt:
         self.paid_until = max(now, paid_until)
         self.due = 0
 
+    def see(self, owed: int, now: float) -> tuple[float, float]:
+        """So much is owed now; returns for how many seconds it has been idle, which may be negative, and for how many
+        it has taken nothing."""
+        if owed < self.owed:
+            self.owed, self.since = owed, now
+        if self.noted - owed > LITTLE_BYTES:
+            self.paid_until = paid_until(self.paid_until, self.noted - owed, now)
+            self.noted = owed
+        return now - self.paid_until, now - self.since
+
 
 class Arrears:
     """Those who are owed something.
@@ -77,9 +87,15 @@ class Arrears:
         """How many they are."""
         return len(self._debts)
 
-    @property
     def still(self) -> int:
-        """How many of them would give way."""
+        """How many of them would give way, if all of these still do; if there are any, the first does."""
+        now = time.monotonic()
+        while self._still:
+            debt = next(iter(self._still))
+            unpaid, _ = debt.see(unacknowledged(debt.sock), now)
+            if unpaid >= IDLE_SECONDS:
+                break
+            del self._still[debt]  # it has taken something since it was looked at
         return len(self._still)
 
     def take_over(self, sock: socket.socket, source: bytes | None, paid_by: Callable[[float], float]) -> None:
@@ -95,7 +111,8 @@ class Arrears:
         with contextlib.suppress(OSError):  # as closing it would
             sock.shutdown(socket.SHUT_WR)
         now = time.monotonic()
-        debt = _Debt(socket.socket(fileno=sock.detach()), source, owed, now, paid_by(now))
+        paid = paid_by(now)  # which asks the socket, too
+        debt = _Debt(socket.socket(fileno=sock.detach()), source, owed, now, paid)
         self._places.take(source)
         self._debts.add(debt)
         self._deadlines.set(debt, now + FIRST_LOOK_SECONDS)
@@ -121,12 +138,7 @@ class Arrears:
         if not owed:
             self._close(debt)
             return
-        if owed < debt.owed:
-            debt.owed, debt.since = owed, now
-        if debt.noted - owed > LITTLE_BYTES:
-            debt.paid_until = paid_until(debt.paid_until, debt.noted - owed, now)
-            debt.noted = owed
-        unpaid, stood = now - debt.paid_until, now - debt.since
+        unpaid, stood = debt.see(owed, now)
         if unpaid < IDLE_SECONDS:
             self._still.pop(debt, None)
         elif debt not in self._still:
@@ -137,9 +149,12 @@ class Arrears:
         else:
             self._deadlines.set(debt, now + max(FIRST_LOOK_SECONDS, min(abs(unpaid) / 2, ARREARS_SECONDS - stood)))
 
-    def cut_short(self) -> None:
-        """Let go of one that would give way; there is one."""
+    def cut_short(self) -> bool:
+        """Let go of one that would give way, if there is one."""
+        if not self.still():
+            return False
         self._reset(next(iter(self._still)))
+        return True
 
     def close(self) -> None:
         """Leave all of them to the kernel, those who are still to come as well, for as long as they could be here."""

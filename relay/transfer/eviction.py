@@ -137,7 +137,7 @@ class Eviction:
         who are here already and as good as named."""
         now = time.monotonic()
         waiting = self._reception.unnamed_within(BRIEF_SECONDS, now)
-        over = self._farewell.lingering + self._pairs.arrears.still
+        over = self._farewell.lingering + self._pairs.arrears.still()
         if waiting >= over + len(self._found) or self._is_room_elsewhere():
             return False
         if over:
@@ -268,9 +268,7 @@ class Eviction:
     # Giving way
 
     def _make_room(self, source: bytes | None) -> bool:
-        if self._farewell.lingering or self._pairs.arrears.still:
-            for _ in range(self._places.per_newcomer):  # one for each place that the newcomer takes
-                self._cut_short()
+        if all(self._cut_short() for _ in range(self._places.per_newcomer)):  # one for each place that it takes
             return True
         found = self._found
         first = self._first(found)
@@ -287,14 +285,16 @@ class Eviction:
         self._end(first[-1])
         return True
 
-    def _cut_short(self) -> None:
+    def _cut_short(self) -> bool:
         """End at once one that is over and on record already, if there is one."""
         if self._farewell.lingering:
             self._places.bounds_met.note(Bound.LINGERING)
             self._farewell.cut_short()
-        elif self._pairs.arrears.still:
+            return True
+        is_cut = self._pairs.arrears.cut_short()
+        if is_cut:
             self._places.bounds_met.note(Bound.ARREARS)
-            self._pairs.arrears.cut_short()
+        return is_cut
 
     def _first(self, found: list[Idler]) -> tuple[int, float, Client | Pair] | None:
         """Whoever of these is to give way first, its rank, and how long it has been idle by now; it is left there."""

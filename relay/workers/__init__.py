@@ -9,7 +9,7 @@ In this order:
 `gathering`   how they find each other; `run_dir`, the directory in which they do
 `link`        the connection to each
 `language`    pure: what they say
-`parcels`     clients and transfers under way, that none gets lost or doubled
+`parcels`     clients and transfers under way, that none gets lost or doubled; `claim`, whose each is
 `tokens`      which worker a token lives with
 `homes`       the memory in which all workers keep that: `buckets`, its hash table; `lives`, by which the kernel tells
               who is dead; `matches`, when tokens were last matched

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from relay.transfer import arrears as arrears_module
+from relay.transfer.arrears import Arrears
 from relay.transfer.lumps import IDLE_SECONDS, LITTLE_BYTES, MOST_SECONDS, paid_until
 from relay.transfer.rest import Rest
 from relay.transfer.turns import Turns
@@ -21,6 +23,7 @@ from tests.support.harness import (
     connect,
     fill_the_way,
     handshake,
+    met,
     new_side,
     new_token,
     read_exactly,
@@ -29,7 +32,7 @@ from tests.support.harness import (
     shortened,
     wait_until,
 )
-from tests.support.hostile import ATTACKER, beside, narrow
+from tests.support.hostile import ATTACKER, answer, beside, dial, narrow
 from tests.support.kernel_view import relays_end, unacknowledged, unread
 from tests.support.web import dial_raw, web_options, web_port
 
@@ -149,24 +152,33 @@ def test_when_all_places_are_taken_it_gives_way(tmp_path: Path, stack: contextli
 
 def test_who_takes_a_few_bytes_of_it_now_and_then_gives_way_too(tmp_path: Path, stack: contextlib.ExitStack) -> None:
     """As a transfer does: four sources with a quarter of all places each once kept everybody out like that."""
-    with Relay(tmp_path, "--max-connections", "9", "--max-per-source", "4", recording=True) as relay:
+    with Relay(tmp_path, "--max-connections", "12", "--max-per-source", "4", recording=True) as relay:
         receivers: list[socket.socket] = []
-        with beside(lambda over: take_a_few(receivers, over)):
+        moving = [met(relay.port, "127.3.0.1", stack=stack)]
+        with beside(lambda over: take_a_few(receivers, over)), beside(lambda over: move_on(moving, over)):
             sources = [f"127.1.0.{number % 4 + 1}" for number in range(8)]
             receivers.extend(ended(relay.port, stack, source=source) for source in sources)  # one after the other
-            newcomers = [stack.enter_context(narrow(relay.port, "127.2.0.1")) for _ in range(2)]
-            for newcomer in newcomers:
-                newcomer.settimeout(30)
-            shake_hands(*newcomers)
+            moving.append(met(relay.port, "127.3.0.1", stack=stack))
+            newcomer = stack.enter_context(dial(relay.port, "127.2.0.1"))
+            newcomer.sendall(b"who is there?\n")
+            assert answer(newcomer, 30) == b"bad handshake\n"
 
 
 def take_a_few(receivers: list[socket.socket], over: threading.Event) -> None:
     """Have these read before they might be idle, but less than a transfer has to move to keep its places."""
-    while not over.wait(3.0):
+    while not over.wait(4.0):
         for receiver in [*receivers]:
             receiver.setblocking(False)
             with contextlib.suppress(OSError):  # it has given way
                 receiver.recv(4000)
+
+
+def move_on(pairs: list[tuple[socket.socket, socket.socket]], over: threading.Event) -> None:
+    """Have these transfers move enough to keep their places."""
+    while not over.wait(0.5):
+        for first, second in [*pairs]:
+            first.sendall(bytes(2000))
+            read_exactly(second, 2000)
 
 
 @pytest.mark.parametrize("says", [1, 20_000_000], ids=["a byte", "much"])
@@ -289,6 +301,88 @@ def test_what_a_websocket_client_has_said_before_its_close_arrives_though_it_is_
         reset(sender)
         time.sleep(1)
         assert all_of(receiver) == said
+
+
+@pytest.fixture
+def debtor(stack: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
+    """The relay's end of a connection, with `OWED_BYTES` on their way, as far as there is room, and the receiver that
+    has read none of them."""
+    door = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    receiver = stack.enter_context(narrow(door.getsockname()[1]))
+    end = stack.enter_context(door.accept()[0])
+    end.setblocking(False)
+    end.send(bytes(OWED_BYTES))
+    wait_until(lambda: unread(receiver), what="it has all that it has room for")
+    return end, receiver
+
+
+class NoPlaces:
+    """Where nobody looks for one."""
+
+    def take(self, *sources: bytes | None) -> None:
+        """A connection is here."""
+
+    give_back = take
+
+    def look_again(self) -> None:
+        """Somebody would give way."""
+
+
+class Clock:
+    """Stands in for `time`."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        """What it shows."""
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """That of `arrears`."""
+    clock = Clock()
+    monkeypatch.setattr(arrears_module, "time", clock)
+    return clock
+
+
+def still_after(arrears: Arrears, clock: Clock, seconds: float) -> int:
+    """How many would give way then."""
+    clock.now += seconds
+    for _ in arrears.collect(clock.now):
+        pass
+    return arrears.still()
+
+
+def test_what_a_transfer_has_taken_is_asked_while_its_sockets_are_there(
+    debtor: tuple[socket.socket, socket.socket], clock: Clock
+) -> None:
+    end, _ = debtor
+    arrears = Arrears(NoPlaces())  # type: ignore[arg-type]  # nothing else is asked of it
+
+    def paid_by(now: float) -> float:
+        assert unacknowledged(end) > 0
+        return now + 20
+
+    arrears.take_over(end, None, paid_by)
+    assert [still_after(arrears, clock, seconds) for seconds in (15, 9, 6)] == [0, 0, 1]
+    arrears.close()
+
+
+def test_who_would_give_way_is_looked_at_again_before_it_does(
+    debtor: tuple[socket.socket, socket.socket], clock: Clock
+) -> None:
+    end, receiver = debtor
+    arrears = Arrears(NoPlaces())  # type: ignore[arg-type]  # as above
+    arrears.take_over(end, None, lambda now: now - 100)
+    assert still_after(arrears, clock, IDLE_SECONDS + 1) == 1
+    read_exactly(receiver, 4 * LITTLE_BYTES)
+    time.sleep(0.2)
+    assert not arrears.cut_short(), "it takes something again"
+    assert len(arrears) == 1
+    assert still_after(arrears, clock, 50.0) == 1
+    assert arrears.cut_short()
+    assert len(arrears) == 0
 
 
 def test_what_comes_in_lumps_pays_for_the_time_in_between() -> None:
