@@ -595,18 +595,35 @@ def relay_of(shape: str, folder: Path, *options: str, nofile: int | None = None)
 
 @contextlib.contextmanager
 def stopped(*workers: Relay) -> Iterator[None]:
-    """Keep workers from running, as on a machine that is overwhelmed; those that have ended already are left out."""
+    """Keep workers from running, as on a machine that is overwhelmed; those that have ended already are left out. None
+    of them is just writing to the database, which would keep all others from it."""
     living = [worker for worker in workers if worker.pids]
-    for worker in living:
-        worker.process.send_signal(signal.SIGSTOP)
     try:
         for worker in living:
-            stat = Path(f"/proc/{worker.pid}/stat")
-            wait_until(lambda stat=stat: ") T " in stat.read_text(), what="the worker stands still")  # type: ignore[misc]
+            wait_until(lambda worker=worker: _stop(worker), what="the worker stands still")  # type: ignore[misc]
         yield
     finally:
         for worker in living:
             worker.process.send_signal(signal.SIGCONT)
+
+
+def _stop(worker: Relay) -> bool:
+    """Have it stand still, unless it is writing to the database: then False, and it goes on."""
+    worker.process.send_signal(signal.SIGSTOP)
+    stat = Path(f"/proc/{worker.pid}/stat")
+    wait_until(lambda: ") T " in stat.read_text(), what="the worker stands still")
+    if not _locks_database(worker.pid):
+        return True
+    worker.process.send_signal(signal.SIGCONT)
+    return False
+
+
+def _locks_database(pid: int) -> bool:
+    """Whether a process keeps others from writing to a database: see proc_pid_fdinfo(5)."""
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        if ".sqlite" in os.readlink(fd) and "WRITE" in Path(f"/proc/{pid}/fdinfo/{fd.name}").read_text():
+            return True
+    return False
 
 
 @contextlib.contextmanager
