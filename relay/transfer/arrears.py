@@ -19,7 +19,8 @@ import socket
 import struct
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 from relay.clients.deadlines import Deadlines
 from relay.clients.places import Places
@@ -37,6 +38,9 @@ one transfer after the other would have no place left for the next one."""
 
 FIRST_LOOK_SECONDS = 1.0
 """How soon to look whether all has arrived: as a rule it was only under way. Later looks are ever more seldom."""
+
+Side: TypeAlias = "tuple[socket.socket, bytes | None]"
+"""One side of a transfer, and whom it counts for."""
 
 _RESET = struct.pack("ii", 1, 0)
 
@@ -98,20 +102,22 @@ class Arrears:
             del self._still[debt]  # it has taken something since it was looked at
         return len(self._still)
 
-    def take_over(self, sock: socket.socket, source: bytes | None, paid_by: Callable[[float], float]) -> None:
-        """`sock`, of a transfer that is over, is about to be closed, and is closed here if its peer has not taken all;
-        `source` is whom that counts for. It is detached then, and hears the end of the stream. `paid_by` tells until
-        when what has arrived has paid, as is known now (see `lumps`)."""
-        owed = unacknowledged(sock)
-        if not owed:
-            return
-        if owed <= SMALL_BYTES or self._is_closed:
-            _leave_to_the_kernel(sock, SMALL_SECONDS if owed <= SMALL_BYTES else ARREARS_SECONDS)
-            return
+    def take_over(self, sides: Sequence[Side], paid_by: Callable[[float], float]) -> None:
+        """These `sides` of a transfer that is over are about to be closed, and those whose peers have not taken all are
+        closed here: they are detached then, and hear the end of the stream. `paid_by` tells until when what has arrived
+        has paid, as is known now (see `lumps`)."""
+        owed = [unacknowledged(sock) for sock, _ in sides]
+        now = time.monotonic()
+        paid = paid_by(now) if max(owed) > SMALL_BYTES else now  # once, while all of their sockets are there
+        for (sock, source), size in zip(sides, owed, strict=True):
+            if size > SMALL_BYTES and not self._is_closed:
+                self._take_over(sock, source, size, now, paid)
+            elif size:
+                _leave_to_the_kernel(sock, SMALL_SECONDS if size <= SMALL_BYTES else ARREARS_SECONDS)
+
+    def _take_over(self, sock: socket.socket, source: bytes | None, owed: int, now: float, paid: float) -> None:
         with contextlib.suppress(OSError):  # as closing it would
             sock.shutdown(socket.SHUT_WR)
-        now = time.monotonic()
-        paid = paid_by(now)  # which asks the socket, too
         debt = _Debt(socket.socket(fileno=sock.detach()), source, owed, now, paid)
         self._places.take(source)
         self._debts.add(debt)

@@ -326,8 +326,7 @@ class Pairs:
             first, second = pair.sources
             if self._options.upstream is not None:
                 second = first  # whose connection upstream it is
-            self.arrears.take_over(pair.first, first, pair.paid_by)
-            self.arrears.take_over(pair.second, second, pair.paid_by)
+            self.arrears.take_over([(pair.first, first), (pair.second, second)], pair.paid_by)
 
     def _measure(self, pair: Pair) -> None:
         """Count how good the paths of a pair were that is about to end."""

@@ -303,8 +303,7 @@ def test_what_a_websocket_client_has_said_before_its_close_arrives_though_it_is_
         assert all_of(receiver) == said
 
 
-@pytest.fixture
-def debtor(stack: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
+def owing(stack: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
     """The relay's end of a connection, with `OWED_BYTES` on their way, as far as there is room, and the receiver that
     has read none of them."""
     door = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
@@ -314,6 +313,12 @@ def debtor(stack: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
     end.send(bytes(OWED_BYTES))
     wait_until(lambda: unread(receiver), what="it has all that it has room for")
     return end, receiver
+
+
+@pytest.fixture
+def debtor(stack: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
+    """One such connection."""
+    return owing(stack)
 
 
 class NoPlaces:
@@ -355,17 +360,21 @@ def still_after(arrears: Arrears, clock: Clock, seconds: float) -> int:
 
 
 def test_what_a_transfer_has_taken_is_asked_while_its_sockets_are_there(
-    debtor: tuple[socket.socket, socket.socket], clock: Clock
+    debtor: tuple[socket.socket, socket.socket], stack: contextlib.ExitStack, clock: Clock
 ) -> None:
+    """Of either side: when the first one was taken over, what it was owed once counted as having arrived."""
     end, _ = debtor
+    other_end, _ = owing(stack)
     arrears = Arrears(NoPlaces())  # type: ignore[arg-type]  # nothing else is asked of it
 
     def paid_by(now: float) -> float:
         assert unacknowledged(end) > 0
+        assert unacknowledged(other_end) > 0
         return now + 20
 
-    arrears.take_over(end, None, paid_by)
-    assert [still_after(arrears, clock, seconds) for seconds in (15, 9, 6)] == [0, 0, 1]
+    arrears.take_over([(end, None), (other_end, None)], paid_by)
+    assert len(arrears) == 2
+    assert [still_after(arrears, clock, seconds) for seconds in (15, 9, 6)] == [0, 0, 2]
     arrears.close()
 
 
@@ -374,7 +383,7 @@ def test_who_would_give_way_is_looked_at_again_before_it_does(
 ) -> None:
     end, receiver = debtor
     arrears = Arrears(NoPlaces())  # type: ignore[arg-type]  # as above
-    arrears.take_over(end, None, lambda now: now - 100)
+    arrears.take_over([(end, None)], lambda now: now - 100)
     assert still_after(arrears, clock, IDLE_SECONDS + 1) == 1
     read_exactly(receiver, 4 * LITTLE_BYTES)
     time.sleep(0.2)
