@@ -207,8 +207,8 @@ def _serve(options: Options) -> None:
     try:
         relay.wait_until_ended()
     finally:  # however it came to an end, what is on record is written
-        ending.go_on_without_loop(recorder.hurry)
         try:
+            ending.go_on_without_loop(recorder.hurry)
             relay.close()
         finally:
             recorder.close(RECORDS_SECONDS)

@@ -35,6 +35,9 @@ BY_THE_SYSTEM = frozenset({signal.SIGPWR, signal.SIGALRM, signal.SIGXCPU})
 FAULTS = frozenset({signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGSYS, signal.SIGTRAP})
 KEPT = frozenset({signal.SIGKILL, signal.SIGSTOP, signal.SIGTSTP, signal.SIGCONT, signal.SIGCHLD})
 
+LAST_LOOK_SECONDS = 0.001
+"""How long the loop is let run for the signals that it has been told of and has not looked at."""
+
 
 def be_ready_for_signals() -> None:
     """Ignore what means nothing, and end silently at once, with status 0, when told to: as long as there is nothing to
@@ -99,7 +102,9 @@ class Ending:
     def go_on_without_loop(self, hurry: Callable[[], None]) -> None:
         """The event loop has come to its end, and more is to be done: from now on let `hurry` be called in the place of
         `stop`, in the middle of whatever the main thread does, by what somebody sends once more; at once if that has
-        been."""
+        been. To be called on the greenlet that waited for the end."""
+        import gevent
+
         self._stop = hurry
         self._begun = True
         if self._is_urgent:
@@ -107,6 +112,7 @@ class Ending:
         for number in BY_SOMEBODY:
             with contextlib.suppress(OSError):
                 signal.signal(number, lambda number, frame: self.by_somebody())
+        gevent.sleep(LAST_LOOK_SECONDS)  # what came just before is with the loop still, which would not run again
 
     def is_over(self) -> None:
         """Everything is done. Python would give these signals their own meaning again before it is gone, and whoever

@@ -138,6 +138,41 @@ def test_a_second_one_ends_it_at_once_while_records_are_held_back_and_it_says_ho
     assert len(relay.records()) == count
 
 
+SLOW_BETWEEN = """\
+import sys, time, relay.cli
+from relay.process.signals import Ending
+go_on = Ending.go_on_without_loop
+def later(self, hurry):
+    print("the loop has ended", file=sys.stderr, flush=True)
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        time.sleep(0.01)
+    go_on(self, hurry)
+Ending.go_on_without_loop = later
+relay.cli.RECORDS_SECONDS = 600.0
+sys.argv[:4] = sys.argv[3:4]
+relay.cli.main()
+"""
+"""To be run before the command of a relay: one that has a second between the last turn of its event loop and the moment
+from which its signals are heard without one, and would wait ten minutes for its last records."""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGQUIT", "SIGABRT"])
+def test_a_second_one_that_comes_when_the_loop_has_just_ended_is_heard(
+    name: str, relay_factory: Start, stack: contextlib.ExitStack
+) -> None:
+    relay = relay_factory(recording=True, inside=[sys.executable, "-c", SLOW_BETWEEN])
+    with holding_the_lock(relay.usage_db):
+        for side in transfer(relay, stack):
+            side.close()
+        wait_until(lambda: "records are kept until it works again (1 now)" in relay.log_text(), 30, "it is held back")
+        relay.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "the loop has ended" in relay.log_text(), what="nothing is left to do but to write")
+        relay.process.send_signal(signal.Signals[name])
+        assert relay.wait(60) == 0
+    assert "1 records are lost, the relay had to end before: another program" in relay.log_text()
+
+
 @pytest.mark.parametrize("how", ["segmentation fault", "abort", "segmentation fault in another thread"])
 def test_a_real_fault_still_ends_the_process(how: str) -> None:
     program = {
