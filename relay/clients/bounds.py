@@ -67,6 +67,7 @@ class Sources:
         self._most = most
         self._most_new = most_new
         self._here: dict[bytes, int] = {}  # only those that are here; no Counter, which is slow with what is new
+        self._guests: dict[bytes, int] = {}  # of these, how many do not count as to how many there may be
         self._sites: dict[bytes, int] = {}  # of networks of 64 bits, by what `site_of` has for them
         self._new: Counter[bytes] = Counter()
         self._new_at_site: Counter[bytes] = Counter()  # of networks of 64 bits, as far as none had too many
@@ -97,13 +98,37 @@ class Sources:
             site = source[:6]
             self._sites[site] = self._sites.get(site, 0) + 1
 
+    def add_guest(self, source: bytes) -> None:
+        """Of the connections from `source` one more, that is here already, does not count as to how many there may be:
+        it came from a worker that leaves. It is taken to be the last one that goes."""
+        self._guests[source] = self._guests.get(source, 0) + 1
+
+    def settle_guests(self) -> list[tuple[bytes, int]]:
+        """From now on all connections count, but for those of sources that have more than they may then: returns which
+        these are, and how many of theirs do not count."""
+        crowded = [(source, count) for source, count in self._guests.items() if self._here.get(source, 0) > self._most]
+        self._guests = dict(crowded)
+        return crowded
+
+    def forget_guests(self, source: bytes, number: int) -> None:
+        """From now on so many more of the connections from `source` count."""
+        for _ in range(number):
+            _take_one(self._guests, source)
+
+    def forget_all_guests(self) -> None:
+        """From now on all connections count."""
+        self._guests.clear()
+
     def has_its_share(self, source: bytes) -> bool:
         """Whether as many connections from `source` are here as may be."""
-        return self._here.get(source, 0) >= self._most
+        return self._counting(source) >= self._most
 
     def has_too_many(self, source: bytes) -> bool:
         """Whether more connections from `source` are here than may be; siblings may have handed them on."""
-        return self._here.get(source, 0) > self._most
+        return self._counting(source) > self._most
+
+    def _counting(self, source: bytes) -> int:
+        return self._here.get(source, 0) - self._guests.get(source, 0)
 
     def count(self, source: bytes | None) -> int:
         """How many connections from `source` are here; 0 for one that nobody counts."""
@@ -122,6 +147,8 @@ class Sources:
     def remove(self, source: bytes) -> None:
         """A connection from `source` is here no longer."""
         _take_one(self._here, source)
+        if self._guests.get(source, 0) > self._here.get(source, 0):
+            _take_one(self._guests, source)
         if len(source) == 8:
             _take_one(self._sites, source[:6])
 

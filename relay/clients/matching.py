@@ -31,6 +31,10 @@ class Elsewhere(Protocol):
         """Hand `client` on to the worker that its token lives with. False when that is this one; asking makes it so
         when it is nobody else."""
 
+    def has_space_for(self, client: Client) -> bool:
+        """Hand `client`, which waits here, where too many do, on to a worker where not so many wait; False if there is
+        none."""
+
     def give_up(self, token: bytes) -> None:
         """`token` lives here no longer: nobody waits for it."""
 
@@ -47,6 +51,10 @@ class Nowhere:
 
     def sees_home(self, client: Client) -> bool:
         """Every token lives here."""
+        return False
+
+    def has_space_for(self, client: Client) -> bool:
+        """There is none."""
         return False
 
     def give_up(self, token: bytes) -> None:
@@ -100,6 +108,11 @@ class Matching:
     def __len__(self) -> int:
         """How many wait."""
         return len(self._room)
+
+    @property
+    def spare(self) -> int:
+        """How many more may wait here; negative for as many as are too many."""
+        return self._options.max_waiting - len(self._room)
 
     def __iter__(self) -> Iterator[Client]:
         """Everybody who waits; they may go meanwhile."""
@@ -179,7 +192,7 @@ class Matching:
         self._listen(client)
         if client.speech.reader is not None:
             client.speech.be_pinged(self._pings, client.sock)
-        if len(self._room) > self._options.max_waiting + self._places.guests:
+        if self.spare + self._places.guests < 0 and not self.elsewhere.has_space_for(client):
             # Somebody who waits gives way. Were newcomers turned away instead, whoever fills the room once would own it
             # for as long as clients may wait.
             self._note(Bound.WAITING)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from relay.clients.bounds import Bound, BoundsMet, Sources
 from relay.clients.sources import is_loopback, is_same, source_of
@@ -36,6 +36,8 @@ class Places:
         """Ends the transfers whose ends the kernel tells of already."""
         self.promised: Callable[[], int] = lambda: 0
         """How many places are not taken yet, but promised to whoever is here."""
+        self.kept: Callable[[], int] = lambda: 0
+        """How many places are kept for what siblings have too many of (see `relay.workers.surplus`)."""
         self.per_newcomer = 1 if options.upstream is None else 2
         """How many a newcomer takes in the end."""
         self.most = options.max_connections
@@ -52,19 +54,27 @@ class Places:
         """The same of all sources of its site together."""
         self.counts = self._sources.counts
         """The sources that have any, and how many."""
+        self.forget_guests = self._sources.forget_guests
+        """So many connections from a source are on their way to where it may have more."""
         self._on_free = on_free
 
     def is_full(self) -> bool:
         """Whether there is no place for a newcomer."""
-        return self._in_use() + self.per_newcomer > self.most
+        return self._left() < self.per_newcomer
 
-    def _in_use(self) -> int:
-        return self.taken + self.promised() - self.guests
+    def _left(self) -> int:
+        """How many places are left for newcomers; negative when more are taken than there are."""
+        return min(self.spare + self.guests - self.kept(), self._most_held - self.taken - self.promised())
 
     @property
     def free(self) -> int:
         """For how many newcomers there are places."""
-        return max(0, (self.most - self._in_use()) // self.per_newcomer)
+        return max(0, self._left() // self.per_newcomer)
+
+    @property
+    def spare(self) -> int:
+        """How many connections less than it may have this worker has, guests and all; negative if it has more."""
+        return self.most - self.taken - self.promised()
 
     @property
     def room(self) -> int:
@@ -92,7 +102,7 @@ class Places:
         whether anybody is: so somebody may have, or it may not stay.
         """
         bound = self._bound_of(source)
-        if bound is None and is_surplus and self._in_use() > self.most and not self.makes_room(source):
+        if bound is None and is_surplus and self._left() < 0 and not self.makes_room(source):
             bound = Bound.CROWDED
         if bound is not None:
             self.bounds_met.note(bound)
@@ -117,11 +127,26 @@ class Places:
         if source is not None:
             self._sources.add(source)
 
-    def welcome_guests(self, number: int) -> None:
-        """So many connections of a worker that leaves are about to be here: for a while they take none of the places
-        that there are for newcomers, nor does anybody give way because of them."""
-        self.guests = min(self.guests + number, max(0, self._most_held - self.most))
+    def welcome_guests(self, sources: Collection[bytes | None], *, until_replaced: bool) -> None:
+        """Connections from these `sources` that are here have come from a worker that leaves: for a while they do not
+        count as to what their sources may have. And `until_replaced`, that is, until somebody comes in that worker's
+        place, they take none of the places that there are for newcomers, nor does anybody give way because of them."""
+        for source in sources:
+            if source is not None:
+                self._sources.add_guest(source)
         self._guests_until = time.monotonic() + GUESTS_SECONDS
+        if until_replaced:
+            self.guests += len(sources)
+
+    def guests_have_gone(self, number: int) -> None:
+        """So many of them are on their way to another worker: what they took here newcomers do not get."""
+        self.guests = max(0, self.guests - number)
+
+    def settle_guests(self) -> list[tuple[bytes, int]]:
+        """There is somebody in the place of the worker that has left, so guests count like everybody. Returns the
+        sources that have more than they may then, and how many guests of theirs do not count yet."""
+        self.guests = 0
+        return self._sources.settle_guests()
 
     def has_too_many(self, source: bytes | None) -> bool:
         """Whether more connections from `source` are here than may be; siblings may have handed them on."""
@@ -148,6 +173,7 @@ class Places:
         self._sources.next_second()
         if time.monotonic() > self._guests_until:
             self.guests = 0
+            self._sources.forget_all_guests()
 
 
 def in_user_namespace() -> bool:

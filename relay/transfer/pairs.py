@@ -265,14 +265,23 @@ class Pairs:
         self._finished_bytes += pair.moved  # as far as this worker is concerned
         self._pairs.discard(pair)
 
-    def letting_go(self) -> Iterator[Pair]:
-        """All pairs that can move to another process, for a greenlet that detaches each. Up to `PAIRS_AT_A_TIME` stand
-        still until it comes to them.
+    def movable(self, most: int | None = None, source: bytes | None = None) -> list[Pair]:
+        """The pairs that can move to another process, or so many of them at the most, those at rest before the others;
+        or only those with a side from `source`."""
+        movable = [pair for pair in self._pairs if not pair.stays and (source is None or source in pair.sources)]
+        if most is None or most >= len(movable):
+            return movable
+        at_rest = [pair for pair in movable if pair.greenlet is None]
+        return (at_rest + [pair for pair in movable if pair.greenlet is not None])[:most]
+
+    def letting_go(self, pairs: list[Pair]) -> Iterator[Pair]:
+        """These pairs, for a greenlet that detaches each so that it can move to another process. Up to
+        `PAIRS_AT_A_TIME` stand still until it comes to them.
 
         In the event loop's iterations in between everybody else has their turns. Were there one for each pair that lets
         go, in which all the others move something, a thousand would take as many seconds as they do turns.
         """
-        pairs = sorted((pair for pair in self._pairs if not pair.stays), key=lambda pair: pair.greenlet is None)
+        pairs = sorted(pairs, key=lambda pair: pair.greenlet is None)
         while pairs:
             some, pairs = pairs[:PAIRS_AT_A_TIME], pairs[PAIRS_AT_A_TIME:]
             for _ in range(LOOKS):

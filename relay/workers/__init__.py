@@ -15,6 +15,7 @@ In this order:
               who is dead; `matches`, when tokens were last matched
 `terms`       what all must agree on
 `estate`      what all have in common, and a newcomer gets
+`surplus`     what a worker has too much of, and siblings that have places for it
 `balance`     pure: which transfers go to a worker with less to do; `load`, how much this one has to do
 `departure`   how a worker ends: everything into other hands, or its grace
 `telling`     what it tells the database of itself, and when

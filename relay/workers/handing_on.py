@@ -93,13 +93,30 @@ class HandingOn:
         sibling.hand_pair(pair)
 
     def hand_on_pairs(self, pairs: list[Pair], link: Link) -> None:
-        """Give these to one sibling, as far as it has room; to be called from a greenlet."""
+        """Give these to one sibling, as far as it has places; to be called from a greenlet."""
 
         def hand_on(pair: Pair) -> None:
-            if link.has_room(CONNECTIONS_OF_A_PAIR) and not pair.stays:
+            if link.has_places(CONNECTIONS_OF_A_PAIR) and not pair.stays:
                 self._hand_on_pair(pair, link)
 
         one_by_one(in_slices(pairs), hand_on, "in handing on a transfer")
+
+    def hand_on_many_pairs(self, pairs: list[Pair], link: Link) -> int:
+        """Give these, however many, to one sibling, as far as it has places; to be called from a greenlet. Returns how
+        many went."""
+        went = 0
+
+        def hand_on(pair: Pair) -> None:
+            nonlocal went
+            wait_for(link)
+            if link.has_places(CONNECTIONS_OF_A_PAIR):
+                self._hand_on_pair(pair, link)
+                went += 1
+            else:
+                self._pairs.go_on(pair)
+
+        one_by_one(self._pairs.letting_go(pairs), hand_on, "in handing on a transfer")
+        return went
 
     def hand_everything_on(self) -> bool:
         """Give everybody who is here to the siblings, as far as these have room; to be called from a greenlet. Returns
@@ -109,7 +126,9 @@ class HandingOn:
 
     def _hand_on_all_pairs(self) -> bool:
         self.pairs_came = False
-        return one_by_one(self._pairs.letting_go(), self._find_room_for_pair, "in handing on a transfer")
+        return one_by_one(
+            self._pairs.letting_go(self._pairs.movable()), self._find_room_for_pair, "in handing on a transfer"
+        )
 
     def _find_room_for_pair(self, pair: Pair) -> bool:
         link = once_ready(partial(self._siblings.any_with_room, CONNECTIONS_OF_A_PAIR))
@@ -147,6 +166,12 @@ class HandingOn:
             self._epoll.unregister(sock)
         except OSError:
             pass  # it was never watched
+
+
+def wait_for(link: Link) -> None:
+    """Until this sibling is not laden."""
+    while link.live and link.laden:
+        gevent.sleep(REST_SECONDS)
 
 
 def once_ready(choose: Callable[[], Link | None]) -> Link | None:

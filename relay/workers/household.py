@@ -33,6 +33,7 @@ from relay.workers.link import CONNECTIONS_OF_A_PAIR, Link
 from relay.workers.load import FULL_LOAD, Load
 from relay.workers.run_dir import RunDir
 from relay.workers.siblings import Siblings
+from relay.workers.surplus import Surplus
 
 MOST_HOPS = 8
 """A client that has been handed on so often stays where it is for a second, in which the siblings may find out who is
@@ -82,6 +83,8 @@ class Household:
         self._on_change = on_change
         self._handing_on = HandingOn(self.siblings, reception, matching, pairs, self.dismiss)
         self.hand_everything_on = self._handing_on.hand_everything_on
+        self._surplus = Surplus(self.siblings, self._handing_on, places=places, matching=matching, pairs=pairs)
+        places.kept = self._surplus.kept
         self._door: Door | None = None
         self._looks_after_door = gevent.get_hub().loop.timer(LOOK_SECONDS, LOOK_SECONDS)
         self._to_look_at: dict[bytes, None] = {}
@@ -125,6 +128,7 @@ class Household:
         for greenlet in (self._looking, self._sharing):
             if greenlet is not None:
                 gevent.kill(greenlet)
+        self._surplus.close()
 
     # Handing on
 
@@ -148,15 +152,19 @@ class Household:
         surplus = self._balance.surplus(list(self._pairs), load, link.load, in_slices)
         self._handing_on.hand_on_pairs(surplus, link)
 
+    def has_space_for(self, client: Client) -> bool:
+        """Hand `client`, which waits here, where too many do, on to a sibling where not so many wait."""
+        return self._surplus.has_space_for(client.token)
+
     # Taking in
 
-    def take_in(self, client: Client, *, is_guest: bool) -> None:
+    def take_in(self, client: Client, link: Link) -> None:
         """A sibling has handed `client` on."""
-        if is_guest:
-            self._places.welcome_guests(1)
         self._places.take(client.source)
-        # A source can choose tokens that all live with us. It cannot choose where workers leave.
-        if not is_guest and self._places.has_too_many(client.source):
+        self._welcome(link, client.source)
+        # A source can choose tokens that all live with us. It cannot choose where workers leave, or have too many.
+        is_chosen = not link.leaving and (not client.token or self.siblings.tokens.are_ours(client.token))
+        if is_chosen and self._places.has_too_many(client.source):
             self._farewell.end(client, client.speech.lonely() if client.token else Ending("errory"))
         else:
             self.take_back(client)
@@ -174,7 +182,13 @@ class Household:
 
     def standing(self) -> Standing:
         """How this worker is, for its siblings."""
-        return Standing(self._parts, self._lately, self._places.room, self._places.free)
+        spare = (self._places.spare, self._matching.spare)
+        return Standing(self._parts, self._lately, self._places.room, self._places.free, spare=spare)
+
+    @property
+    def is_filling(self) -> bool:
+        """Whether this worker may soon have more than it should."""
+        return 2 * self._places.spare < self._places.most
 
     def take_back(self, client: Client) -> None:
         """A client is here anew."""
@@ -190,13 +204,16 @@ class Household:
         """`client` belongs elsewhere and cannot be handed on: nobody can come to it here."""
         self._farewell.end(client, client.speech.lonely() if client.token else Ending("errory"))
 
-    def take_in_pair(
-        self, state: PairState, sides: Sequence[socket.socket], fds: Sequence[int], *, is_guest: bool
-    ) -> None:
+    def take_in_pair(self, state: PairState, sides: Sequence[socket.socket], fds: Sequence[int], link: Link) -> None:
         """A sibling has handed on a pair in mid-transfer."""
-        if is_guest:
-            self._places.welcome_guests(CONNECTIONS_OF_A_PAIR)
         self._pairs.take_in(state, sides, fds)
+        self._welcome(link, state.first_source, state.second_source)
+
+    def _welcome(self, link: Link, *sources: bytes | None) -> None:
+        """Connections from `sources` have come over `link`: guests, for a while, if it is because that worker
+        leaves."""
+        if link.leaving:
+            self._places.welcome_guests(sources, until_replaced=not link.is_replaced)
 
     def take_back_pair(self, pair: Pair) -> None:
         """A sibling could not take `pair`."""
@@ -212,6 +229,10 @@ class Household:
         self._pairs.handed_on(pair)
 
     # What else siblings say
+
+    def sibling_is_well(self, *, is_new: bool) -> None:
+        """Give it what we have too much of, and it has places for. If it is new, one that has left is replaced."""
+        self._surplus.give(is_replaced=is_new)
 
     def siblings_changed(self) -> None:
         """Look again where those belong of whom it was not certain, and who of them is a spare."""

@@ -10,7 +10,8 @@ of the language `LANGUAGE`: the files of `homes`, which come before the listenin
 ``L``      leaving: send me nothing more, I am handing on what I have
 ``F``      farewell, the answer to ``L``: nothing more will come from me
 ``.``      still here: my transfers want so many equal parts of --relay-rate, such is my load, I have room for so
-           many connections of yours, and places for so many newcomers; to be exact, so many sixteenths of a part
+           many connections of yours, and places for so many newcomers; to be exact, so many sixteenths of a part;
+           and I may have so many connections more, and so many who wait, or have too many
 ``D``      your turn at the door, which so many had no room to take (see `door`)
 ``M``      matched: two sides for that token, here, while somebody else was home to it, too
 ``H``      clients that have no partner yet, their sockets beside the packet
@@ -69,6 +70,9 @@ _READS_PAST = b"\1"
 """Behind that, from whoever reads a `_PAST`."""
 _MAKES_CLAIMS = b"\1"
 """Behind that, from whoever makes the claims that go with parcels."""
+_SPARE = struct.Struct("!ii")
+"""Behind that, from whoever gives away what it has too many of: how many connections, and how many who wait, it has
+less than it may have."""
 _TURN = struct.Struct("!cI")  # kind, how many had no room
 _PAIR = struct.Struct("!dddBBBB")
 """Started, arrived, waiting time; lengths of where the frames of each side are, and of the source of each."""
@@ -175,8 +179,10 @@ def kind_of(packet: bytes) -> bytes:
 @dataclass(frozen=True, slots=True)
 class Standing:
     """How a worker is: how many sixteenths of an equal part of --relay-rate its transfers want, its load (see `load`),
-    for how many more connections that siblings hand on it has room, and for how many newcomers it has places; and
-    whether it reads the `Past` of a pair, and makes the claims that go with parcels, as workers of before do not."""
+    for how many more connections that siblings hand on it has room, and for how many newcomers it has places; whether
+    it reads the `Past` of a pair, and makes the claims that go with parcels, as workers of before do not; and how many
+    connections, and how many who wait, it may have more, negative if it has too many (see `surplus`), None of a worker
+    of before."""
 
     parts: int
     load: float
@@ -184,6 +190,7 @@ class Standing:
     places: int
     reads_past: bool = True
     makes_claims: bool = True
+    spare: tuple[int, int] | None = None
 
 
 def encode_still_here(standing: Standing) -> bytes:
@@ -191,7 +198,8 @@ def encode_still_here(standing: Standing) -> bytes:
     whole = -(-standing.parts // PARTS)
     common = _STILL_HERE.pack(STILL_HERE, whole, standing.load, standing.room, standing.places)
     more = (_READS_PAST if standing.reads_past else b"") + (_MAKES_CLAIMS if standing.makes_claims else b"")
-    return common + _PARTS.pack(standing.parts) + more
+    spare = b"" if standing.spare is None else _SPARE.pack(*standing.spare)
+    return common + _PARTS.pack(standing.parts) + more + spare
 
 
 def decode_still_here(packet: bytes) -> Standing:
@@ -200,8 +208,14 @@ def decode_still_here(packet: bytes) -> Standing:
     parts = whole * PARTS
     if len(packet) > _STILL_HERE.size:
         (parts,) = _unpack(_PARTS, packet, _STILL_HERE.size)
-    more = len(packet) - _STILL_HERE.size - _PARTS.size
-    return Standing(int(parts), float(load), int(room), int(places), reads_past=more > 0, makes_claims=more > 1)
+    more_at = _STILL_HERE.size + _PARTS.size
+    more = len(packet) - more_at
+    spare = None
+    if more >= 2 + _SPARE.size:
+        spare = _unpack(_SPARE, packet, more_at + 2)
+    return Standing(
+        int(parts), float(load), int(room), int(places), reads_past=more > 0, makes_claims=more > 1, spare=spare
+    )
 
 
 def encode_turn(passed_by: int) -> bytes:

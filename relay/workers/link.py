@@ -33,6 +33,7 @@ from relay.workers.language import (
     OFFERS_CLAIM,
     Envelope,
     Greeting,
+    Standing,
     encode_answer,
     encode_clients,
     encode_pair,
@@ -134,8 +135,8 @@ class Link:
 
     It is known by its `greeting`, None until it has come. `ready` is whether it accepts connections, `leaving` whether
     it is about to end, `silent` whether it has stopped answering; `parts`, `load`, `places`, `reads_past` and
-    `makes_claims` are what it last said of itself, and `room` is that less what was handed there since; `refused_at` is
-    when it last refused something.
+    `makes_claims` are what it last said of itself, and `room`, `spare` and `spare_waiting` are that less what was
+    handed there since; `refused_at` is when it last refused something.
     """
 
     def __init__(self, owner: Correspondent, sock: socket.socket, pid: int, *, opened_by_sibling: bool) -> None:
@@ -158,6 +159,14 @@ class Link:
         self.load = FULL_LOAD
         self.room = 0
         self.places = 0
+        self.has_said = False
+        """Whether it has said how it is, since it was ready."""
+        self.spare: int | None = None
+        """How many connections it may have more, negative for as many as it has too many; None if it does not say."""
+        self.spare_waiting = 0
+        """The same of those who wait."""
+        self.is_replaced = False
+        """Whether, since it leaves, somebody has come in its place."""
         self.refused_at = -math.inf  # monotonic seconds
         self.is_full = False
         """Whether, then, it had no room: it hands its own on to us instead, as far as we have."""
@@ -200,6 +209,10 @@ class Link:
         """Whether this sibling can be home to tokens, and take so many connections."""
         return self.live and self.room >= connections and self.is_trusted
 
+    def has_places(self, connections: int) -> bool:
+        """The same, without having more than it may have then."""
+        return (self.spare is None or self.spare >= connections) and self.has_room(connections)
+
     @property
     def is_trusted(self) -> bool:
         """Whether it has refused nothing of late: to try again at once would only hold up what it refuses."""
@@ -223,6 +236,15 @@ class Link:
         """Have a little more under way again, up to `MOST_UNDER_WAY`."""
         self._most_under_way = min(MOST_UNDER_WAY, self._most_under_way + 1)
 
+    def is_like(self, standing: Standing) -> None:
+        """It has said how it is."""
+        self.has_said = True
+        self.parts, self.load = standing.parts, standing.load
+        self.room, self.places = standing.room, standing.places
+        self.reads_past, self.makes_claims = standing.reads_past, standing.makes_claims
+        if standing.spare is not None:  # what is under way is yet to come to it
+            self.spare, self.spare_waiting = (spare - self.under_way for spare in standing.spare)
+
     # Saying
 
     def hand_client(self, client: Client) -> None:
@@ -230,8 +252,8 @@ class Link:
         if not self._next_clients:
             self._run_callback(self._send_clients)
         self._next_clients.append(client)
-        self.room -= 1
-        self.under_way += 1
+        self._is_handed(1)
+        self.spare_waiting -= 1
 
     def hand_alone(self, client: Client) -> None:
         """Hand on `client`, which could not be sent together with others."""
@@ -240,9 +262,14 @@ class Link:
 
     def hand_pair(self, pair: Pair) -> None:
         """Hand `pair` on, which has let go of its sockets."""
-        self.room -= CONNECTIONS_OF_A_PAIR
-        self.under_way += CONNECTIONS_OF_A_PAIR
+        self._is_handed(CONNECTIONS_OF_A_PAIR)
         self.say(Parcel([], pair))
+
+    def _is_handed(self, connections: int) -> None:
+        self.room -= connections
+        self.under_way += connections
+        if self.spare is not None:
+            self.spare -= connections
 
     def say(self, message: Parcel | bytes) -> None:
         """Send a message, or queue it behind those that the sibling has not made room for."""

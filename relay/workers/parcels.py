@@ -60,9 +60,8 @@ PARCEL_LOST_SECONDS = 2.0
 class Receiver(Protocol):
     """What this worker does with what comes to it."""
 
-    def take_in(self, client: Client, *, is_guest: bool) -> None:
-        """A sibling has handed this client on; it is ours now. `is_guest` is whether that is because the sibling
-        leaves."""
+    def take_in(self, client: Client, link: Link) -> None:
+        """A sibling has handed this client on, over `link`; it is ours now."""
 
     def take_back(self, client: Client) -> None:
         """A sibling could not take this client."""
@@ -70,9 +69,7 @@ class Receiver(Protocol):
     def dismiss(self, client: Client) -> None:
         """This client cannot be handed on, to nobody."""
 
-    def take_in_pair(
-        self, state: PairState, sides: Sequence[socket.socket], fds: Sequence[int], *, is_guest: bool
-    ) -> None:
+    def take_in_pair(self, state: PairState, sides: Sequence[socket.socket], fds: Sequence[int], link: Link) -> None:
         """The same for a pair, with its sockets and pipes in the order of `language.encode_pair`; if it raises, these
         are still the caller's."""
 
@@ -124,7 +121,7 @@ class Parcels:
             one_by_one(arrived, lambda one: self._take_in(*one, link), "with a client that a sibling has handed on")
 
     def _take_in(self, handed: HandedClient, sock: socket.socket, link: Link) -> None:
-        self._receiver.take_in(_client_from(handed, sock), is_guest=link.leaving)
+        self._receiver.take_in(_client_from(handed, sock), link)
 
     def take_pair(self, link: Link, packet: bytes, fds: list[int]) -> None:
         """A ``P`` has come; raises Misunderstood."""
@@ -137,7 +134,7 @@ class Parcels:
                 close_all(fds)
                 return
             try:
-                self._receiver.take_in_pair(state, sides, fds, is_guest=link.leaving)
+                self._receiver.take_in_pair(state, sides, fds, link)
             except Exception:
                 close_all(fds)  # as the sides are
                 raise

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 import gevent
@@ -86,8 +86,15 @@ class AtHome(Receiver, Protocol):
     def sibling_gone(self) -> None:
         """A link has ended."""
 
+    def sibling_is_well(self, *, is_new: bool) -> None:
+        """A sibling has said how it is; `is_new` is whether that was the first time, and it takes part."""
+
     def standing(self) -> Standing:
         """How this worker is."""
+
+    @property
+    def is_filling(self) -> bool:
+        """Whether it may soon have more than it should."""
 
 
 class Siblings:
@@ -231,9 +238,14 @@ class Siblings:
         """Whether one of those who answer has a place for a newcomer, as far as we know."""
         return any(link.places and link.seconds_unheard <= 1 for link in self._live.values())
 
+    @property
+    def live(self) -> Collection[Link]:
+        """Those who can be home to tokens."""
+        return self._live.values()
+
     def idlest(self, connections: int) -> Link | None:
-        """The live sibling with room for so many connections that has the least to do; None if there is none."""
-        prompt = [link for link in self._live.values() if link.prompt and link.has_room(connections)]
+        """The live sibling with places for so many connections that has the least to do; None if there is none."""
+        prompt = [link for link in self._live.values() if link.prompt and link.has_places(connections)]
         return min(prompt, key=lambda link: link.load, default=None)
 
     def share(self, parts: int) -> float:
@@ -251,7 +263,10 @@ class Siblings:
             return False
         awake = [pid for pid, link in self._live.items() if link.seconds_unheard <= 1] or list(self._live)
         later = [pid for pid in awake if pid > os.getpid()]
-        self._live[min(later or awake)].say(encode_turn(passed_by))
+        link = self._live[min(later or awake)]
+        if self._at_home.is_filling:  # or it would know only in a second whom we have let in meanwhile
+            link.say(encode_still_here(self._at_home.standing()))
+        link.say(encode_turn(passed_by))
         return True
 
     def _change(self) -> None:
@@ -356,10 +371,12 @@ class Siblings:
             link.said_farewell = True
             self._at_home.sibling_gone()
         elif kind == STILL_HERE:
-            standing = decode_still_here(packet)
-            link.parts, link.load = standing.parts, standing.load
-            link.room, link.places = standing.room, standing.places
-            link.reads_past, link.makes_claims = standing.reads_past, standing.makes_claims
+            is_new = not link.has_said
+            link.is_like(decode_still_here(packet))
+            if is_new and link.live:
+                for other in self.links:
+                    other.is_replaced = other.is_replaced or other.leaving
+            self._at_home.sibling_is_well(is_new=is_new and link.live)
         elif kind == MATCHED:
             self._at_home.matched_elsewhere(decode_matched(packet))
         elif kind == TURN_AT_THE_DOOR:

@@ -323,6 +323,8 @@ def test_whom_a_client_counts_for_moves_house_with_it(tmp_path: Path, stack: con
     relay.start_one()
     assert relay.stop_one(0) == 0
     assert is_open(other)
+    relay.start_one()  # and what has come from the one that has left counts again
+    assert relay.stop_one(2) == 0
     with waiting(relay.port, ATTACKER) as sock:
         assert answer(sock) == b"", "it has its share still: one in a transfer, one that waits, one on WebSocket"
     held[0].sendall(b"still here")

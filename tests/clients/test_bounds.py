@@ -93,6 +93,33 @@ def test_a_source_whose_connections_siblings_hand_on_may_come_to_have_too_many()
     assert not sources.has_too_many(b"a")
 
 
+def test_what_comes_from_a_worker_that_leaves_does_not_count_until_that_is_settled() -> None:
+    sources = Sources(4, 100)
+    for source in (b"many", b"few"):
+        for _ in range(3):
+            sources.add(source)
+            sources.add_guest(source)
+        for _ in range(3 if source == b"many" else 1):
+            sources.add(source)
+    assert not sources.has_its_share(b"many")
+    sources.add(b"many")
+    assert sources.has_its_share(b"many")
+    sources.remove(b"many")
+    assert not sources.has_its_share(b"many"), "guests are the last to go"
+    assert not sources.has_its_share(b"few")
+    assert sources.settle_guests() == [(b"many", 3)]
+    assert sources.has_its_share(b"few")
+    assert not sources.has_its_share(b"many")
+    sources.forget_guests(b"many", 2)
+    assert sources.has_its_share(b"many")
+    assert sources.has_too_many(b"many")
+    for _ in range(6):
+        sources.remove(b"many")
+    assert not sources.has_its_share(b"many")
+    sources.forget_all_guests()
+    assert sources.settle_guests() == []
+
+
 @given(st.lists(st.tuples(st.integers(0, 50), st.sampled_from(list(Bound)), st.integers(1, 1000))))
 def test_the_log_says_each_bound_at_most_once_a_minute_and_forgets_no_time_it_was_met(
     events: list[tuple[int, Bound, int]],

@@ -52,6 +52,9 @@ class AtHome:
     def sibling_gone(self) -> None:
         """A link has ended, or its sibling has said farewell."""
 
+    def sibling_is_well(self, *, is_new: bool) -> None:
+        """It has said how it is."""
+
     def standing(self) -> Standing:
         """How this worker is."""
         return Standing(parts=0, load=0.0, room=10, places=10)

@@ -271,8 +271,9 @@ def test_clients_that_are_cut_short_are_misunderstood(
 
 @given(st.integers(0, 1 << 24), st.floats(0, 10, width=32), st.integers(0, 1 << 20), st.integers(0, 1 << 20))
 def test_how_a_worker_is_survives(parts: int, load: float, room: int, places: int) -> None:
-    standing = Standing(parts, load, room, places)
-    assert decode_still_here(encode_still_here(standing)) == standing
+    for spare in (None, (room, -places), (-room, places)):
+        standing = Standing(parts, load, room, places, spare=spare)
+        assert decode_still_here(encode_still_here(standing)) == standing
 
 
 def test_a_worker_of_before_and_one_of_now_mean_the_same_by_a_part_of_a_rate() -> None:

@@ -147,7 +147,7 @@ class Unable:
         """There is."""
         return True
 
-    def take_in_pair(self, *arguments: object, is_guest: bool) -> None:
+    def take_in_pair(self, *arguments: object) -> None:
         """Nothing comes of it."""
         raise MemoryError
 

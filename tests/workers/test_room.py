@@ -83,7 +83,7 @@ def test_when_all_who_may_wait_came_from_a_worker_that_left_their_partners_meet_
 ) -> None:
     most = (LARGER_NOFILE - RESERVED_FDS) * 7 // 8 // 2  # the default for a relay of which one worker may leave
     workers = stack.enter_context(Workers(tmp_path, "--max-waiting", "1000", count=2, nofile=LARGER_NOFILE))
-    tokens = [new_token() for _ in range(2 * most)]
+    tokens = [new_token() for _ in range(2 * most - 24)]
     waiting = {token: stack.enter_context(connect(workers.port)) for token in tokens}
     for token, sock in waiting.items():
         sock.sendall(handshake(token, new_side()))
@@ -225,7 +225,7 @@ def test_a_restarted_worker_has_places_again_and_nobody_gives_way_for_want_of_th
     tmp_path: Path, stack: contextlib.ExitStack
 ) -> None:
     workers = stack.enter_context(Workers(tmp_path, count=2, nofile=NOFILE))
-    idle = [met(workers.port, stack=stack) for _ in range(28)]
+    idle = [met(workers.port, stack=stack) for _ in range(24)]
     assert workers.stop_one(0) == 0
     workers.start_one()
     until = time.monotonic() + 8  # all have been idle for long enough, and the one that took them in has no place left

@@ -1,0 +1,145 @@
+"""What a worker has too much of, and siblings that have places for it.
+
+``--max-connections`` and ``--max-waiting`` are each worker's own. But they hold for newcomers: what a sibling hands on,
+since it leaves, or since the partner waits here, comes in as long as there are file descriptors. If that stayed where
+it came to, newcomers would have the places that have become free elsewhere, and the relay more connections than all its
+workers' places: then the next worker that leaves would find no room for what it holds. So
+
+- as soon as a sibling has places, it is given what is too much here: transfers first, those at rest before the others,
+  and then those who wait;
+- until it has that, it keeps these places: none is a newcomer's (`Surplus.kept`);
+- and what came from a worker that has left counts again when somebody has come in its place (`Places.guests`). To that
+  goes also what its sources have more here than they may: otherwise what they may have there was no use to those whose
+  partners wait here.
+
+So all workers together never have much more than all of them may have.
+"""
+
+from __future__ import annotations
+
+import gevent
+
+from relay.clients.matching import Matching
+from relay.clients.places import Places
+from relay.process.one_by_one import one_by_one
+from relay.transfer.pairs import Pairs
+from relay.transfer.slices import in_slices
+from relay.workers.handing_on import HandingOn, wait_for
+from relay.workers.link import CONNECTIONS_OF_A_PAIR, Link
+from relay.workers.siblings import Siblings
+
+
+class Surplus:
+    """Gives away what this worker has too much of, and keeps places for what others have.
+
+    Args:
+        siblings: who is there, and what they may have more, or have too much of.
+        handing_on: takes people out of the rooms.
+        places, matching, pairs: who is here, and may be.
+    """
+
+    def __init__(
+        self, siblings: Siblings, handing_on: HandingOn, *, places: Places, matching: Matching, pairs: Pairs
+    ) -> None:
+        self._siblings = siblings
+        self._handing_on = handing_on
+        self._places = places
+        self._matching = matching
+        self._pairs = pairs
+        self._giving: gevent.Greenlet | None = None
+
+    def kept(self) -> int:
+        """How many places are kept for what siblings have too much of: our part, if others have places for it, too."""
+        spare = self._places.spare
+        if spare <= 0 or self._siblings.alone:
+            return 0
+        too_many, takers = 0, 1
+        for link in self._siblings.live:
+            if not link.has_said:
+                return spare  # who knows; in a moment we do
+            if link.spare is not None:
+                too_many += max(0, -link.spare)
+                takers += link.spare > 0
+        return min(spare, -(-too_many // takers))
+
+    def give(self, *, is_replaced: bool) -> None:
+        """Give away what is too much here, as far as somebody has places for it; soon, in a greenlet. `is_replaced`:
+        and what sources have too much, since somebody has come in the place of a worker that has left."""
+        crowded = self._places.settle_guests() if is_replaced else []
+        has_too_many = self._places.spare < 0 or self._matching.spare < 0 or crowded
+        if has_too_many and not self._giving and not self._siblings.leaving and self._takers():
+            self._giving = gevent.spawn(self._give, crowded)
+
+    def _takers(self) -> list[Link]:
+        """Those who have places, the one with most of them first."""
+        with_places = (link for link in self._siblings.live if link.spare is not None and link.has_places(1))
+        return sorted(with_places, key=_spare_of, reverse=True)
+
+    def _give(self, crowded: list[tuple[bytes, int]]) -> None:
+        for source, number in crowded:
+            for link in self._takers()[:1]:
+                self._places.forget_guests(source, self._give_some(number, link, source))
+        for link in self._takers():
+            self._give_some(self._too_many(), link)
+            self._give_those_who_wait(-self._matching.spare, link)
+
+    def _too_many(self) -> int:
+        """Connections that are too many here, and not yet on their way to somebody else."""
+        return -self._places.spare - sum(link.under_way for link in self._siblings.live)
+
+    def _give_some(self, connections: int, link: Link, source: bytes | None = None) -> int:
+        """Give so many connections to a sibling, as far as it has places: transfers first. Or only those of a
+        source. Returns how many went."""
+        left = min(connections, _spare_of(link))
+        if left <= 0:
+            return 0
+        # A transfer that has one too many is given, too, if there are places for both.
+        most = min(-(-left // CONNECTIONS_OF_A_PAIR), _spare_of(link) // CONNECTIONS_OF_A_PAIR)
+        pairs = self._handing_on.hand_on_many_pairs(self._pairs.movable(most, source), link)
+        went = CONNECTIONS_OF_A_PAIR * pairs
+        self._places.guests_have_gone(went)
+        return went + self._give_those_who_wait(left - went, link, source)
+
+    def _give_those_who_wait(self, number: int, link: Link, source: bytes | None = None) -> int:
+        """Give so many of those who wait to a sibling, as far as it has places for them; or only those of a source.
+        Returns how many went."""
+        went = 0
+
+        def give(token: bytes) -> bool:
+            nonlocal went
+            wait_for(link)
+            if went >= number or link.spare_waiting <= 0 or not link.has_places(1) or self._siblings.leaving:
+                return False
+            if source is None or any(client.source == source for client in self._matching.waiting_for(token)):
+                went += self._uproot(token, link)
+            return True
+
+        if number > 0:
+            one_by_one(in_slices(self._matching.tokens()), give, "in giving away who waits")
+            self._places.guests_have_gone(went)
+        return went
+
+    def _uproot(self, token: bytes, link: Link) -> int:
+        clients = self._matching.waiting_for(token)
+        for client in clients:
+            self._handing_on.uproot(client, link)
+        return len(clients)
+
+    def has_space_for(self, token: bytes) -> bool:
+        """Hand those who wait for `token` on to a sibling where fewer wait than may; False if there is none."""
+        if self._siblings.leaving:
+            return False
+        for link in self._takers():
+            if link.spare_waiting > 0:
+                self._uproot(token, link)
+                return True
+        return False
+
+    def close(self) -> None:
+        """Give nothing away any more."""
+        if self._giving is not None:
+            gevent.kill(self._giving)
+
+
+def _spare_of(link: Link) -> int:
+    return link.spare or 0

@@ -1,0 +1,201 @@
+"""What a worker has too much of goes to siblings that have places for it, so that the next one can leave as well.
+
+However they came by it: from a worker that left, or with partners of those who wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from relay.cli import RESERVED_FDS
+from tests.support.command_line import powerless
+from tests.support.crowd import Crowd, Transfer
+from tests.support.current import current, share, shares, wait_for_current
+from tests.support.harness import Workers, connect, handshake, met, new_side, new_token, wait_until
+from tests.support.hostile import dial
+from tests.support.kernel_view import holder
+
+pytestmark = pytest.mark.long
+
+NOFILE = 400
+MOST = (NOFILE - RESERVED_FDS) * 7 // 8 // 2
+"""What a worker with so many descriptors has by default of connections."""
+MANY_NEW = ("--max-per-source", "1000", "--max-new-per-source", "5000")
+
+
+def wait_at(port: int, tokens: Sequence[str], stack: contextlib.ExitStack, source: str = "") -> list[socket.socket]:
+    """So many who wait."""
+    waiting = []
+    for token in tokens:
+        waiting.append(stack.enter_context(dial(port, source) if source else connect(port)))
+        waiting[-1].sendall(handshake(token, new_side()))
+    return waiting
+
+
+def fill_up(port: int, stack: contextlib.ExitStack, *, silently: bool) -> int:
+    """Come in until nobody is let in any more, alone and without a word or as a transfer; returns how many did."""
+    came = 0
+    with contextlib.suppress(TimeoutError, ConnectionResetError):
+        for number in range(4 * MOST):
+            sock = stack.enter_context(dial(port, f"127.3.{number // 50}.1"))
+            sock.settimeout(2)
+            if silently:
+                sock.sendall(b"please ")
+                came += 1
+            else:
+                partner = stack.enter_context(dial(port, f"127.3.{number // 50}.2"))
+                partner.settimeout(2)
+                token = new_token()
+                for each in (sock, partner):
+                    each.sendall(handshake(token, new_side()))
+                for each in (sock, partner):
+                    assert each.recv(3) == b"ok\n"
+                came += 2
+    return came
+
+
+def moving(crowd: Crowd, number: int) -> list[Transfer]:
+    """So many transfers that move."""
+    transfers = [crowd.transfer(3_000, 3_000) for _ in range(number)]
+    for begin in range(0, len(transfers), 20):
+        crowd.begin(transfers[begin : begin + 20])
+    return transfers
+
+
+@pytest.mark.parametrize(("count", "silently", "is_root"), [(2, True, True), (2, False, False), (3, True, False)])
+def test_when_newcomers_have_come_between_two_restarts_the_second_cuts_nothing_either(
+    tmp_path: Path, count: int, silently: bool, is_root: bool, stack: contextlib.ExitStack
+) -> None:
+    inside = [] if is_root else powerless()
+    workers = stack.enter_context(Workers(tmp_path, *MANY_NEW, count=count, nofile=NOFILE, inside=inside))
+    crowd = stack.enter_context(Crowd(workers.port))
+    transfers = moving(crowd, int(0.9 * MOST / 2) * count)
+    for number in range(count):
+        assert crowd.run_beside(lambda number=number: workers.stop_one(number, 20)) == 0  # type: ignore[misc]
+        crowd.run_beside(workers.start_one)
+        crowd.run_beside(lambda: fill_up(workers.port, stack, silently=silently))
+        assert not any(transfer.cut for transfer in transfers), f"after the restart of worker {number}"
+    crowd.end(transfers)
+    assert "the other workers have no room" not in workers.log_text()
+
+
+@pytest.mark.parametrize("restarted", [0, 1])
+def test_a_worker_whose_clients_partners_have_all_come_elsewhere_leaves_its_sibling_room(
+    tmp_path: Path, restarted: int, stack: contextlib.ExitStack
+) -> None:
+    workers = stack.enter_context(Workers(tmp_path, *MANY_NEW, count=1, nofile=NOFILE))
+    crowd = stack.enter_context(Crowd(workers.port))
+    tokens = [new_token() for _ in range(MOST * 3 // 4)]
+    waiting = [crowd.call(token, new_side(), rate=3_000) for token in tokens]
+    wait_for_current(workers, 0, len(tokens))
+    crowd.run_beside(workers.start_one)
+    partners = [crowd.call(token, new_side(), rate=3_000) for token in tokens]
+    transfers = [Transfer(*sides) for sides in zip(waiting, partners, strict=True)]
+    crowd.begin(transfers)
+    crowd.run_beside(lambda: fill_up(workers.port, stack, silently=False))
+    crowd.run_until(lambda: max(shares(workers).values()) <= MOST // 2 + 1, 10, "none has more than it may")
+    assert crowd.run_beside(lambda: workers.stop_one(restarted)) == 0
+    crowd.end(transfers)
+    assert "the other workers have no room" not in workers.log_text()
+
+
+def test_a_successor_takes_those_who_are_too_many_to_wait_and_as_many_as_before_may_wait(
+    tmp_path: Path, stack: contextlib.ExitStack
+) -> None:
+    workers = stack.enter_context(Workers(tmp_path, *MANY_NEW, "--max-waiting", "40", count=2, nofile=NOFILE))
+    tokens = [new_token() for _ in range(60)]
+    waiting = wait_at(workers.port, tokens, stack)
+    wait_for_current(workers, 0, 60)
+    assert workers.stop_one(0) == 0
+    successor = workers.start_one()
+    wait_until(lambda: share(workers, successor)[1] >= 20, what="it has those who were too many")
+    more = [new_token() for _ in range(16)]
+    waiting += wait_at(workers.port, more, stack)
+    wait_for_current(workers, 0, 76)
+    for token, sock in zip(tokens + more, waiting, strict=True):
+        with connect(workers.port) as partner, sock:
+            partner.sendall(handshake(token, new_side()))
+            assert sock.recv(3) == partner.recv(3) == b"ok\n"
+    assert "--max-waiting:" not in workers.log_text()
+
+
+def test_who_comes_to_where_too_many_wait_waits_where_fewer_do(tmp_path: Path, stack: contextlib.ExitStack) -> None:
+    workers = stack.enter_context(Workers(tmp_path, "--max-waiting", "20", count=1, nofile=NOFILE))
+    tokens = [new_token() for _ in range(20)]
+    waiting = wait_at(workers.port, tokens, stack)
+    wait_for_current(workers, 0, 20)
+    second = workers.start_one()
+    more = [new_token() for _ in range(18)]
+    waiting += wait_at(workers.port, more, stack)
+    wait_until(lambda: share(workers, second)[1] == 18, what="they wait where there is space")
+    for token, sock in zip(tokens + more, waiting, strict=True):
+        with connect(workers.port) as partner, sock:
+            partner.sendall(handshake(token, new_side()))
+            assert sock.recv(3) == partner.recv(3) == b"ok\n"
+    assert "--max-waiting:" not in workers.log_text()
+
+
+def test_where_there_are_descriptors_all_who_waited_at_a_worker_that_leaves_still_wait(
+    tmp_path: Path, stack: contextlib.ExitStack
+) -> None:
+    bounds = ("--max-connections", str(MOST * 2), "--max-waiting", "40")
+    workers = stack.enter_context(Workers(tmp_path, *MANY_NEW, *bounds, count=2, nofile=NOFILE))
+    waiting = wait_at(workers.port, [new_token() for _ in range(80)], stack)
+    wait_for_current(workers, 0, 80)
+    assert workers.stop_one(0) == 0
+    time.sleep(1.5)  # what is to be seen is that nothing happens
+    assert current(workers) == (0, 80)
+    for sock in waiting:
+        sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            assert sock.recv(1), "sent away"
+
+
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_the_partners_of_a_source_that_has_more_than_its_share_since_a_worker_has_left_meet_those_who_wait(
+    tmp_path: Path, is_replaced: bool, stack: contextlib.ExitStack
+) -> None:
+    bounds = ("--max-per-source", "60", "--max-new-per-source", "5000")
+    workers = stack.enter_context(Workers(tmp_path, *bounds, count=2, nofile=NOFILE))
+    tokens = [new_token() for _ in range(80)]
+    waiting = wait_at(workers.port, tokens, stack, "127.3.0.1")
+    wait_for_current(workers, 0, 80)
+    assert workers.stop_one(0) == 0
+    if is_replaced:
+        successor = workers.start_one()
+        wait_until(lambda: share(workers, successor)[1] >= 20, what="it has some of them")
+    for token, sock in zip(tokens, waiting, strict=True):
+        with dial(workers.port, "127.3.0.1") as partner, sock:
+            partner.sendall(handshake(token, new_side()))
+            assert sock.recv(3) == partner.recv(3) == b"ok\n"
+    assert "--max-per-source:" not in workers.log_text()
+
+
+def test_a_transfer_does_not_go_for_its_load_to_where_there_are_no_places(
+    tmp_path: Path, stack: contextlib.ExitStack
+) -> None:
+    workers = stack.enter_context(Workers(tmp_path, *MANY_NEW, "--max-connections", "6", count=1, nofile=NOFILE))
+    pairs = [met(workers.port, stack=stack) for _ in range(3)]
+    first = workers.workers[0].pid
+    assert {holder(workers.pids, sock) for pair in pairs for sock in pair} == {first}
+    second = workers.start_one()
+    pairs += [met(workers.port, stack=stack) for _ in range(3)]
+    assert {holder(workers.pids, sock) for pair in pairs[3:] for sock in pair} == {second.pid}
+    payload = b"x" * 65536
+    for sender, receiver in pairs[:3]:
+        sender.setblocking(False)
+        receiver.setblocking(False)
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        for sender, receiver in pairs[:3]:
+            with contextlib.suppress(BlockingIOError):
+                sender.send(payload)
+            with contextlib.suppress(BlockingIOError):
+                receiver.recv(1 << 20)
+    assert {holder(workers.pids, sock) for pair in pairs[:3] for sock in pair} == {first}
