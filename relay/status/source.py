@@ -64,7 +64,10 @@ class Source:
 
     def read(self) -> Reading:
         """What it says now. Raises Unreadable."""
-        looks = looks_of(self.path)
+        try:
+            looks = looks_of(self.path)
+        except ReportError as error:
+            raise self._unreadable(error) from error
         if self._as_read is not None and self._as_read[0] == looks and not has_shm(self.path):
             return _of_nobody(self._as_read[1])
         reading = self.ask(lambda connection, fd: _read(connection, fd, self.path))
@@ -88,10 +91,13 @@ class Source:
                     if not database.was_disturbed():
                         return answer
         except (ReportError, Mistake) as error:
-            raise Unreadable(str(error).removeprefix(f"{self.path}: ")) from error
+            raise self._unreadable(error) from error
         except Exception as error:  # others may have written anything, and this thread is the only one to read it
             raise Unreadable(" ".join(str(error).split())) from error
         raise Unreadable("it changes too often to be read")
+
+    def _unreadable(self, error: Exception) -> Unreadable:
+        return Unreadable(str(error).removeprefix(f"{self.path}: "))
 
 
 def _file(path: Path, opening: contextlib.ExitStack) -> int:

@@ -145,11 +145,12 @@ def _open(
     sign = Sign()
     if log_fd is not None:
         check_log_fd(log_fd, usage_db, log_path)
-        log = Writer(JsonLog(log_fd, blur_seconds, warn, log_path), warn, sign)
+        log = Writer(JsonLog(log_fd, blur_seconds, warn, log_path), warn, sign, tells_how_long=blur_seconds is None)
     if usage_db is not None:
         from relay.usage.database import Database  # not before: SQLite takes 1.5 MB
 
-        database = Writer(Database(usage_db, blur_seconds, current, describe, warn), warn, sign)
+        destination = Database(usage_db, blur_seconds, current, describe, warn)
+        database = Writer(destination, warn, sign, tells_how_long=blur_seconds is None)
         database.start()
     if log is not None:
         log.start()

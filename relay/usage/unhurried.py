@@ -6,6 +6,7 @@ that. So lines are passed on only at moments that were fixed when the relay star
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -52,9 +53,11 @@ class Unhurried:
                 self._further += 1
             if self._timer is None and not self._closed:
                 passed = (time.monotonic() - self._began) % self._seconds
-                self._timer = threading.Timer(self._seconds - passed, self._pass_on)
-                self._timer.daemon = True
-                self._timer.start()
+                timer = threading.Timer(self._seconds - passed, self._pass_on)
+                timer.daemon = True
+                with contextlib.suppress(RuntimeError, MemoryError):  # no thread is to be had: with a later line
+                    timer.start()
+                    self._timer = timer
         if self._closed:
             self._pass_on()
 

@@ -84,16 +84,18 @@ class Writer:
         destination: what to write to.
         warn: writes a line to the relay's log.
         sign: what is given while records are held back.
+        tells_how_long: whether `warn` may be told how long a trouble has lasted: it begins when a record is written, so
+            when a client has gone, and its end may be known to everybody.
     """
 
-    def __init__(self, destination: Destination, warn: Warn, sign: Sign) -> None:
+    def __init__(self, destination: Destination, warn: Warn, sign: Sign, *, tells_how_long: bool = True) -> None:
         self._destination = destination
         self._warn = warn
         self._queue: SimpleQueue[Record | Request] = SimpleQueue()
         self.request = self._queue.put
         self._kept: deque[Record] = deque()
         self._requests: set[Request] = {Request.REFRESH}
-        self._outage = _Outage(destination.name, warn, sign)
+        self._outage = _Outage(destination.name, warn, sign, tells_how_long=tells_how_long)
         self._taken = 0  # records, since the start; counted on the thread that records
         self._written = 0  # of these; counted on the writer's thread
         self._lost = 0  # others, for want of room, since the start; counted on the thread that records
@@ -296,11 +298,12 @@ class Writer:
 class _Outage:
     """What the operator is told of a destination in trouble: each kind of trouble once, and once that it is over."""
 
-    def __init__(self, name: str, warn: Warn, sign: Sign) -> None:
+    def __init__(self, name: str, warn: Warn, sign: Sign, *, tells_how_long: bool) -> None:
         self.reason = ""
         self._name = name
         self._warn = warn
         self._sign = sign
+        self._tells_how_long = tells_how_long
         self.since = 0.0
         """When it began, in monotonic seconds."""
         self._written = 0
@@ -327,11 +330,9 @@ class _Outage:
 
     def over(self, written: int) -> None:
         if self._told:
-            seconds = time.monotonic() - self.since
+            after = f" after {time.monotonic() - self.since:.0f} s" if self._tells_how_long else ""
             kept = self._written + written
-            self._warn(
-                f"{self._name}: works again after {seconds:.0f} s; the {kept} records kept until now are written"
-            )
+            self._warn(f"{self._name}: works again{after}; the {kept} records kept until now are written")
         if self.reason:
             self._sign.take_back(self._name)
         self.reason = ""

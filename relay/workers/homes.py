@@ -180,7 +180,10 @@ class Homes:
         return self._number_of(token) * PLACES | _NOT_ZERO
 
     def _number_of(self, token: bytes) -> int:
-        """A number below 2**61 that nobody can tell without the key: universal hashing (Carter and Wegman, 1979)."""
+        """A number below 2**61 that nobody can tell without the key, as in universal hashing (Carter and Wegman, 1979).
+
+        Tokens that differ modulo the prime never share one. Those that do not always do, whatever the key: only who
+        knows somebody's token can choose such a one, and could as well come with that token itself."""
         if token != self._last_token:
             self._last_token, self._last_number = token, int.from_bytes(token, "big") * self._key % _PRIME
         return self._last_number

@@ -243,6 +243,11 @@ class Household:
                 self._door.take_turn()  # whose it is may be unclear now
         self._on_change()
 
+    def look_again(self, tokens: Mapping[bytes, None]) -> None:
+        """Look again where those belong who wait for these tokens."""
+        if not self.siblings.leaving:
+            self._look_soon(tokens)
+
     def was_absent(self) -> None:
         """Look again where everybody belongs, within a second or two."""
         gevent.spawn(self._doubt_everybody)

@@ -74,6 +74,9 @@ class AtHome(Receiver, Protocol):
         """Somebody, perhaps we, has come, gone, fallen silent or woken: those of whom it was not certain where they
         belong may belong elsewhere now, or be spares of a match made elsewhere."""
 
+    def look_again(self, tokens: Mapping[bytes, None]) -> None:
+        """Those who wait for these tokens may belong elsewhere by now, or be spares."""
+
     def was_absent(self) -> None:
         """The others may have done without us for a while: so may everybody who waits here."""
 
@@ -427,7 +430,7 @@ class Siblings:
         if self.tokens.saw_stranger:
             self.tokens.saw_stranger = not self._gathering.meet_strangers(self._names())
         if self.tokens.uncertain:
-            self._at_home.siblings_changed()
+            self._at_home.look_again(self.tokens.to_look_at())
         if self._gathering.keep_to_be_found():
             self.tokens.saw_stranger = True
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
+from itertools import islice
 
 from relay.workers.estate import Estate
 from relay.workers.language import encode_matched
 from relay.workers.link import Link, readiest
+
+LOOKS = 100
+"""How many of those who are uncertain, and whom nobody has doubted, are looked at again in a second: thousands may be,
+for as long as a worker stands still, and whoever comes or goes or wakes has all looked at anyway."""
 
 
 class Tokens:
@@ -23,8 +28,9 @@ class Tokens:
         self.leaving = False
         """Whether this worker can be home to nothing any more."""
         self.uncertain: dict[bytes, None] = {}
-        """For which of those who wait here it is not certain that they belong here; in the order in which that came
-        about. All others do, whoever comes and goes: a home that is certain stays with its worker until `give_up`."""
+        """For which of those who wait here it is not certain that they belong here; those that were looked at last come
+        last. All others do, whoever comes and goes: a home that is certain stays with its worker until `give_up`."""
+        self._doubted: dict[bytes, None] = {}
         self.saw_stranger = False
         """Whether some token's home is a worker that we have not met."""
         self._estate = estate
@@ -94,4 +100,13 @@ class Tokens:
 
     def doubt(self, token: bytes) -> None:
         """Those who wait here for `token` may belong elsewhere: ask again within a second."""
-        self.uncertain[token] = None
+        self.uncertain[token] = self._doubted[token] = None
+
+    def to_look_at(self) -> dict[bytes, None]:
+        """For which tokens to ask again in this second: all that were doubted, and of the others for which it is not
+        certain a few, so that it comes to each."""
+        chosen, self._doubted = self._doubted, {}
+        for token in list(islice(self.uncertain, LOOKS)):
+            chosen[token] = None
+            self.uncertain[token] = self.uncertain.pop(token)
+        return chosen

@@ -101,6 +101,9 @@ def test_a_database_that_is_locked_or_damaged_or_replaced_is_told_of_and_read_ag
         path.mkdir()
         status.wait_for_health(503, "not a file")
         path.rmdir()
+        path.symlink_to(path)
+        status.wait_for_health(503, "symbolic links")
+        path.unlink()
         open_database(str(path)).close()
         status.wait_for_health(503, "not heard of yet")
         assert status.document()["all_time"]["connections"] == 0

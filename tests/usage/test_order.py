@@ -282,8 +282,31 @@ def test_a_trouble_is_told_later_and_at_the_end_at_the_latest(tmp_path: Path) ->
     assert recorder.close(5) == 0
     assert len(warnings) == 2
     assert "another program holds its lock; records are kept" in warnings[0]
-    assert "works again" in warnings[1]
+    assert "works again; the 1 records" in warnings[1], "and not after how long: it began with the end of a connection"
     wait_until(lambda: not threads_called("Timer"), what="the end of the timer")
+
+
+def test_where_no_thread_is_to_be_had_a_trouble_costs_no_record_and_is_told_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(timer: threading.Timer) -> None:
+        raise RuntimeError("can't start new thread")
+
+    path = tmp_path / "db"
+    warnings: list[str] = []
+    recorder = recorder_of(path, None, warnings, blur=60)
+    monkeypatch.setattr(threading.Timer, "start", refuse)
+    with holding_the_lock(path):
+        record_in_order(recorder, 1)
+        wait_until(recorder.held_back, what="it is held back, and the line could not be told")
+    wait_for_rows(path, 1)
+    monkeypatch.undo()
+    with holding_the_lock(path):
+        record_in_order(recorder, 1)
+        wait_until(lambda: len(threads_called("Timer")) > 0, what="a line that waits to be said")
+    wait_for_rows(path, 2)
+    assert recorder.close(5) == 0
+    assert len(warnings) == 4
 
 
 def threads_called(word: str) -> list[threading.Thread]:
