@@ -162,9 +162,10 @@ class Household:
         """A sibling has handed `client` on."""
         self._places.take(client.source)
         self._welcome(link, client.source)
-        # A source can choose tokens that all live with us. It cannot choose where workers leave, or have too many.
-        is_chosen = not link.leaving and (not client.token or self.siblings.tokens.are_ours(client.token))
-        if is_chosen and self._places.has_too_many(client.source):
+        # A source can choose tokens that all live with us, or come to where just too many wait. It cannot choose where
+        # workers leave, or have too much for long.
+        is_given = link.gives_away and not self.siblings.tokens.are_ours(client.token)
+        if not link.leaving and not is_given and self._places.has_too_many(client.source):
             self._farewell.end(client, client.speech.lonely() if client.token else Ending("errory"))
         else:
             self.take_back(client)

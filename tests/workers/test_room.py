@@ -250,7 +250,7 @@ def test_those_who_wait_at_full_workers_still_do_when_one_leaves_and_newcomers_a
     workers = stack.enter_context(
         Workers(tmp_path, *options, "--max-new-per-source", "1000000", count=count, nofile=LARGER_NOFILE)
     )
-    waiting = [stack.enter_context(dial(workers.port, "127.1.0.1")) for _ in range((most - 24) * count)]
+    waiting = [stack.enter_context(dial(workers.port, "127.1.0.1")) for _ in range(min((most - 24) * count, 2 * most - 24))]
     tokens = [new_token() for _ in waiting]
     for token, sock in zip(tokens, waiting, strict=True):
         sock.sendall(handshake(token, "1" * 16))
@@ -263,7 +263,10 @@ def test_those_who_wait_at_full_workers_still_do_when_one_leaves_and_newcomers_a
             sock.close()
         time.sleep(0.01)  # as above
     assert not any(_is_over(sock) for sock in waiting)
-    workers.start_one()
+    started = workers.start_one()
+    others = [worker for worker in workers.living() if worker is not started]
+    wait_until(lambda: all(f"{started.pid} has joined" in worker.log_text() for worker in others), what="all know it")
+    time.sleep(0.5)  # and what room it has
     assert workers.stop_one((fullest + 1) % count) == 0
     for token, sock in zip(tokens, waiting, strict=True):
         with dial(workers.port, "127.2.0.1") as partner, sock:

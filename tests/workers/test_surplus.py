@@ -18,7 +18,7 @@ from tests.support.command_line import powerless
 from tests.support.crowd import Crowd, Transfer
 from tests.support.current import current, share, shares, wait_for_current
 from tests.support.harness import Workers, connect, handshake, met, new_side, new_token, wait_until
-from tests.support.hostile import dial
+from tests.support.hostile import dial, is_open
 from tests.support.kernel_view import holder
 
 pytestmark = pytest.mark.long
@@ -139,6 +139,24 @@ def test_who_comes_to_where_too_many_wait_waits_where_fewer_do(tmp_path: Path, s
             partner.sendall(handshake(token, new_side()))
             assert sock.recv(3) == partner.recv(3) == b"ok\n"
     assert "--max-waiting:" not in workers.log_text()
+
+
+def test_a_source_has_no_more_than_its_share_by_coming_to_where_too_many_wait(
+    tmp_path: Path, stack: contextlib.ExitStack
+) -> None:
+    bounds = ("--max-waiting", "20", "--max-per-source", "4", "--max-new-per-source", "5000")
+    workers = stack.enter_context(Workers(tmp_path, *bounds, count=1, nofile=NOFILE))
+    for number in range(20):
+        wait_at(workers.port, [new_token()], stack, f"127.3.{number}.1")
+    wait_for_current(workers, 0, 20)
+    workers.start_one()
+    came = []
+    for _ in range(40):
+        with contextlib.suppress(ConnectionError):
+            came += wait_at(workers.port, [new_token()], stack, "127.4.0.1")
+        time.sleep(0.01)
+    wait_until(lambda: sum(map(is_open, came)) <= 2 * 4, what="it has its share at each, and no more")
+    assert any(map(is_open, came))
 
 
 def test_where_there_are_descriptors_all_who_waited_at_a_worker_that_leaves_still_wait(
