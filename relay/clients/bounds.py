@@ -105,15 +105,14 @@ class Sources:
 
     def settle_guests(self) -> list[tuple[bytes, int]]:
         """From now on all connections count, but for those of sources that have more than they may then: returns which
-        these are, and how many of theirs do not count."""
-        crowded = [(source, count) for source, count in self._guests.items() if self._here.get(source, 0) > self._most]
-        self._guests = dict(crowded)
-        return crowded
+        these are, and how many they have here."""
+        crowded = {source for source in self._guests if self._here.get(source, 0) > self._most}
+        self._guests = {source: self._guests[source] for source in crowded}
+        return [(source, self._here[source]) for source in crowded]
 
-    def forget_guests(self, source: bytes, number: int) -> None:
-        """From now on so many more of the connections from `source` count."""
-        for _ in range(number):
-            _take_one(self._guests, source)
+    def forget_guests(self, source: bytes) -> None:
+        """From now on all connections from `source` count."""
+        self._guests.pop(source, None)
 
     def forget_all_guests(self) -> None:
         """From now on all connections count."""

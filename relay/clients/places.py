@@ -55,7 +55,7 @@ class Places:
         self.counts = self._sources.counts
         """The sources that have any, and how many."""
         self.forget_guests = self._sources.forget_guests
-        """So many connections from a source are on their way to where it may have more."""
+        """Of what a source has here a part is on its way to where it may have more."""
         self._on_free = on_free
 
     def is_full(self) -> bool:
@@ -144,7 +144,7 @@ class Places:
 
     def settle_guests(self) -> list[tuple[bytes, int]]:
         """There is somebody in the place of the worker that has left, so guests count like everybody. Returns the
-        sources that have more than they may then, and how many guests of theirs do not count yet."""
+        sources that have more than they may then, whose guests do not count yet, and how many they have here."""
         self.guests = 0
         return self._sources.settle_guests()
 

@@ -165,6 +165,7 @@ class Household:
         # A source can choose tokens that all live with us, or come to where just too many wait. It cannot choose where
         # workers leave, or have too much for long.
         is_given = link.gives_away and not self.siblings.tokens.are_ours(client.token)
+        link.is_relieved_of(1, waiting=bool(client.token))
         if not link.leaving and not is_given and self._places.has_too_many(client.source):
             self._farewell.end(client, client.speech.lonely() if client.token else Ending("errory"))
         else:
@@ -208,6 +209,7 @@ class Household:
     def take_in_pair(self, state: PairState, sides: Sequence[socket.socket], fds: Sequence[int], link: Link) -> None:
         """A sibling has handed on a pair in mid-transfer."""
         self._pairs.take_in(state, sides, fds)
+        link.is_relieved_of(CONNECTIONS_OF_A_PAIR)
         self._welcome(link, state.first_source, state.second_source)
 
     def _welcome(self, link: Link, *sources: bytes | None) -> None:

@@ -136,7 +136,7 @@ class Link:
     It is known by its `greeting`, None until it has come. `ready` is whether it accepts connections, `leaving` whether
     it is about to end, `silent` whether it has stopped answering; `parts`, `load`, `places`, `reads_past` and
     `makes_claims` are what it last said of itself, and `room`, `spare` and `spare_waiting` are that less what was
-    handed there since; `refused_at` is when it last refused something.
+    handed there since, the last two with what has come from there; `refused_at` is when it last refused something.
     """
 
     def __init__(self, owner: Correspondent, sock: socket.socket, pid: int, *, opened_by_sibling: bool) -> None:
@@ -249,6 +249,12 @@ class Link:
         self.reads_past, self.makes_claims = standing.reads_past, standing.makes_claims
         if standing.spare is not None:  # what is under way is yet to come to it
             self.spare, self.spare_waiting = (spare - self.under_way for spare in standing.spare)
+
+    def is_relieved_of(self, connections: int, *, waiting: int = 0) -> None:
+        """So many of its connections, of which so many waited, are ours now."""
+        self.spare_waiting += waiting
+        if self.spare is not None:
+            self.spare += connections
 
     # Saying
 

@@ -8,8 +8,9 @@ workers' places: then the next worker that leaves would find no room for what it
 - as soon as a sibling has places, it is given what is too much here: transfers first, those at rest before the others,
   and then those who wait;
 - until it has that, it keeps these places: none is a newcomer's (`Surplus.kept`);
-- and what came from a worker that has left counts again when somebody has come in its place (`Places.guests`). To that
-  goes also what its sources have more here than they may: otherwise what they may have there was no use to those whose
+- and what came from a worker that has left counts again when somebody has come in its place (`Places.guests`). That one
+  gets an equal part of what is too much, so that whoever leaves next holds about as much as the others; and an equal
+  part of what a source has that has more here than it may: otherwise what it may have there was no use to those whose
   partners wait here.
 
 So all workers together never have much more than all of them may have.
@@ -68,20 +69,27 @@ class Surplus:
         crowded = self._places.settle_guests() if is_replaced else []
         has_too_many = self._places.spare < 0 or self._matching.spare < 0 or crowded
         if has_too_many and not self._giving and not self._siblings.leaving and self._takers():
-            self._giving = gevent.spawn(self._give, crowded)
+            part = 1 / (1 + len(self._siblings.live)) if is_replaced else 0.0
+            self._giving = gevent.spawn(self._give, crowded, part)
 
     def _takers(self) -> list[Link]:
         """Those who have places, the one with most of them first."""
         with_places = (link for link in self._siblings.live if link.spare is not None and link.has_places(1))
         return sorted(with_places, key=_spare_of, reverse=True)
 
-    def _give(self, crowded: list[tuple[bytes, int]]) -> None:
+    def _give(self, crowded: list[tuple[bytes, int]], part: float) -> None:
+        """Give away what is too much, and at the least such a part of all if it is."""
+        connections = int(part * self._places.taken) if self._places.spare < 0 else 0
+        waiting = int(part * len(self._matching)) if self._matching.spare < 0 else 0
+        waited = len(self._matching)
         for source, number in crowded:
             for link in self._takers()[:1]:
-                self._places.forget_guests(source, self._give_some(number, link, source))
+                connections -= self._give_some(int(part * number), link, source)
+                self._places.forget_guests(source)
         for link in self._takers():
-            self._give_some(self._too_many(), link)
-            self._give_those_who_wait(-self._matching.spare, link)
+            connections -= self._give_some(max(connections, self._too_many()), link)
+            left = waiting - (waited - len(self._matching))
+            self._give_those_who_wait(max(left, -self._matching.spare), link)
 
     def _too_many(self) -> int:
         """Connections that are too many here, and not yet on their way to somebody else."""

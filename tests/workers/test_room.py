@@ -250,8 +250,7 @@ def test_those_who_wait_at_full_workers_still_do_when_one_leaves_and_newcomers_a
     workers = stack.enter_context(
         Workers(tmp_path, *options, "--max-new-per-source", "1000000", count=count, nofile=LARGER_NOFILE)
     )
-    number = min((most - 24) * count, 2 * most - 24)
-    waiting = [stack.enter_context(dial(workers.port, "127.1.0.1")) for _ in range(number)]
+    waiting = [stack.enter_context(dial(workers.port, "127.1.0.1")) for _ in range((most - 24) * count)]
     tokens = [new_token() for _ in waiting]
     for token, sock in zip(tokens, waiting, strict=True):
         sock.sendall(handshake(token, "1" * 16))

@@ -125,6 +125,28 @@ def test_a_successor_takes_those_who_are_too_many_to_wait_and_as_many_as_before_
     assert "--max-waiting:" not in workers.log_text()
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_successor_gets_an_equal_part_however_unequal_the_others_were(
+    tmp_path: Path, count: int, stack: contextlib.ExitStack
+) -> None:
+    bounds = ("--max-waiting", str(MOST), *MANY_NEW)
+    workers = stack.enter_context(Workers(tmp_path, *bounds, count=1, nofile=NOFILE))
+    wait_at(workers.port, [new_token() for _ in range(MOST - 4)], stack)
+    wait_for_current(workers, 0, MOST - 4)
+    for _ in range(count - 1):
+        workers.start_one()
+    whole = int(0.8 * MOST * count)
+    wait_at(workers.port, [new_token() for _ in range(whole - (MOST - 4))], stack)
+    wait_for_current(workers, 0, whole)
+    assert workers.stop_one(0) == 0
+    workers.start_one()
+    parts = [whole // count - 3, whole // count + 3]
+    wait_until(
+        lambda: all(parts[0] <= share(workers, worker)[1] <= parts[1] for worker in workers.living()),
+        what="all have about as many",
+    )
+
+
 def test_who_comes_to_where_too_many_wait_waits_where_fewer_do(tmp_path: Path, stack: contextlib.ExitStack) -> None:
     workers = stack.enter_context(Workers(tmp_path, "--max-waiting", "20", count=1, nofile=NOFILE))
     tokens = [new_token() for _ in range(20)]
