@@ -31,7 +31,7 @@ from tests.support.harness import (
     wait_until,
 )
 from tests.support.hostile import narrow
-from tests.support.kernel_view import relays_end, unacknowledged
+from tests.support.kernel_view import relays_end, unacknowledged, wait_until_read
 from tests.support.web import dial_raw, web_options, web_port
 
 SOON = 15.0  # seconds, on a busy machine, for what takes one or two
@@ -66,6 +66,7 @@ def left_alone(relay: Relay, how: str, stack: contextlib.ExitStack) -> socket.so
         receiver.sendall(handshake(token, new_side()))
         assert read_exactly(receiver, 3) == b"ok\n"
         sender.sendall(Sent(BINARY, bytes(UNREAD_BYTES)).wire + Sent(CLOSE).wire)
+        wait_until_read(relay, sender)  # until then, what the receiver says goes to it, and counts
     return receiver
 
 
