@@ -103,12 +103,13 @@ class Sources:
         it came from a worker that leaves. It is taken to be the last one that goes."""
         self._guests[source] = self._guests.get(source, 0) + 1
 
-    def settle_guests(self) -> list[tuple[bytes, int]]:
-        """From now on all connections count, but for those of sources that have more than they may then: returns which
-        these are, and how many they have here."""
-        crowded = {source for source in self._guests if self._here.get(source, 0) > self._most}
-        self._guests = {source: self._guests[source] for source in crowded}
-        return [(source, self._here[source]) for source in crowded]
+    def settle_guests(self) -> list[bytes]:
+        """From now on all connections count, but for those of sources that have more than they may then: returns
+        these."""
+        self._guests = {
+            source: guests for source, guests in self._guests.items() if self._here.get(source, 0) > self._most
+        }
+        return [*self._guests]
 
     def forget_guests(self, source: bytes) -> None:
         """From now on all connections from `source` count."""

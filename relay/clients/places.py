@@ -142,9 +142,9 @@ class Places:
         """So many of them are on their way to another worker: what they took here newcomers do not get."""
         self.guests = max(0, self.guests - number)
 
-    def settle_guests(self) -> list[tuple[bytes, int]]:
+    def settle_guests(self) -> list[bytes]:
         """There is somebody in the place of the worker that has left, so guests count like everybody. Returns the
-        sources that have more than they may then, whose guests do not count yet, and how many they have here."""
+        sources that have more than they may then, whose guests do not count yet."""
         self.guests = 0
         return self._sources.settle_guests()
 

@@ -104,8 +104,9 @@ class Household:
         self.siblings.announce(*listeners)
 
     def leave(self) -> None:
-        """Tell everybody that we leave."""
+        """Tell everybody that we leave, and hear what room they have; to be called from a greenlet."""
         self.siblings.leave()
+        self.siblings.wait_for_farewells()
 
     def moves_on(self) -> bool:
         """Whether we leave, and there is somebody to hand things to."""

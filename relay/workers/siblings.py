@@ -22,6 +22,7 @@ from relay.process import log
 from relay.process.discreet import discreet
 from relay.process.one_by_one import do_it, one_by_one
 from relay.transfer.pace import PARTS
+from relay.transfer.slices import REST_SECONDS
 from relay.workers.estate import Estate, Listeners
 from relay.workers.gathering import Gathering
 from relay.workers.language import (
@@ -61,6 +62,9 @@ having been stopped ourselves we must not take everybody else for dead."""
 
 SETTLE_SECONDS = 0.02
 """How often to look whether nothing is under way any more."""
+
+ANSWER_SECONDS = 0.5
+"""How long a worker that leaves waits for what the others answer: it takes a millisecond, where processors are free."""
 
 MOMENT_SECONDS = 0.1
 """How long what is under way may take to arrive when this worker ends at once: it takes a few milliseconds, unless the
@@ -164,6 +168,14 @@ class Siblings:
             link.handed_clients = link.handed_pairs = 0  # from here on it is worth telling
             link.say(LEAVING)
         self._change()
+
+    def wait_for_farewells(self) -> None:
+        """Give those who can take something over a moment to say what room they have: as they last said it they may
+        each have a hundred newcomers more by now, and the one that seems to have the most room would get nearly
+        everything. Blocks the calling greenlet."""
+        until = time.monotonic() + ANSWER_SECONDS
+        while any(not link.said_farewell for link in self._live.values()) and time.monotonic() < until:
+            gevent.sleep(REST_SECONDS)
 
     @property
     def hopes(self) -> bool:
@@ -368,6 +380,7 @@ class Siblings:
             self._change()
         elif kind == LEAVING:
             link.leaving = True
+            link.say(encode_still_here(self._at_home.standing()))  # see `wait_for_farewells`
             link.say(FAREWELL)
             self._change()
         elif kind == FAREWELL:

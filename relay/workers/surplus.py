@@ -8,15 +8,17 @@ workers' places: then the next worker that leaves would find no room for what it
 - as soon as a sibling has places, it is given what is too much here: transfers first, those at rest before the others,
   and then those who wait;
 - until it has that, it keeps these places: none is a newcomer's (`Surplus.kept`);
-- and what came from a worker that has left counts again when somebody has come in its place (`Places.guests`). That one
-  gets an equal part of what is too much, so that whoever leaves next holds about as much as the others; and an equal
-  part of what a source has that has more here than it may: otherwise what it may have there was no use to those whose
-  partners wait here.
+- and what came from a worker that has left counts again when somebody has come in its place (`Places.guests`). Who has
+  too much gives that one an equal part of all it has, so that whoever leaves next holds about as much as the others;
+  and an equal part of what a source has that has more here than it may: otherwise what it may have there was no use to
+  those whose partners wait here.
 
 So all workers together never have much more than all of them may have.
 """
 
 from __future__ import annotations
+
+import time
 
 import gevent
 
@@ -28,6 +30,9 @@ from relay.transfer.slices import in_slices
 from relay.workers.handing_on import HandingOn, wait_for
 from relay.workers.link import CONNECTIONS_OF_A_PAIR, Link
 from relay.workers.siblings import Siblings
+
+WORD_SECONDS = 2.0
+"""Within how long everybody says how it is, whatever it has let in meanwhile."""
 
 
 class Surplus:
@@ -48,12 +53,20 @@ class Surplus:
         self._matching = matching
         self._pairs = pairs
         self._giving: gevent.Greenlet | None = None
+        self._crowded: list[bytes] = []  # sources, of which a part is to be given to who has come
+        self._is_uneven = False  # whether somebody has come, and has not been given its part
+        self._freed = 0  # places that who has come may have to give back, since newcomers were quicker there
+        self._freed_until = 0.0  # monotonic seconds
 
     def kept(self) -> int:
-        """How many places are kept for what siblings have too much of: our part, if others have places for it, too."""
+        """How many places are kept: for what siblings have too much of, our part if others have places for it, too; and
+        for what they may have to give back."""
         spare = self._places.spare
         if spare <= 0 or self._siblings.alone:
             return 0
+        if self._giving:
+            return spare  # how many of them who has come may have to give back is known in the end
+        freed = self._freed if time.monotonic() < self._freed_until else 0
         too_many, takers = 0, 1
         for link in self._siblings.live:
             if not link.has_said:
@@ -61,39 +74,47 @@ class Surplus:
             if link.spare is not None:
                 too_many += max(0, -link.spare)
                 takers += link.spare > 0
-        return min(spare, -(-too_many // takers))
+        return min(spare, freed + -(-too_many // takers))
 
     def give(self, *, is_replaced: bool) -> None:
         """Give away what is too much here, as far as somebody has places for it; soon, in a greenlet. `is_replaced`:
         and what sources have too much, since somebody has come in the place of a worker that has left."""
-        crowded = self._places.settle_guests() if is_replaced else []
-        has_too_many = self._places.spare < 0 or self._matching.spare < 0 or crowded
-        if has_too_many and not self._giving and not self._siblings.leaving and self._takers():
-            part = 1 / (1 + len(self._siblings.live)) if is_replaced else 0.0
-            self._giving = gevent.spawn(self._give, crowded, part)
+        if is_replaced:
+            self._crowded = self._places.settle_guests()
+            self._is_uneven = True
+        if self._places.spare >= 0 and self._matching.spare >= 0 and not self._crowded:
+            self._is_uneven = False
+        elif not self._giving and not self._siblings.leaving and self._takers():
+            self._giving = gevent.spawn(self._give)
 
     def _takers(self) -> list[Link]:
         """Those who have places, the one with most of them first."""
         with_places = (link for link in self._siblings.live if link.spare is not None and link.has_places(1))
         return sorted(with_places, key=_spare_of, reverse=True)
 
-    def _give(self, crowded: list[tuple[bytes, int]], part: float) -> None:
-        """Give away what is too much, and at the least such a part of all if it is."""
-        connections = int(part * self._places.taken) if self._places.spare < 0 else 0
-        waiting = int(part * len(self._matching)) if self._matching.spare < 0 else 0
+    def _give(self) -> None:
+        """Give away what is too much; and to who has come in another's place at the least its part, if it is."""
+        crowded, self._crowded = self._crowded, []
+        workers = 1 + len(self._siblings.live)
+        is_uneven, self._is_uneven = self._is_uneven, False
+        connections = self._places.taken // workers if is_uneven and self._places.spare < 0 else 0
+        waiting = len(self._matching) // workers if is_uneven and self._matching.spare < 0 else 0
         waited = len(self._matching)
-        for source, number in crowded:
+        spare = max(0, self._spare())
+        for source in crowded:
             for link in self._takers()[:1]:
-                connections -= self._give_some(int(part * number), link, source)
+                connections -= self._give_some(self._places.count_of(source) // workers, link, source)
                 self._places.forget_guests(source)
         for link in self._takers():
-            connections -= self._give_some(max(connections, self._too_many()), link)
+            connections -= self._give_some(max(connections, -self._spare()), link)
             left = waiting - (waited - len(self._matching))
             self._give_those_who_wait(max(left, -self._matching.spare), link)
+        self._freed = max(0, self._spare() - spare)
+        self._freed_until = time.monotonic() + WORD_SECONDS
 
-    def _too_many(self) -> int:
-        """Connections that are too many here, and not yet on their way to somebody else."""
-        return -self._places.spare - sum(link.under_way for link in self._siblings.live)
+    def _spare(self) -> int:
+        """How many connections less than it may have this worker has when those have gone that are on their way."""
+        return self._places.spare + sum(link.under_way for link in self._siblings.live)
 
     def _give_some(self, connections: int, link: Link, source: bytes | None = None) -> int:
         """Give so many connections to a sibling, as far as it has places: transfers first. Or only those of a

@@ -38,6 +38,24 @@ def wait_at(port: int, tokens: Sequence[str], stack: contextlib.ExitStack, sourc
     return waiting
 
 
+def wait_within_bounds(
+    port: int, number: int, stack: contextlib.ExitStack, source: str
+) -> list[tuple[str, socket.socket]]:
+    """So many from one source that wait, at the workers where it may have so many; whose turn it is at the door is not
+    ours to say. Returns their tokens and connections."""
+    came: list[tuple[str, socket.socket]] = []
+    for _ in range(20):
+        came = [(token, sock) for token, sock in came if is_open(sock)]
+        if len(came) == number:
+            break
+        for _ in range(number - len(came)):
+            token = new_token()
+            with contextlib.suppress(ConnectionError):
+                came += [(token, sock) for sock in wait_at(port, [token], stack, source)]
+        time.sleep(0.3)  # another worker's turn has come then
+    return came
+
+
 def fill_up(port: int, stack: contextlib.ExitStack, *, silently: bool) -> int:
     """Come in until nobody is let in any more, alone and without a word or as a transfer; returns how many did."""
     came = 0
@@ -140,11 +158,25 @@ def test_a_successor_gets_an_equal_part_however_unequal_the_others_were(
     wait_for_current(workers, 0, whole)
     assert workers.stop_one(0) == 0
     workers.start_one()
-    parts = [whole // count - 3, whole // count + 3]
+    part = whole // count
     wait_until(
-        lambda: all(parts[0] <= share(workers, worker)[1] <= parts[1] for worker in workers.living()),
+        lambda: all(0.8 * part <= share(workers, worker)[1] <= 1.2 * part for worker in workers.living()),
         what="all have about as many",
     )
+
+
+def test_who_leaves_knows_whom_the_others_have_just_let_in(tmp_path: Path, stack: contextlib.ExitStack) -> None:
+    workers = stack.enter_context(Workers(tmp_path, "--max-waiting", str(MOST), *MANY_NEW, count=1, nofile=NOFILE))
+    wait_at(workers.port, [new_token() for _ in range(MOST - 10)], stack)
+    wait_for_current(workers, 0, MOST - 10)
+    for _ in range(2):
+        workers.start_one()
+    wait_at(workers.port, [new_token() for _ in range(MOST // 2)], stack)
+    assert workers.stop_one(0) == 0
+    whole = MOST - 10 + MOST // 2
+    wait_for_current(workers, 0, whole)
+    parts = sorted(share(workers, worker)[1] for worker in workers.living())
+    assert 0.9 * parts[1] <= parts[0], f"of {whole} the others have {parts}"
 
 
 def test_who_comes_to_where_too_many_wait_waits_where_fewer_do(tmp_path: Path, stack: contextlib.ExitStack) -> None:
@@ -203,18 +235,18 @@ def test_the_partners_of_a_source_that_has_more_than_its_share_since_a_worker_ha
 ) -> None:
     bounds = ("--max-per-source", "60", "--max-new-per-source", "5000")
     workers = stack.enter_context(Workers(tmp_path, *bounds, count=2, nofile=NOFILE))
-    tokens = [new_token() for _ in range(80)]
-    waiting = wait_at(workers.port, tokens, stack, "127.3.0.1")
+    waiting = wait_within_bounds(workers.port, 80, stack, "127.3.0.1")
     wait_for_current(workers, 0, 80)
+    refused = workers.log_text().count("--max-per-source:")
     assert workers.stop_one(0) == 0
     if is_replaced:
         successor = workers.start_one()
         wait_until(lambda: share(workers, successor)[1] >= 20, what="it has some of them")
-    for token, sock in zip(tokens, waiting, strict=True):
+    for token, sock in waiting:
         with dial(workers.port, "127.3.0.1") as partner, sock:
             partner.sendall(handshake(token, new_side()))
             assert sock.recv(3) == partner.recv(3) == b"ok\n"
-    assert "--max-per-source:" not in workers.log_text()
+    assert workers.log_text().count("--max-per-source:") == refused
 
 
 def test_a_transfer_does_not_go_for_its_load_to_where_there_are_no_places(
