@@ -59,9 +59,9 @@ class Client:
 
     `started` is when it was accepted, in seconds since the epoch, for the record; `arrived` is the same moment on the
     monotonic clock, for every duration; `asked` is when its handshake was whole. CLOCK_MONOTONIC is one clock for all
-    processes of a machine, so all stay true when the client is handed to another worker. `recorded` is
-    whether it leaves a record; `speech` is how it speaks; `claim` is what a trusted proxy says of it, until it is
-    settled which `source` that is.
+    processes of a machine, so all stay true when the client is handed to another worker. What `hops` and `is_given` say
+    of that is in `relay.workers.language`. `recorded` is whether it leaves a record; `speech` is how it speaks; `claim`
+    is what a trusted proxy says of it, until it is settled which `source` that is.
     """
 
     __slots__ = (
@@ -71,6 +71,7 @@ class Client:
         "discarded",
         "due",
         "hops",
+        "is_given",
         "received",
         "recorded",
         "side",
@@ -96,6 +97,7 @@ class Client:
         self.received = b""
         self.discarded = 0
         self.hops = 0
+        self.is_given = False
         self.due = 0
         self.watcher: Watcher | None = None
 

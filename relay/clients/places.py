@@ -150,10 +150,7 @@ class Places:
 
     def has_too_many(self, source: bytes | None) -> bool:
         """Whether more connections from `source` are here than may be; siblings may have handed them on."""
-        if source is None or not self._sources.has_too_many(source):
-            return False
-        self.bounds_met.note(Bound.PER_SOURCE)
-        return True
+        return source is not None and self._sources.has_too_many(source)
 
     def give_back(self, *sources: bytes | None) -> None:
         """Connections from `sources` are here no longer."""

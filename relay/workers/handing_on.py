@@ -66,10 +66,10 @@ class HandingOn:
             log.tell_mistake("a mistake with a client that is to be handed on, and is sent away")
             self._dismiss(client)
 
-    def uproot(self, client: Client, home: Link) -> None:
-        """Hand on a client that waits here and belongs elsewhere now."""
+    def uproot(self, client: Client, home: Link, *, is_given: bool) -> None:
+        """Hand on a client that waits here and belongs elsewhere now; `is_given` is whether only we wanted that."""
         self._matching.leave(client)
-        client.hops = 0
+        client.hops, client.is_given = 0, is_given
         self.hand_on(client, home)
 
     def _hand_on_pair(self, pair: Pair, sibling: Link) -> None:
@@ -156,7 +156,7 @@ class HandingOn:
         heir = once_ready(partial(self._siblings.tokens.heir, token))
         if heir is not None:
             for client in self._matching.waiting_for(token):
-                self.uproot(client, heir)
+                self.uproot(client, heir, is_given=True)
         return heir is not None
 
     def _stop_watching(self, sock: socket.socket) -> None:

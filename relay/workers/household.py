@@ -163,14 +163,16 @@ class Household:
         """A sibling has handed `client` on."""
         self._places.take(client.source)
         self._welcome(link, client.source)
-        # A source can choose tokens that all live with us, or come to where just too many wait. It cannot choose where
-        # workers leave, or have too much for long.
-        is_given = link.gives_away and not self.siblings.tokens.are_ours(client.token)
         link.is_relieved_of(1, waiting=bool(client.token))
-        if not link.leaving and not is_given and self._places.has_too_many(client.source):
-            self._farewell.end(client, client.speech.lonely() if client.token else Ending("errory"))
-        else:
-            self.take_back(client)
+        if not link.leaving and self._places.has_too_many(client.source):
+            # A source can choose tokens that all live with us, or come to where just too many wait. It cannot choose
+            # where workers leave, or have too much.
+            if not client.is_given:
+                self._places.bounds_met.note(Bound.PER_SOURCE)
+                self.dismiss(client)
+                return
+            self._places.welcome_guests((client.source,), until_replaced=False)
+        self.take_back(client)
 
     def has_room(self, connections: int) -> bool:
         """Whether there are descriptors for so many connections."""
@@ -181,7 +183,7 @@ class Household:
         for token in tokens:
             for client in self._matching.waiting_for(token):
                 if link.has_room(1):
-                    self._handing_on.uproot(client, link)
+                    self._handing_on.uproot(client, link, is_given=True)
 
     def standing(self) -> Standing:
         """How this worker is, for its siblings."""
@@ -282,7 +284,7 @@ class Household:
                 self.siblings.tokens.doubt(token)
                 continue
             for client in self._matching.waiting_for(token):
-                self._handing_on.uproot(client, home)
+                self._handing_on.uproot(client, home, is_given=False)
 
     def matched_elsewhere(self, token: bytes) -> None:
         """A sibling has matched two sides for `token`."""

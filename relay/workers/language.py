@@ -63,6 +63,9 @@ OFFERS_CLAIM = 1 << 63
 _ANSWER = struct.Struct("!cQ")  # kind, serial number
 _CLIENT = struct.Struct("!dddBBBBBHB")
 """Started, arrived, asked, hops, recorded; lengths of source, token, side, speech, what it has sent."""
+_IS_GIVEN = 1 << 7
+"""In the hops: it waits where it is handed because the sender has too many, or leaves, and not by what it asks for."""
+_MOST_HOPS = _IS_GIVEN - 1
 _STILL_HERE = struct.Struct("!cIfII")  # kind, equal parts, load, room, places
 _PARTS = struct.Struct("!I")
 """Behind that: the same in `PARTS` of them, which workers of before neither say nor read."""
@@ -122,7 +125,8 @@ class ClientState(Protocol):
     """A client without a partner, but for its socket. Before its handshake is whole, `token` is empty and `received`
     holds what it has sent. `started` is in seconds since the epoch, `arrived` and `asked` (when its handshake was
     whole) in seconds of CLOCK_MONOTONIC, which all processes of a machine share; `hops` counts how often it was handed
-    on; `source` is whom it counts for, and `recorded` a `relay.clients.client.Recorded`."""
+    on, and `is_given` is whether the worker that does so has chosen where to, and not the client by its token; `source`
+    is whom it counts for, and `recorded` a `relay.clients.client.Recorded`."""
 
     started: float
     arrived: float
@@ -131,6 +135,7 @@ class ClientState(Protocol):
     side: bytes | None
     received: bytes
     hops: int
+    is_given: bool
     source: bytes | None
 
     @property
@@ -156,6 +161,7 @@ class HandedClient:
     source: bytes | None = None
     recorded: int = 0
     packed_speech: bytes = b""
+    is_given: bool = False
 
 
 @dataclass(slots=True)  # not frozen: there are thousands a second, and freezing makes each three times as dear
@@ -259,7 +265,7 @@ def encode_clients(envelope: Envelope, clients: Sequence[ClientState]) -> bytes:
     parts = [_ENVELOPE.pack(HANDED_CLIENTS, envelope.serial, envelope.sent)]
     for client in clients:
         things = (client.source or b"", client.token, client.side or b"", client.packed_speech, client.received)
-        hops = min(client.hops + 1, 255)
+        hops = min(client.hops + 1, _MOST_HOPS) | (_IS_GIVEN if client.is_given else 0)
         parts.append(
             _CLIENT.pack(client.started, client.arrived, client.asked, hops, client.recorded, *map(len, things))
         )
@@ -275,9 +281,10 @@ def decode_clients(packet: bytes) -> list[HandedClient]:
         started, arrived, asked, hops, recorded, *sizes = _unpack(_CLIENT, packet, at)
         at += _CLIENT.size
         (source, token, side, speech, received), at = _split(packet, at, sizes)
-        clients.append(
-            HandedClient(started, arrived, asked, token, side or None, received, hops, source or None, recorded, speech)
-        )
+        handed = HandedClient(started, arrived, asked, token, side or None, received, hops & _MOST_HOPS)
+        handed.source, handed.recorded, handed.packed_speech = source or None, recorded, speech
+        handed.is_given = bool(hops & _IS_GIVEN)
+        clients.append(handed)
     return clients
 
 

@@ -214,11 +214,6 @@ class Link:
         return (self.spare is None or self.spare >= connections) and self.has_room(connections)
 
     @property
-    def gives_away(self) -> bool:
-        """Whether this sibling has said that it has too many, so that what comes from it may be these."""
-        return min(self.spare or 0, self.spare_waiting) < 0
-
-    @property
     def is_trusted(self) -> bool:
         """Whether it has refused nothing of late: to try again at once would only hold up what it refuses."""
         return time.monotonic() - self.refused_at > DISTRUST_SECONDS

@@ -251,7 +251,7 @@ def _is_good(envelope: Envelope) -> bool:
 def _client_from(handed: HandedClient, sock: socket.socket) -> Client:
     client = Client(sock, handed.started, handed.arrived)
     client.asked, client.token, client.side = handed.asked, handed.token, handed.side
-    client.received, client.hops = handed.received, handed.hops
+    client.received, client.hops, client.is_given = handed.received, handed.hops, handed.is_given
     client.source, client.recorded = handed.source, Recorded(handed.recorded)
     client.speech = unpack(handed.packed_speech)
     return client

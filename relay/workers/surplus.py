@@ -140,7 +140,7 @@ class Surplus:
             if went >= number or link.spare_waiting <= 0 or not link.has_places(1) or self._siblings.leaving:
                 return False
             if source is None or any(client.source == source for client in self._matching.waiting_for(token)):
-                went += self._uproot(token, link)
+                went += self._uproot(token, link, is_given=True)
             return True
 
         if number > 0:
@@ -148,10 +148,10 @@ class Surplus:
             self._places.guests_have_gone(went)
         return went
 
-    def _uproot(self, token: bytes, link: Link) -> int:
+    def _uproot(self, token: bytes, link: Link, *, is_given: bool) -> int:
         clients = self._matching.waiting_for(token)
         for client in clients:
-            self._handing_on.uproot(client, link)
+            self._handing_on.uproot(client, link, is_given=is_given)
         return len(clients)
 
     def has_space_for(self, token: bytes) -> bool:
@@ -160,7 +160,7 @@ class Surplus:
             return False
         for link in self._takers():
             if link.spare_waiting > 0:
-                self._uproot(token, link)
+                self._uproot(token, link, is_given=False)
                 return True
         return False
 

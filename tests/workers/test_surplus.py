@@ -249,6 +249,26 @@ def test_the_partners_of_a_source_that_has_more_than_its_share_since_a_worker_ha
     assert workers.log_text().count("--max-per-source:") == refused
 
 
+def test_a_successor_sends_nobody_away_whose_source_has_its_share_at_each_worker(
+    tmp_path: Path, stack: contextlib.ExitStack
+) -> None:
+    places = ("--max-connections", "100", "--max-waiting", "100")
+    bounds = (*places, "--max-per-source", "30", "--max-new-per-source", "5000")
+    workers = stack.enter_context(Workers(tmp_path, *bounds, count=1, nofile=NOFILE))
+    waiting = wait_at(workers.port, [new_token() for _ in range(30)], stack, "127.3.0.1")
+    for number in range(50):
+        waiting += wait_at(workers.port, [new_token()], stack, f"127.4.{number}.1")
+    wait_for_current(workers, 0, 80)
+    workers.start_one()
+    waiting += [sock for _, sock in wait_within_bounds(workers.port, 30, stack, "127.3.0.1")]
+    wait_for_current(workers, 0, 110)
+    assert workers.stop_one(0) == 0
+    successor = workers.start_one()
+    wait_until(lambda: share(workers, successor)[1] >= 50, what="it has its part")
+    wait_for_current(workers, 0, 110)
+    assert all(map(is_open, waiting))
+
+
 def test_a_transfer_does_not_go_for_its_load_to_where_there_are_no_places(
     tmp_path: Path, stack: contextlib.ExitStack
 ) -> None:
