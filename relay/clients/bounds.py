@@ -68,6 +68,7 @@ class Sources:
         self._most_new = most_new
         self._here: dict[bytes, int] = {}  # only those that are here; no Counter, which is slow with what is new
         self._guests: dict[bytes, int] = {}  # of these, how many do not count as to how many there may be
+        self._crowded: set[bytes] = set()  # who has more than may be
         self._sites: dict[bytes, int] = {}  # of networks of 64 bits, by what `site_of` has for them
         self._new: Counter[bytes] = Counter()
         self._new_at_site: Counter[bytes] = Counter()  # of networks of 64 bits, as far as none had too many
@@ -93,7 +94,9 @@ class Sources:
 
     def add(self, source: bytes) -> None:
         """Another connection from `source` is here."""
-        self._here[source] = self._here.get(source, 0) + 1
+        self._here[source] = here = self._here.get(source, 0) + 1
+        if here > self._most:
+            self._crowded.add(source)
         if len(source) == 8:
             site = source[:6]
             self._sites[site] = self._sites.get(site, 0) + 1
@@ -105,11 +108,13 @@ class Sources:
 
     def settle_guests(self) -> list[bytes]:
         """From now on all connections count, but for those of sources that have more than they may then: returns
-        these."""
-        self._guests = {
-            source: guests for source, guests in self._guests.items() if self._here.get(source, 0) > self._most
-        }
-        return [*self._guests]
+        these, and those that had more anyway."""
+        self._guests = {source: self._guests[source] for source in self._crowded if source in self._guests}
+        return [*self._crowded]
+
+    def is_crowded(self, source: bytes) -> bool:
+        """Whether more connections from `source` are here than may be, guests and all."""
+        return source in self._crowded
 
     def forget_guests(self, source: bytes) -> None:
         """From now on all connections from `source` count."""
@@ -147,7 +152,10 @@ class Sources:
     def remove(self, source: bytes) -> None:
         """A connection from `source` is here no longer."""
         _take_one(self._here, source)
-        if self._guests.get(source, 0) > self._here.get(source, 0):
+        here = self._here.get(source, 0)
+        if here == self._most:
+            self._crowded.discard(source)
+        if self._guests.get(source, 0) > here:
             _take_one(self._guests, source)
         if len(source) == 8:
             _take_one(self._sites, source[:6])

@@ -54,6 +54,8 @@ class Places:
         """The same of all sources of its site together."""
         self.counts = self._sources.counts
         """The sources that have any, and how many."""
+        self.is_crowded = self._sources.is_crowded
+        """Whether a source has more connections here than it may, guests and all."""
         self.forget_guests = self._sources.forget_guests
         """Of what a source has here a part is on its way to where it may have more."""
         self._on_free = on_free
@@ -144,7 +146,7 @@ class Places:
 
     def settle_guests(self) -> list[bytes]:
         """There is somebody in the place of the worker that has left, so guests count like everybody. Returns the
-        sources that have more than they may then, whose guests do not count yet."""
+        sources that have more than they may then; their guests do not count yet."""
         self.guests = 0
         return self._sources.settle_guests()
 

@@ -101,21 +101,41 @@ class HandingOn:
 
         one_by_one(in_slices(pairs), hand_on, "in handing on a transfer")
 
-    def hand_on_many_pairs(self, pairs: list[Pair], link: Link) -> int:
-        """Give these, however many, to one sibling, as far as it has places; to be called from a greenlet. Returns how
-        many went."""
-        went = 0
+    def hand_on_many_pairs(self, pairs: list[Pair], link: Link) -> list[Pair]:
+        """Give these, however many, to one sibling, as far as it has places; to be called from a greenlet. Returns
+        those that went."""
+        went: list[Pair] = []
 
         def hand_on(pair: Pair) -> None:
-            nonlocal went
             wait_for(link)
             if link.has_places(CONNECTIONS_OF_A_PAIR):
                 self._hand_on_pair(pair, link)
-                went += 1
+                went.append(pair)
             else:
                 self._pairs.go_on(pair)
 
         one_by_one(self._pairs.letting_go(pairs), hand_on, "in handing on a transfer")
+        return went
+
+    def hand_on_newcomers(self, most: int, link: Link, source: bytes | None = None) -> int:
+        """Give so many of those whose handshake is not whole to one sibling, as far as it has places; or only those of
+        a source. To be called from a greenlet. Returns how many went."""
+        went = 0
+
+        def hand_on(client: Client) -> bool:
+            nonlocal went
+            wait_for(link)
+            if went >= most or not link.has_places(1):
+                return False
+            if client in self._reception and client.claim is None and source in (None, client.source):
+                self._reception.let_go(client)
+                client.is_given = True
+                self.hand_on(client, link)
+                went += 1
+            return True
+
+        if most > 0:
+            one_by_one(in_slices(self._reception), hand_on, "in handing on a newcomer")
         return went
 
     def hand_everything_on(self) -> bool:

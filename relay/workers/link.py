@@ -259,7 +259,7 @@ class Link:
             self._run_callback(self._send_clients)
         self._next_clients.append(client)
         self._is_handed(1)
-        self.spare_waiting -= 1
+        self.spare_waiting -= bool(client.token)
 
     def hand_alone(self, client: Client) -> None:
         """Hand on `client`, which could not be sent together with others."""

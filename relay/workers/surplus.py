@@ -25,6 +25,7 @@ import gevent
 from relay.clients.matching import Matching
 from relay.clients.places import Places
 from relay.process.one_by_one import one_by_one
+from relay.transfer.pair import Pair
 from relay.transfer.pairs import Pairs
 from relay.transfer.slices import in_slices
 from relay.workers.handing_on import HandingOn, wait_for
@@ -53,20 +54,20 @@ class Surplus:
         self._matching = matching
         self._pairs = pairs
         self._giving: gevent.Greenlet | None = None
-        self._crowded: list[bytes] = []  # sources, of which a part is to be given to who has come
+        self._crowded: dict[bytes, int] = {}  # sources, and how many of each are to be given to who has come
         self._is_uneven = False  # whether somebody has come, and has not been given its part
-        self._freed = 0  # places that who has come may have to give back, since newcomers were quicker there
+        self._before = 0  # how many places there were before something was last given away
         self._freed_until = 0.0  # monotonic seconds
 
     def kept(self) -> int:
         """How many places are kept: for what siblings have too much of, our part if others have places for it, too; and
-        for what they may have to give back."""
+        for what they may have to give back, since newcomers were quicker there than what was given."""
         spare = self._places.spare
         if spare <= 0 or self._siblings.alone:
             return 0
-        if self._giving:
-            return spare  # how many of them who has come may have to give back is known in the end
-        freed = self._freed if time.monotonic() < self._freed_until else 0
+        freed = 0
+        if self._giving or time.monotonic() < self._freed_until:
+            freed = max(0, spare - self._before)
         too_many, takers = 0, 1
         for link in self._siblings.live:
             if not link.has_said:
@@ -80,7 +81,9 @@ class Surplus:
         """Give away what is too much here, as far as somebody has places for it; soon, in a greenlet. `is_replaced`:
         and what sources have too much, since somebody has come in the place of a worker that has left."""
         if is_replaced:
-            self._crowded = self._places.settle_guests()
+            workers = 1 + len(self._siblings.live)
+            count_of = self._places.count_of
+            self._crowded |= {source: count_of(source) // workers for source in self._places.settle_guests()}
             self._is_uneven = True
         if self._places.spare >= 0 and self._matching.spare >= 0 and not self._crowded:
             self._is_uneven = False
@@ -94,40 +97,62 @@ class Surplus:
 
     def _give(self) -> None:
         """Give away what is too much; and to who has come in another's place at the least its part, if it is."""
-        crowded, self._crowded = self._crowded, []
         workers = 1 + len(self._siblings.live)
         is_uneven, self._is_uneven = self._is_uneven, False
+        self._before = max(0, self._spare())
         connections = self._places.taken // workers if is_uneven and self._places.spare < 0 else 0
         waiting = len(self._matching) // workers if is_uneven and self._matching.spare < 0 else 0
         waited = len(self._matching)
-        spare = max(0, self._spare())
-        for source in crowded:
+        for source in [*self._crowded]:
             for link in self._takers()[:1]:
-                connections -= self._give_some(self._places.count_of(source) // workers, link, source)
-                self._places.forget_guests(source)
+                connections -= self._give_of_source(source, link)
         for link in self._takers():
             connections -= self._give_some(max(connections, -self._spare()), link)
             left = waiting - (waited - len(self._matching))
             self._give_those_who_wait(max(left, -self._matching.spare), link)
-        self._freed = max(0, self._spare() - spare)
         self._freed_until = time.monotonic() + WORD_SECONDS
 
     def _spare(self) -> int:
         """How many connections less than it may have this worker has when those have gone that are on their way."""
         return self._places.spare + sum(link.under_way for link in self._siblings.live)
 
-    def _give_some(self, connections: int, link: Link, source: bytes | None = None) -> int:
-        """Give so many connections to a sibling, as far as it has places: transfers first. Or only those of a
-        source. Returns how many went."""
+    def _give_of_source(self, source: bytes, link: Link) -> int:
+        """Give a sibling, as far as it has places, its part of what a source has too much of; what could not be given
+        is to be tried again. Returns how many connections went."""
+        left = self._crowded[source] if self._places.is_crowded(source) else 0
+        pairs: list[Pair] = []
+        for pair in self._pairs.movable(left, source):
+            if left <= 0:
+                break
+            pairs.append(pair)
+            left -= pair.sources.count(source)
+        went = self._handing_on.hand_on_many_pairs(pairs, link)
+        for each in [each for pair in went for each in pair.sources if each in self._crowded]:
+            self._crowded[each] -= 1
+        left = self._crowded[source] if self._places.is_crowded(source) else 0
+        lonely = self._give_those_who_wait(left, link, source)
+        lonely += self._handing_on.hand_on_newcomers(left - lonely, link, source)
+        self._crowded[source] = left = left - lonely
+        if left <= 0 or link.has_places(CONNECTIONS_OF_A_PAIR):  # or there is nobody who could go
+            del self._crowded[source]
+            self._places.forget_guests(source)
+        connections = CONNECTIONS_OF_A_PAIR * len(went) + lonely
+        self._places.guests_have_gone(connections)
+        return connections
+
+    def _give_some(self, connections: int, link: Link) -> int:
+        """Give so many connections to a sibling, as far as it has places: transfers first, then those who wait, and
+        then newcomers. Returns how many went."""
         left = min(connections, _spare_of(link))
         if left <= 0:
             return 0
         # A transfer that has one too many is given, too, if there are places for both.
         most = min(-(-left // CONNECTIONS_OF_A_PAIR), _spare_of(link) // CONNECTIONS_OF_A_PAIR)
-        pairs = self._handing_on.hand_on_many_pairs(self._pairs.movable(most, source), link)
-        went = CONNECTIONS_OF_A_PAIR * pairs
+        went = CONNECTIONS_OF_A_PAIR * len(self._handing_on.hand_on_many_pairs(self._pairs.movable(most), link))
+        went += self._give_those_who_wait(left - went, link)
+        went += self._handing_on.hand_on_newcomers(left - went, link)
         self._places.guests_have_gone(went)
-        return went + self._give_those_who_wait(left - went, link, source)
+        return went
 
     def _give_those_who_wait(self, number: int, link: Link, source: bytes | None = None) -> int:
         """Give so many of those who wait to a sibling, as far as it has places for them; or only those of a source.
@@ -145,7 +170,6 @@ class Surplus:
 
         if number > 0:
             one_by_one(in_slices(self._matching.tokens()), give, "in giving away who waits")
-            self._places.guests_have_gone(went)
         return went
 
     def _uproot(self, token: bytes, link: Link, *, is_given: bool) -> int:

@@ -108,6 +108,7 @@ def test_what_comes_from_a_worker_that_leaves_does_not_count_until_that_is_settl
     assert not sources.has_its_share(b"many"), "guests are the last to go"
     assert not sources.has_its_share(b"few")
     assert sources.settle_guests() == [b"many"]
+    assert sources.is_crowded(b"many")
     assert sources.has_its_share(b"few")
     assert not sources.has_its_share(b"many")
     sources.forget_guests(b"many")

@@ -17,7 +17,7 @@ from relay.cli import RESERVED_FDS
 from tests.support.command_line import powerless
 from tests.support.crowd import Crowd, Transfer
 from tests.support.current import current, share, shares, wait_for_current
-from tests.support.harness import Workers, connect, handshake, met, new_side, new_token, wait_until
+from tests.support.harness import Workers, connect, handshake, met, new_side, new_token, shortened, stopped, wait_until
 from tests.support.hostile import dial, is_open
 from tests.support.kernel_view import holder
 
@@ -266,6 +266,77 @@ def test_a_successor_sends_nobody_away_whose_source_has_its_share_at_each_worker
     successor = workers.start_one()
     wait_until(lambda: share(workers, successor)[1] >= 50, what="it has its part")
     wait_for_current(workers, 0, 110)
+    assert all(map(is_open, waiting))
+
+
+def press(workers: Workers, kind: str, stack: contextlib.ExitStack) -> list[socket.socket]:
+    """Come in from one source, alone and without a word, or as both sides of a transfer, or one side, the others of one
+    other source or of many, until it is let in no more; returns its connections that are."""
+    came: list[socket.socket] = []
+    refused = 0
+    while refused < 25 and len(came) < 200:
+        socks = [stack.enter_context(dial(workers.port, "127.3.0.1"))]
+        if kind != "silent":
+            partners = {"whole": "127.3.0.1", "two": "127.4.0.1", "half": f"127.4.{len(came)}.1"}
+            socks.append(stack.enter_context(dial(workers.port, partners[kind])))
+        token = new_token()
+        try:
+            for sock in socks:
+                sock.settimeout(1)
+                sock.sendall(b"please " if kind == "silent" else handshake(token, new_side()))
+            for sock in socks if kind != "silent" else ():
+                assert sock.recv(3) == b"ok\n"
+        except (OSError, AssertionError):
+            refused += 1
+            for sock in socks:
+                sock.close()
+            time.sleep(0.02)
+            continue
+        came += socks if kind == "whole" else socks[:1]
+        if kind == "silent":
+            time.sleep(0.02)
+            refused += not is_open(socks[0])
+    return came
+
+
+@pytest.mark.parametrize(("kind", "seconds"), [("silent", 0.0), ("half", 0.0), ("two", 0.0), ("whole", 2.5)])
+def test_a_source_has_no_more_than_its_share_by_coming_while_workers_are_restarted(
+    tmp_path: Path, kind: str, seconds: float, stack: contextlib.ExitStack
+) -> None:
+    bounds = ("--max-connections", "150", "--max-per-source", "20", "--max-new-per-source", "5000")
+    inside = shortened(clients__places__GUESTS_SECONDS=1)
+    workers = stack.enter_context(Workers(tmp_path, *bounds, count=2, inside=inside))
+    came = press(workers, kind, stack)
+    for number in range(3):
+        assert workers.stop_one(number) == 0
+        time.sleep(seconds)  # with this, those who have come from there are guests no longer
+        workers.start_one()
+        time.sleep(0.5)  # and what it is to be given has been
+        came += press(workers, kind, stack)
+    assert 30 <= sum(map(is_open, came)) <= 50
+
+
+def test_a_successor_that_hangs_while_it_is_given_something_keeps_nobody_out_and_gets_the_rest_when_it_wakes(
+    tmp_path: Path, stack: contextlib.ExitStack
+) -> None:
+    places = ("--max-connections", "140", "--max-waiting", "140")
+    bounds = (*places, "--max-per-source", "30", "--max-new-per-source", "5000")
+    slowly = shortened(
+        workers__link__MOST_UNDER_WAY=8, transfer__slices__SLICE_SECONDS=0, transfer__slices__REST_SECONDS=0.05
+    )
+    workers = stack.enter_context(Workers(tmp_path, *bounds, count=2, inside=slowly))
+    waiting = [sock for _, sock in wait_within_bounds(workers.port, 60, stack, "127.3.0.1")]
+    wait_for_current(workers, 0, 60)
+    assert workers.stop_one(0, 30) == 0
+    successor = workers.start_one()
+    wait_until(lambda: share(workers, successor)[1] >= 1, what="it is given some")
+    with stopped(successor):
+        for number in range(40):
+            met(workers.port, f"127.4.{number}.1", stack=stack)
+            time.sleep(0.1)
+    assert all(map(is_open, waiting))
+    assert "--max-connections: ended" not in workers.log_text()
+    wait_until(lambda: share(workers, successor)[1] >= 20, 20, "it has the rest")
     assert all(map(is_open, waiting))
 
 
