@@ -171,7 +171,8 @@ def test_who_leaves_knows_whom_the_others_have_just_let_in(tmp_path: Path, stack
     wait_for_current(workers, 0, MOST - 10)
     for _ in range(2):
         workers.start_one()
-    wait_at(workers.port, [new_token() for _ in range(MOST // 2)], stack)
+    newcomers = wait_at(workers.port, [new_token() for _ in range(MOST // 2)], stack)
+    holder(workers.pids, newcomers[-1])  # once that is let in, all are
     assert workers.stop_one(0) == 0
     whole = MOST - 10 + MOST // 2
     wait_for_current(workers, 0, whole)
