@@ -117,26 +117,21 @@ class HandingOn:
         one_by_one(self._pairs.letting_go(pairs), hand_on, "in handing on a transfer")
         return went
 
-    def hand_on_newcomers(self, most: int, link: Link, source: bytes | None = None) -> int:
-        """Give so many of those whose handshake is not whole to one sibling, as far as it has places; or only those of
-        a source. To be called from a greenlet. Returns how many went."""
-        went = 0
+    def hand_on_newcomers(self, wants: Callable[[Client], bool], link: Link) -> None:
+        """Give those whose handshake is not whole, and whom `wants` wants, to one sibling, as far as it has places; to
+        be called from a greenlet."""
 
         def hand_on(client: Client) -> bool:
-            nonlocal went
             wait_for(link)
-            if went >= most or not link.has_places(1):
+            if not link.has_places(1):
                 return False
-            if client in self._reception and client.claim is None and source in (None, client.source):
+            if client in self._reception and client.claim is None and wants(client):
                 self._reception.let_go(client)
                 client.is_given = True
                 self.hand_on(client, link)
-                went += 1
             return True
 
-        if most > 0:
-            one_by_one(in_slices(self._reception), hand_on, "in handing on a newcomer")
-        return went
+        one_by_one(in_slices(self._reception), hand_on, "in handing on a newcomer")
 
     def hand_everything_on(self) -> bool:
         """Give everybody who is here to the siblings, as far as these have room; to be called from a greenlet. Returns

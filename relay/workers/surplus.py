@@ -19,9 +19,11 @@ So all workers together never have much more than all of them may have.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import gevent
 
+from relay.clients.client import Client
 from relay.clients.matching import Matching
 from relay.clients.places import Places
 from relay.process.one_by_one import one_by_one
@@ -32,8 +34,12 @@ from relay.workers.handing_on import HandingOn, wait_for
 from relay.workers.link import CONNECTIONS_OF_A_PAIR, Link
 from relay.workers.siblings import Siblings
 
-WORD_SECONDS = 2.0
+WORD_SECONDS = 1.2
 """Within how long everybody says how it is, whatever it has let in meanwhile."""
+
+
+def _anybody(client: Client) -> bool:
+    return True
 
 
 class Surplus:
@@ -103,9 +109,8 @@ class Surplus:
         connections = self._places.taken // workers if is_uneven and self._places.spare < 0 else 0
         waiting = len(self._matching) // workers if is_uneven and self._matching.spare < 0 else 0
         waited = len(self._matching)
-        for source in [*self._crowded]:
-            for link in self._takers()[:1]:
-                connections -= self._give_of_source(source, link)
+        for link in self._takers()[:1] if self._crowded else ():
+            connections -= self._give_what_sources_have_too_much(link)
         for link in self._takers():
             connections -= self._give_some(max(connections, -self._spare()), link)
             left = waiting - (waited - len(self._matching))
@@ -116,29 +121,31 @@ class Surplus:
         """How many connections less than it may have this worker has when those have gone that are on their way."""
         return self._places.spare + sum(link.under_way for link in self._siblings.live)
 
-    def _give_of_source(self, source: bytes, link: Link) -> int:
-        """Give a sibling, as far as it has places, its part of what a source has too much of; what could not be given
-        is to be tried again. Returns how many connections went."""
-        left = self._crowded[source] if self._places.is_crowded(source) else 0
-        pairs: list[Pair] = []
-        for pair in self._pairs.movable(left, source):
-            if left <= 0:
+    def _give_what_sources_have_too_much(self, link: Link) -> int:
+        """Give a sibling, as far as it has places, its part of that; what cannot be given now is to be tried again.
+        Returns how many connections went."""
+        self._crowded = {source: part for source, part in self._crowded.items() if self._places.is_crowded(source)}
+        left = dict(self._crowded)
+        chosen: list[Pair] = []
+        for pair in in_slices(sorted(self._pairs.movable(), key=lambda pair: pair.greenlet is not None)):
+            if CONNECTIONS_OF_A_PAIR * (1 + len(chosen)) > _spare_of(link):
                 break
-            pairs.append(pair)
-            left -= pair.sources.count(source)
-        went = self._handing_on.hand_on_many_pairs(pairs, link)
-        for each in [each for pair in went for each in pair.sources if each in self._crowded]:
-            self._crowded[each] -= 1
-        left = self._crowded[source] if self._places.is_crowded(source) else 0
-        lonely = self._give_those_who_wait(left, link, source)
-        lonely += self._handing_on.hand_on_newcomers(left - lonely, link, source)
-        self._crowded[source] = left = left - lonely
-        if left <= 0 or link.has_places(CONNECTIONS_OF_A_PAIR):  # or there is nobody who could go
-            del self._crowded[source]
-            self._places.forget_guests(source)
-        connections = CONNECTIONS_OF_A_PAIR * len(went) + lonely
-        self._places.guests_have_gone(connections)
-        return connections
+            if any(left.get(source or b"", 0) > 0 for source in pair.sources):
+                chosen.append(pair)
+                _take_off(left, *pair.sources)
+        went = self._give_pairs(chosen, link)
+        number = sum(part for part in self._crowded.values() if part > 0)
+        went += self._give_those_who_wait(number, link, self._has_too_much)
+        went += self._give_newcomers(number, link, self._has_too_much)
+        for source, part in [*self._crowded.items()]:
+            if part <= 0 or link.has_places(CONNECTIONS_OF_A_PAIR):  # or there is nobody who could go
+                del self._crowded[source]
+                self._places.forget_guests(source)
+        self._places.guests_have_gone(went)
+        return went
+
+    def _has_too_much(self, client: Client) -> bool:
+        return self._crowded.get(client.source or b"", 0) > 0
 
     def _give_some(self, connections: int, link: Link) -> int:
         """Give so many connections to a sibling, as far as it has places: transfers first, then those who wait, and
@@ -148,14 +155,20 @@ class Surplus:
             return 0
         # A transfer that has one too many is given, too, if there are places for both.
         most = min(-(-left // CONNECTIONS_OF_A_PAIR), _spare_of(link) // CONNECTIONS_OF_A_PAIR)
-        went = CONNECTIONS_OF_A_PAIR * len(self._handing_on.hand_on_many_pairs(self._pairs.movable(most), link))
+        went = self._give_pairs(self._pairs.movable(most), link)
         went += self._give_those_who_wait(left - went, link)
-        went += self._handing_on.hand_on_newcomers(left - went, link)
+        went += self._give_newcomers(left - went, link)
         self._places.guests_have_gone(went)
         return went
 
-    def _give_those_who_wait(self, number: int, link: Link, source: bytes | None = None) -> int:
-        """Give so many of those who wait to a sibling, as far as it has places for them; or only those of a source.
+    def _give_pairs(self, pairs: list[Pair], link: Link) -> int:
+        went = self._handing_on.hand_on_many_pairs(pairs, link)
+        for pair in went:
+            _take_off(self._crowded, *pair.sources)
+        return CONNECTIONS_OF_A_PAIR * len(went)
+
+    def _give_those_who_wait(self, number: int, link: Link, wants: Callable[[Client], bool] = _anybody) -> int:
+        """Give so many of those who wait to a sibling, as far as it has places for them; or only whom it `wants`.
         Returns how many went."""
         went = 0
 
@@ -164,7 +177,7 @@ class Surplus:
             wait_for(link)
             if went >= number or link.spare_waiting <= 0 or not link.has_places(1) or self._siblings.leaving:
                 return False
-            if source is None or any(client.source == source for client in self._matching.waiting_for(token)):
+            if any(map(wants, self._matching.waiting_for(token))):
                 went += self._uproot(token, link, is_given=True)
             return True
 
@@ -172,10 +185,27 @@ class Surplus:
             one_by_one(in_slices(self._matching.tokens()), give, "in giving away who waits")
         return went
 
+    def _give_newcomers(self, number: int, link: Link, wants: Callable[[Client], bool] = _anybody) -> int:
+        """The same with those whose handshake is not whole."""
+        went = 0
+
+        def is_to_go(client: Client) -> bool:
+            nonlocal went
+            if went >= number or not wants(client):
+                return False
+            went += 1
+            _take_off(self._crowded, client.source)
+            return True
+
+        if number > 0:
+            self._handing_on.hand_on_newcomers(is_to_go, link)
+        return went
+
     def _uproot(self, token: bytes, link: Link, *, is_given: bool) -> int:
         clients = self._matching.waiting_for(token)
         for client in clients:
             self._handing_on.uproot(client, link, is_given=is_given)
+            _take_off(self._crowded, client.source)
         return len(clients)
 
     def has_space_for(self, token: bytes) -> bool:
@@ -196,3 +226,10 @@ class Surplus:
 
 def _spare_of(link: Link) -> int:
     return link.spare or 0
+
+
+def _take_off(parts: dict[bytes, int], *sources: bytes | None) -> None:
+    """Connections from these sources have been given away."""
+    for source in sources:
+        if source is not None and source in parts:
+            parts[source] -= 1
