@@ -197,6 +197,8 @@ class Household:
 
     def take_back(self, client: Client) -> None:
         """A client is here anew."""
+        if not client.token:
+            client.is_given = False  # where it goes from here it has yet to say
         link = self.siblings.any_with_room(1) if self.moves_on() and not client.token else None
         if client.token:
             self._matching.readmit(client)

@@ -6,7 +6,7 @@ it came to, newcomers would have the places that have become free elsewhere, and
 workers' places: then the next worker that leaves would find no room for what it holds. So
 
 - as soon as a sibling has places, it is given what is too much here: transfers first, those at rest before the others,
-  and then those who wait;
+  then those who wait, and then those whose handshake is not whole;
 - until it has that, it keeps these places: none is a newcomer's (`Surplus.kept`);
 - and what came from a worker that has left counts again when somebody has come in its place (`Places.guests`). Who has
   too much gives that one an equal part of all it has, so that whoever leaves next holds about as much as the others;

@@ -6,6 +6,7 @@ However they came by it: from a worker that left, or with partners of those who 
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import time
 from collections.abc import Sequence
@@ -300,6 +301,12 @@ def press(workers: Workers, kind: str, stack: contextlib.ExitStack) -> list[sock
     return came
 
 
+def _spread(workers: Workers) -> int:
+    """How many more descriptors one of two workers has than the other."""
+    counts = [len(os.listdir(f"/proc/{worker.pid}/fd")) for worker in workers.living()]
+    return max(counts) - min(counts)
+
+
 @pytest.mark.parametrize(("kind", "seconds"), [("silent", 0.0), ("half", 0.0), ("two", 0.0), ("whole", 2.5)])
 def test_a_source_has_no_more_than_its_share_by_coming_while_workers_are_restarted(
     tmp_path: Path, kind: str, seconds: float, stack: contextlib.ExitStack
@@ -312,9 +319,31 @@ def test_a_source_has_no_more_than_its_share_by_coming_while_workers_are_restart
         assert workers.stop_one(number) == 0
         time.sleep(seconds)  # with this, those who have come from there are guests no longer
         workers.start_one()
-        time.sleep(0.5)  # and what it is to be given has been
+        wait_until(lambda: _spread(workers) <= 12, what="the successor has been given its part")
         came += press(workers, kind, stack)
     assert 30 <= sum(map(is_open, came)) <= 50
+
+
+def test_who_is_given_away_before_it_has_said_what_it_wants_has_no_more_than_its_share_where_that_is(
+    tmp_path: Path, stack: contextlib.ExitStack
+) -> None:
+    bounds = ("--max-connections", "150", "--max-per-source", "20", "--max-new-per-source", "5000")
+    workers = stack.enter_context(Workers(tmp_path, *bounds, count=1))
+    tokens = [new_token() for _ in range(20)]
+    for number, token in enumerate(tokens):
+        wait_at(workers.port, [token], stack, f"127.4.{number}.1")
+    wait_for_current(workers, 0, len(tokens))
+    workers.start_one()
+    silent = press(workers, "silent", stack)
+    assert workers.stop_one(1) == 0
+    successor = workers.start_one()
+    wait_until(lambda: _spread(workers) <= len(tokens) + 4, what="the successor has been given its part")
+    there = [sock for sock in silent if is_open(sock) and holder(workers.pids, sock) == successor.pid]
+    assert len(there) >= 15
+    for sock, token in zip(there, tokens, strict=False):
+        sock.sendall(handshake(token, new_side())[len(b"please ") :])
+    answers = [sock.recv(3) for sock in there]
+    assert answers.count(b"ok\n") <= 2, "its share is taken at the home of these tokens"
 
 
 def test_a_successor_that_hangs_while_it_is_given_something_keeps_nobody_out_and_gets_the_rest_when_it_wakes(
